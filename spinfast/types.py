@@ -1,0 +1,154 @@
+"""The values that pass from phase to phase. All are plain data: no file, no model, no device logic.
+
+Shape suffixes: T packed tokens, N scored tokens, S sequences (answers), K gathered key/value tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of the SFT data, rendered: the prompt, the real answer, and for tasks the reference result."""
+
+    index: int  # row number in its data set; names the prompt in every file of the run
+    messages: tuple[dict[str, str], ...]  # the prompt's turns, [{"role", "content"}]
+    answer: str  # the real answer as text
+    prompt_ids: tuple[int, ...]  # chat template applied, generation prompt included
+    real_ids: tuple[int, ...]  # the answer's tokens, end-of-turn token included
+    reference: str | None = None  # the result to compare with in evaluation ("42"), where the data has one
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be answered. Equal (prompt_ids, seed) under one adapter give one answer."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    seed: int  # derived from (run seed, iteration, index), see generation.prompt_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature 0 is greedy; stop_ids end an answer and are kept as its last token."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One generated answer, as sampled: never decoded and tokenised again."""
+
+    index: int
+    token_ids: tuple[int, ...]  # the stop token included if finish_reason is "stop", none if "length"
+    finish_reason: Literal["stop", "length"]
+    logp: float | None = None  # sum of the sampler's own log-probs, a cross-check only
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two answers of SPIN's game: the data's (real) and the opponent's (generated)."""
+
+    index: int
+    iteration: int  # the iteration whose opponent wrote `generated_ids`
+    prompt_ids: tuple[int, ...]
+    real_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+
+    @property
+    def group(self) -> Group:
+        return Group(self.prompt_ids, (self.real_ids, self.generated_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and the answers that share it: two in SPIN, one in SFT, any number elsewhere."""
+
+    prompt_ids: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which packed tokens see which: block-diagonal causal attention aligned at the bottom right.
+
+    Query segment i is rows [q_starts[i], q_starts[i+1]) of the packed tokens; its keys are the packed rows
+    kv_index_K[kv_starts[i]:kv_starts[i+1]], the last of which stand under the segment's own queries.
+    """
+
+    q_starts: torch.Tensor  # (segments + 1,) int32
+    kv_starts: torch.Tensor  # (segments + 1,) int32
+    kv_index_K: torch.Tensor  # (K,) int64
+    segments: tuple[tuple[int, int], ...]  # (query length, key length) of each segment, on the host
+    backend: str = "sdpa"  # "xformers" | "aten_efficient" | "sdpa", see attention.py
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Groups laid end to end, each [prompt | answer 1 | answer 2 ...], the prompt stored once.
+
+    An answer's last token predicts nothing and is left out. hidden[scored_N] are the rows that predict
+    targets_N; the row of a prompt's last token occurs once for each of its answers.
+    """
+
+    rows: tuple[int, ...]  # positions of the groups in the list that was packed
+    token_ids_T: torch.Tensor  # (T,) int64
+    position_ids_T: torch.Tensor  # (T,) int64, each answer restarts at len(prompt)
+    layout: PackedLayout
+    scored_N: torch.Tensor  # (N,) int64
+    targets_N: torch.Tensor  # (N,) int64
+    sequence_ids_N: torch.Tensor  # (N,) int64, ascending, 0 .. sequences-1, group by group
+    sequences: int
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids_T.numel()
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        return _moved(self, device)
+
+
+def _moved(value, device):
+    from dataclasses import fields, is_dataclass, replace
+
+    changes = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, torch.Tensor):
+            changes[field.name] = item.to(device, non_blocking=True)
+        elif is_dataclass(item):
+            changes[field.name] = _moved(item, device)
+    return replace(value, **changes)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter outside a model: PEFT's config and its tensors under PEFT's saved names."""
+
+    config: dict  # the content of adapter_config.json
+    tensors: dict[str, torch.Tensor]  # "base_model.model.<module>.lora_A.weight" (r, in), "...lora_B.weight" (out, r)
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """What one iteration of self-play left behind."""
+
+    iteration: int
+    pairs: int
+    rejected: dict[str, int]  # reason -> count
+    train: dict[str, float]
+    evaluation: dict[str, dict[str, float]]  # metric -> {"value", "stderr"}
+    seconds: dict[str, float]  # phase -> wall time
+    adapter_dir: str
+
+
+Groups = Sequence[Group]
