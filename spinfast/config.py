@@ -1,0 +1,237 @@
+"""The configuration tree: frozen, validated, each field documented once, beside itself.
+
+A config is one YAML file of the sections below; `section.key=value` overrides a single field. An unknown key
+is an error that names the nearest valid one. The resolved tree is saved with every run.
+`python -m spinfast.config` prints this reference as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from spinfast.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+PerIteration = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class Model(Section):
+    name: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE.gguf")
+    revision: str | None = Field(None, description="commit of a hub model; the resolved one is recorded")
+    backend: Literal["transformers", "unsloth"] = Field("transformers", description="who builds the policy")
+    load_in_4bit: bool = Field(False, description="NF4 base weights (bitsandbytes; CUDA only)")
+
+
+class Data(Section):
+    source: str = Field(description="hub id, local .jsonl/.json/.parquet, or reasoning_gym:TASK")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    size: int | None = Field(None, gt=0, description="examples to use, chosen by a seeded shuffle; all if null")
+    seed: int = Field(0, ge=0, description="seed of the choice (reasoning_gym: of the problems themselves)")
+    turns: Literal["first", "last"] = Field("first", description="which answer of a longer conversation is real")
+
+
+class Prompt(Section):
+    system: str | None = Field(None, description="system turn put before every prompt that has none")
+    max_prompt_tokens: int = Field(512, gt=0, description="longer prompts are rejected and counted")
+    max_answer_tokens: int = Field(512, gt=0, description="longer real answers are rejected and counted")
+    template: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
+
+
+class Lora(Section):
+    r: int = Field(16, gt=0, description="rank")
+    alpha: float = Field(32, gt=0, description="scaling is alpha / r")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's target_modules")
+    init: Literal["continue", "merge"] = Field(
+        "continue",
+        description="next iteration trains the same adapter on, or merges it and starts a fresh one",
+    )
+
+
+class Spin(Section):
+    iterations: int = Field(3, gt=0, description="rounds of self-play")
+    beta: PerIteration = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
+    loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
+    mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
+
+
+class Generation(Section):
+    backend: Literal["auto", "transformers", "vllm"] = Field("auto", description="auto: vLLM where it can run")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of the opponent")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
+    max_tokens: int = Field(256, gt=0, description="answers are cut here, without an end-of-turn token")
+    batch_size: int = Field(64, gt=0, description="answers written at once")
+    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of vLLM's KV cache")
+
+
+class Train(Section):
+    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="the paper uses RMSProp on full weights")
+    lr: PerIteration = Field((1e-5,), description="peak learning rate; a list gives one value per iteration")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up (paper: 0.1)")
+    epochs: int = Field(1, gt=0, description="passes over the pairs in each iteration (paper: 2)")
+    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step (paper: 64)")
+    microbatch_tokens: int | Literal["auto"] = Field(
+        "auto", description="packed tokens of one forward; auto: the memory plan's choice"
+    )
+    checkpointing: bool | Literal["auto"] = Field("auto", description="recompute activations in the backward")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    save_every_steps: int = Field(50, gt=0, description="steps between checkpoints")
+    save_every_seconds: float = Field(300, gt=0, description="seconds between checkpoints, whichever comes first")
+    max_overflows: int = Field(20, gt=0, description="abort after so many non-finite steps in a row")
+
+
+class Sft(Section):
+    epochs: int = Field(0, ge=0, description="supervised warm-up on the real answers before iteration 0; 0 is none")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of the warm-up")
+    examples_per_step: int = Field(16, gt=0, description="examples of one optimizer step")
+
+
+class Evaluate(Section):
+    problems: int = Field(64, ge=0, description="held-out problems answered greedily; 0 turns evaluation off")
+    pairs: int = Field(64, ge=0, description="held-out prompts played for pair accuracy and diagnostics")
+    max_tokens: int = Field(256, gt=0, description="tokens of a held-out answer")
+
+
+class Device(Section):
+    profile: str = Field("auto", description="auto, cpu, t4, l4, a10, a100, h100; a smaller one rehearses it")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="compute dtype")
+    kernels: Literal["auto", "eager", "triton"] = Field("auto", description="table of operators")
+    attention: Literal["auto", "xformers", "aten_efficient", "sdpa"] = Field("auto", description="attention backend")
+    deterministic: bool = Field(False, description="torch.use_deterministic_algorithms (CUDA: slower)")
+
+
+class Config(Section):
+    model: Model
+    data: Data
+    heldout: Data | None = Field(None, description="held-out data; null: no evaluation")
+    prompt: Prompt = Prompt()
+    lora: Lora = Lora()
+    spin: Spin = Spin()
+    generation: Generation = Generation()
+    train: Train = Train()
+    sft: Sft = Sft()
+    evaluate: Evaluate = Evaluate()
+    device: Device = Device()
+    seed: int = Field(0, ge=0, description="seeds adapter, order and sampling")
+
+    def hash(self) -> str:
+        """16 hex digits that name what the run computes; a run directory belongs to one of them."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def at(values: Sequence[float], iteration: int) -> float:
+    """The value for this iteration; the last one holds for all later ones."""
+    return values[min(iteration, len(values) - 1)]
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read, override, validate. Raises UserError with one line: where, expected, got."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: expected sections (model:, data:, ...), got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, where=f"config {path}")
+
+
+def parse_config(tree: dict, where: str = "config") -> Config:
+    """Validate a plain tree."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_one_line(error)}") from None
+
+
+def _override(tree: dict, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {override!r}: expected section.key=value")
+    *parents, key = dotted.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _siblings(first["loc"]), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_siblings(first['loc']))}"
+        return f"unknown key {dotted!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{dotted}: this key is required"
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _siblings(location: tuple) -> list[str]:
+    section: Any = Config
+    for part in location[:-1]:
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+
+
+def reference_table() -> str:
+    """Every key with its default and meaning, as Markdown."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in Config.model_fields.items():
+        is_section = any(
+            isinstance(o, type) and issubclass(o, Section)
+            for o in getattr(field.annotation, "__args__", (field.annotation,))
+        )
+        if not is_section:
+            lines.append(f"| `{name}` | `{field.default}` | {field.description} |")
+            continue
+        for key, inner in _section_of(field.annotation).model_fields.items():
+            default = "required" if inner.is_required() else f"`{_shown(inner.get_default(call_default_factory=True))}`"
+            lines.append(f"| `{name}.{key}` | {default} | {inner.description} |")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple) and len(value) == 1:
+        return value[0]
+    return "null" if value is None else value
+
+
+if __name__ == "__main__":
+    print(reference_table())

@@ -1,0 +1,138 @@
+"""What the machine is, and what follows from it: memory, dtype, attention, each with its reason in words.
+
+A profile smaller than the real device rehearses the smaller one: its memory becomes a cap, its dtype and
+attention rules apply.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from spinfast.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of a card: usable memory in bytes, sustained dense fp16 FLOP/s, bytes/s."""
+
+    capability: tuple[int, int]
+    memory: int
+    flops: float
+    bandwidth: float
+
+
+GPUS = {
+    "t4": Gpu((7, 5), int(14.7 * GIB), 24e12, 320e9),
+    "l4": Gpu((8, 9), int(22.0 * GIB), 60e12, 300e9),
+    "a10": Gpu((8, 6), int(22.0 * GIB), 70e12, 600e9),
+    "a100": Gpu((8, 0), int(39.0 * GIB), 220e12, 1555e9),
+    "h100": Gpu((9, 0), int(79.0 * GIB), 600e12, 3350e9),
+    "h200": Gpu((9, 0), int(139.0 * GIB), 600e12, 4800e9),
+}
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """The device as the rest of spinfast sees it, chosen once."""
+
+    name: str  # "cpu", "t4", ... or the card's own name where it is not in the table
+    device: torch.device
+    capability: tuple[int, int] | None  # None on a CPU
+    memory: int  # bytes spinfast may use
+    dtype: torch.dtype
+    attention: str
+    rehearsal: bool  # a smaller card acted out on a bigger one
+    reasons: dict[str, str]
+
+    @property
+    def scaled_loss(self) -> bool:
+        """fp16 gradients need a loss scale."""
+        return self.dtype == torch.float16
+
+
+def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto") -> DeviceProfile:
+    """Look at the machine. Raises UserError where the machine cannot be what was asked for."""
+    reasons: dict[str, str] = {}
+    wants_gpu = name in GPUS or (name == "auto" and torch.cuda.is_available())
+    if name not in ("auto", "cpu", *GPUS):
+        raise UserError(f"device.profile: expected auto, cpu or one of {', '.join(GPUS)}, got {name!r}")
+    if wants_gpu and not torch.cuda.is_available():
+        raise UserError(f"device.profile: {name} needs a CUDA GPU and none is visible; use cpu (or --dry-run to plan)")
+    if not wants_gpu:
+        capability, rehearsal, found = None, False, "cpu"
+        memory = psutil.virtual_memory().available
+        reasons["device"] = "no CUDA GPU is visible" if name == "auto" else "asked for"
+    else:
+        capability, memory, rehearsal, found = _cuda(name, reasons)
+    chosen = _dtype(dtype, capability, reasons)
+    return DeviceProfile(
+        name=found,
+        device=torch.device("cuda" if wants_gpu else "cpu"),
+        capability=capability,
+        memory=memory,
+        dtype=chosen,
+        attention=_attention(attention, capability, reasons),
+        rehearsal=rehearsal,
+        reasons=reasons,
+    )
+
+
+def _cuda(name: str, reasons: dict[str, str]) -> tuple[tuple[int, int], int, bool, str]:
+    card = torch.cuda.get_device_name()
+    real_capability = torch.cuda.get_device_capability()
+    total = torch.cuda.get_device_properties(0).total_memory
+    words = re.findall(r"[a-z0-9]+", card.lower())
+    known = next((key for key in GPUS if key in words), None)
+    if name == "auto" or name == known:
+        reasons["device"] = f"{card}, capability {real_capability[0]}.{real_capability[1]}"
+        return real_capability, total, False, known or card
+    gpu = GPUS[name]
+    if gpu.memory > total or gpu.capability > real_capability:
+        raise UserError(f"device.profile: a {card} ({total / GIB:.1f} GiB) cannot rehearse a {name}")
+    reasons["device"] = f"{name} rehearsed on {card}: memory capped at {gpu.memory / GIB:.1f} GiB"
+    return gpu.capability, gpu.memory, True, name
+
+
+def _dtype(asked: str, capability: tuple[int, int] | None, reasons: dict[str, str]) -> torch.dtype:
+    if capability is None:
+        fast = torch.cpu.get_capabilities()
+        if fast.get("amx_bf16") or fast.get("avx512_bf16"):
+            choice, why = "bfloat16", "the CPU multiplies bf16 in hardware (AMX or AVX512-BF16)"
+        else:
+            choice, why = "float32", "the CPU has no bf16 arithmetic"
+    elif capability >= (8, 0):
+        choice, why = "bfloat16", "capability >= 8.0 has bf16 tensor cores"
+    else:
+        # torch.cuda.is_bf16_supported() is True on a T4, by emulation
+        choice, why = "float16", "capability < 8.0 has fp16 tensor cores only; the loss is scaled"
+    if asked not in ("auto", choice):
+        if asked == "bfloat16" and capability is not None and capability < (8, 0):
+            raise UserError("device.dtype: bfloat16 needs capability >= 8.0; use float16 (auto chooses it)")
+        choice, why = asked, "asked for"
+    reasons["dtype"] = f"{choice}: {why}"
+    return getattr(torch, choice)
+
+
+def _attention(asked: str, capability: tuple[int, int] | None, reasons: dict[str, str]) -> str:
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    if capability is None:
+        choice, why = "sdpa", "one call per segment; the other backends are CUDA only"
+    elif has_xformers:
+        choice, why = "xformers", "installed"
+    else:
+        choice, why = "aten_efficient", "the same cutlass kernel as xformers, which is not installed"
+    if asked != "auto" and asked != choice:
+        if asked != "sdpa" and capability is None:
+            raise UserError(f"device.attention: {asked} needs a CUDA GPU; use sdpa (auto chooses it)")
+        if asked == "xformers" and not has_xformers:
+            raise UserError("device.attention: xformers is not installed; pip install xformers, or use aten_efficient")
+        choice, why = asked, "asked for"
+    reasons["attention"] = f"{choice}: {why}"
+    return choice

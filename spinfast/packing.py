@@ -1,0 +1,100 @@
+"""Packing with a shared prompt: groups end to end in one row, each prompt stored and computed once.
+
+A group [prompt | answer 1 | answer 2 ...] becomes query segments (prompt + answer 1), (answer 2), ..., where the
+keys of a later answer are the prompt and itself. Its positions restart at len(prompt). Tokens computed equal the
+tokens of the distinct content: no padding, no repeated prompt, and an answer's last token, which predicts
+nothing, is not computed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from spinfast.errors import UserError
+from spinfast.types import Group, PackedBatch, PackedLayout
+
+
+def packed_length(group: Group) -> int:
+    """Packed tokens of one group."""
+    return len(group.prompt_ids) + sum(len(answer) - 1 for answer in group.answers)
+
+
+def bins(groups: Sequence[Group], max_tokens: int) -> list[list[int]]:
+    """Positions of the groups per batch: first-fit decreasing, deterministic, each bin <= max_tokens.
+
+    Raises UserError if a single group is longer than max_tokens.
+    """
+    lengths = [packed_length(group) for group in groups]
+    if lengths and max(lengths) > max_tokens:
+        raise UserError(
+            f"a group of {max(lengths)} packed tokens exceeds the microbatch of {max_tokens} tokens; "
+            "raise train.microbatch_tokens or lower prompt.max_prompt_tokens / generation.max_tokens"
+        )
+    filled: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(groups)), key=lambda i: (-lengths[i], i)):
+        for i, (rows, used) in enumerate(filled):
+            if used + lengths[row] <= max_tokens:
+                filled[i] = ([*rows, row], used + lengths[row])
+                break
+        else:
+            filled.append(([row], lengths[row]))
+    return [rows for rows, _ in filled]
+
+
+def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") -> PackedBatch:
+    """The groups at `rows` as one batch on the host; `backend` is the attention that will run it."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    scored: list[int] = []
+    targets: list[int] = []
+    sequence_lengths: list[int] = []
+    kv_index: list[int] = []
+    segments: list[tuple[int, int]] = []
+    for row in rows:
+        group = groups[row]
+        start, prompt = len(tokens), len(group.prompt_ids)
+        tokens += group.prompt_ids
+        positions += range(prompt)
+        for number, answer in enumerate(group.answers):
+            begin, queries = len(tokens), len(answer) - 1
+            tokens += answer[:-1]
+            positions += range(prompt, prompt + queries)
+            scored += [start + prompt - 1, *range(begin, begin + queries)]
+            targets += answer
+            sequence_lengths.append(len(answer))
+            if number == 0:
+                segments.append((prompt + queries, prompt + queries))
+            elif queries:
+                segments.append((queries, prompt + queries))
+            else:
+                continue
+            kv_index += [*range(start, start + prompt), *range(begin, begin + queries)]
+    layout = PackedLayout(
+        q_starts=_starts([q for q, _ in segments]),
+        kv_starts=_starts([kv for _, kv in segments]),
+        kv_index_K=torch.tensor(kv_index, dtype=torch.int64),
+        segments=tuple(segments),
+        backend=backend,
+    )
+    return PackedBatch(
+        rows=tuple(rows),
+        token_ids_T=torch.tensor(tokens, dtype=torch.int64),
+        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        layout=layout,
+        scored_N=torch.tensor(scored, dtype=torch.int64),
+        targets_N=torch.tensor(targets, dtype=torch.int64),
+        sequence_ids_N=torch.repeat_interleave(torch.tensor(sequence_lengths, dtype=torch.int64)),
+        sequences=len(sequence_lengths),
+    )
+
+
+def pack_all(groups: Sequence[Group], max_tokens: int, backend: str = "sdpa") -> list[PackedBatch]:
+    """All groups under the token budget, longest first."""
+    return [pack(groups, rows, backend) for rows in bins(groups, max_tokens)]
+
+
+def _starts(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
