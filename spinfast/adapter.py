@@ -1,0 +1,80 @@
+"""LoRA adapters outside a model: PEFT's directory layout, fingerprints, and stacking.
+
+Stacking writes the sum of several adapters as one: A's rows and B's columns are concatenated, the rank is the sum
+and alpha grows with it, so that scaling = alpha / r stays. Merged rounds (lora.init: merge) are saved that way,
+which keeps every saved adapter relative to the original base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from spinfast.errors import UserError
+from spinfast.types import Adapter
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(adapter: Adapter, directory: Path) -> None:
+    """Write PEFT's two files; the directory is created."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter.tensors.items()},
+        directory / TENSOR_FILE,
+        metadata={"format": "pt"},
+    )
+    (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+
+
+def load(directory: Path) -> Adapter:
+    """Read PEFT's two files. Raises UserError if they are missing, torn or not LoRA."""
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text())
+        tensors = load_file(directory / TENSOR_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"adapter {directory}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"adapter {directory}: expected peft_type LORA in {CONFIG_FILE}")
+    return Adapter(config, tensors)
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """sha256 over scaling, names and bytes: equal adapters, equal hex."""
+    digest = hashlib.sha256(f"{adapter.config['r']}/{adapter.config['lora_alpha']}".encode())
+    for name in sorted(adapter.tensors):
+        tensor = adapter.tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stack(adapters: list[Adapter]) -> Adapter:
+    """One adapter that equals the sum of `adapters`, which share r and alpha."""
+    first, count = adapters[0], len(adapters)
+    if count == 1:
+        return first
+    tensors = {
+        name: torch.cat([a.tensors[name] for a in adapters], dim=0 if ".lora_A." in name else 1)
+        for name in first.tensors
+    }
+    grown = {"r": first.config["r"] * count, "lora_alpha": first.config["lora_alpha"] * count}
+    return Adapter(first.config | grown, tensors)
+
+
+def unstack(adapter: Adapter, r: int) -> list[Adapter]:
+    """The parts of rank r that `stack` joined, oldest first."""
+    count = adapter.config["r"] // r
+    if count * r != adapter.config["r"]:
+        raise UserError(f"adapter of rank {adapter.config['r']}: expected a multiple of lora.r = {r}")
+    shrunk = {"r": r, "lora_alpha": adapter.config["lora_alpha"] / count}
+    parts = {name: tensor.split(r, dim=0 if ".lora_A." in name else 1) for name, tensor in adapter.tensors.items()}
+    return [
+        Adapter(adapter.config | shrunk, {name: split[i].contiguous() for name, split in parts.items()})
+        for i in range(count)
+    ]

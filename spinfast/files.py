@@ -1,0 +1,95 @@
+"""Files that are whole or absent: write beside, fsync, rename, fsync the directory; sha256 to tell later.
+
+Everything that a run leaves goes through here, so a crash or a full disk at any instant leaves what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it takes the name `path` in one step."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` a directory beside, add a manifest of sha256 sums last, and give it the name `path`."""
+    beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    try:
+        fill(beside)
+        sums = {str(file.relative_to(beside)): sha256(file) for file in sorted(beside.rglob("*")) if file.is_file()}
+        for name in sums:
+            sync(beside / name)
+        (beside / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
+        sync(beside / MANIFEST)
+        sync(beside)
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        sync(path.parent)
+    finally:
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def damage(path: Path) -> str | None:
+    """Why the directory is not whole, or None: its manifest is missing, or names a file that is not as written."""
+    try:
+        sums = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{path.name} has no readable {MANIFEST}"
+    if not isinstance(sums, dict):
+        return f"{path.name} has no readable {MANIFEST}"
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    if present != set(sums):
+        return f"{path.name} holds other files than its manifest names ({', '.join(sorted(present ^ set(sums)))})"
+    changed = [name for name, expected in sums.items() if sha256(path / name) != expected]
+    return f"{path.name}/{changed[0]} is not as it was written" if changed else None

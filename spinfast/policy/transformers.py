@@ -1,0 +1,189 @@
+"""The policy on stock transformers + PEFT: a frozen base, fp32 LoRA, packed attention.
+
+PEFT owns the adapter (names, saving, loading); the operators of `ops` are installed on the layers by fuse.py.
+The forward goes through the decoder stack alone: the head is applied to the scored rows by linear_logps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from spinfast import adapter as adapters
+from spinfast import attention
+from spinfast.errors import UserError
+from spinfast.ops import Ops
+from spinfast.types import Adapter, PackedBatch
+
+
+def load_base(path: Path, dtype: torch.dtype, device: torch.device, load_in_4bit: bool = False) -> PreTrainedModel:
+    """The frozen base with spinfast's attention, weights in `dtype` on `device`."""
+    if load_in_4bit:
+        if device.type != "cuda":
+            raise UserError("model.load_in_4bit: needs a CUDA GPU (bitsandbytes NF4); set it to false")
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+    else:
+        quantization = None
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        device_map={"": device},
+        local_files_only=True,
+        quantization_config=quantization,
+    )
+
+
+class TransformersPolicy:
+    """Implements spinfast.policy.Policy. Parameters of `base` may be views of a generation engine's tensors."""
+
+    def __init__(self, base: PreTrainedModel, lora: LoraConfig, ops: Ops, seed: int):
+        self.ops = ops
+        self.lora = lora
+        self.folded: list[Adapter] = []  # adapters merged into the base, oldest first
+        base.requires_grad_(False)
+        base.config.use_cache = False
+        with _seeded(seed):
+            self.model = get_peft_model(base, lora, autocast_adapter_dtype=True)
+        self.model.train()
+        self.causal_lm = base
+        self.decoder = base.get_decoder()
+        self.device = base.device
+        self.dtype = base.dtype
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        return self.decoder(
+            input_ids=batch.token_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            layout=batch.layout,
+        ).last_hidden_state[0]
+
+    @property
+    def head_VD(self) -> torch.Tensor:
+        return self.causal_lm.get_output_embeddings().weight
+
+    @property
+    def head_bias_V(self) -> torch.Tensor | None:
+        return self.causal_lm.get_output_embeddings().bias
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def checkpoint_layers(self, layers: int) -> None:
+        """Recompute the activations of the first `layers` decoder layers in the backward."""
+        for number, layer in enumerate(self.decoder.layers):
+            layer.gradient_checkpointing = number < layers
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """The base without its adapter (and without what earlier rounds merged, if any was)."""
+        if self.folded:
+            raise UserError("the base alone is gone once adapters were merged; use lora.init: continue")
+        with self.model.disable_adapter():
+            yield
+
+    # The adapter -----------------------------------------------------------------------------------------------
+
+    def adapter(self) -> Adapter:
+        """A host copy of the trainable adapter, relative to the base with everything folded so far."""
+        tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return Adapter(self._config(), {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy tensors into the trainable adapter. Raises UserError if they do not fit this base."""
+        own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        misfits = [
+            name for name in own if name not in adapter.tensors or adapter.tensors[name].shape != own[name].shape
+        ]
+        strangers = [name for name in adapter.tensors if name not in own]
+        if misfits or strangers:
+            raise UserError(
+                f"adapter does not fit the model: {len(misfits)} tensors missing or of another shape, "
+                f"{len(strangers)} unknown (first: {(misfits + strangers)[0]}); check model.name, lora.r, "
+                "lora.target_modules"
+            )
+        set_peft_model_state_dict(self.model, adapter.tensors)
+
+    def full_adapter(self) -> Adapter:
+        """The adapter relative to the original base: what is folded and what is trained, stacked."""
+        return adapters.stack([*self.folded, self.adapter()])
+
+    def save_adapter(self, path: Path) -> None:
+        adapters.save(self.full_adapter(), path)
+
+    def restore(self, adapter: Adapter) -> None:
+        """Become base + `adapter` again, a full_adapter() of an earlier process: fold all parts but the last."""
+        parts = adapters.unstack(adapter, self.lora.r)
+        for part in parts[len(self.folded) : -1]:
+            self.load_adapter(part)
+            self._fold()
+        self.load_adapter(parts[-1])
+
+    def merge_and_restart(self, seed: int) -> None:
+        """Fold the adapter into the base and start a fresh one (A random by `seed`, B zero)."""
+        self._fold()
+        with _seeded(seed):
+            for module in self._lora_layers():
+                module.reset_lora_parameters("default", init_lora_weights=True)
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        self.folded.append(self.adapter())
+        for module in self._lora_layers():
+            weight = module.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise UserError("lora.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
+            weight.copy_(weight.float() + module.get_delta_weight("default").float())
+
+    def _lora_layers(self) -> list[LoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+
+    def _config(self) -> dict:
+        config = self.model.peft_config["default"].to_dict() | {"inference_mode": True}
+        return json.loads(json.dumps(config, default=_plain, sort_keys=True))
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def load_policy(
+    path: Path, name: str, revision: str, *, lora, ops: Ops, profile, load_in_4bit: bool, seed: int, base=None
+) -> TransformersPolicy:
+    """Build the policy from local files, or around `base`, a model whose weights an engine already holds."""
+    base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        base_model_name_or_path=name,
+        revision=revision,
+    )
+    return TransformersPolicy(base, config, ops, seed)

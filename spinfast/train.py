@@ -1,0 +1,209 @@
+"""Scoring and training on packed batches: the forward, the loss, the step. Knows no files and no iterations.
+
+The opponent is the policy before its first step, so scoring runs the very batches that training runs first: same
+kernels, same shapes, and the first loss is l(0) to rounding even in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from spinfast.objectives import Objective
+from spinfast.packing import bins, pack
+from spinfast.policy import Policy
+from spinfast.types import Group, PackedBatch
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How a list of groups becomes optimizer steps."""
+
+    groups_per_step: int
+    microbatch_tokens: int
+    epochs: int
+    seed: int
+    attention: str
+    lr: float
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    max_overflows: int = 20
+
+    def steps(self, groups: int) -> int:
+        return self.epochs * math.ceil(groups / self.groups_per_step)
+
+
+def step_rows(plan: TrainPlan, groups: int) -> list[list[int]]:
+    """The rows of every optimizer step: a seeded shuffle per epoch, cut into steps. Pure, so resume recomputes it."""
+    rows = []
+    for epoch in range(plan.epochs):
+        order = list(range(groups))
+        random.Random(plan.seed * 1_000_003 + epoch).shuffle(order)
+        rows += [order[i : i + plan.groups_per_step] for i in range(0, groups, plan.groups_per_step)]
+    return rows
+
+
+def step_batches(plan: TrainPlan, groups: Sequence[Group], rows: Sequence[int]) -> list[PackedBatch]:
+    """The microbatches of one step."""
+    chosen = [groups[row] for row in rows]
+    return [
+        pack(groups, [rows[i] for i in positions], plan.attention) for positions in bins(chosen, plan.microbatch_tokens)
+    ]
+
+
+def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
+    """Log-probs (N,) fp32 of the answers' tokens; the prompt's tokens never reach the head."""
+    hidden_ND = policy.hidden(batch).index_select(0, batch.scored_N)
+    return policy.ops.linear_logps(hidden_ND, policy.head_VD, batch.targets_N, bias=policy.head_bias_V)
+
+
+@torch.no_grad()
+def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
+    """Log-prob sums (S,) fp32 on the host, one per answer."""
+    batch = batch.to(policy.device)
+    sums_S = torch.zeros(batch.sequences, device=policy.device, dtype=torch.float32)
+    return sums_S.index_add_(0, batch.sequence_ids_N, answer_logps(policy, batch)).cpu()
+
+
+def score(policy: Policy, groups: Sequence[Group], plan: TrainPlan) -> torch.Tensor:
+    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers."""
+    scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
+    first_epoch = step_rows(plan, len(groups))[: plan.steps(len(groups)) // plan.epochs]
+    for rows in first_epoch:
+        for batch in step_batches(plan, groups, rows):
+            scores[list(batch.rows)] = batch_sequence_logps(policy, batch).view(len(batch.rows), -1)
+    return scores
+
+
+def sequence_logps(
+    policy: Policy, groups: Sequence[Group], microbatch_tokens: int, attention: str
+) -> list[list[float]]:
+    """Log-prob sums per group and answer, any number of answers each, in the order given."""
+    scores: list[list[float]] = [[] for _ in groups]
+    for rows in bins(groups, microbatch_tokens):
+        batch = pack(groups, rows, attention)
+        sums = iter(batch_sequence_logps(policy, batch).tolist())
+        for row in batch.rows:
+            scores[row] = [next(sums) for _ in groups[row].answers]
+    return scores
+
+
+# Optimisation --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """All that a step changes besides the adapter."""
+
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0  # since the scale last changed
+    overflows: int = 0  # in all
+    overflows_in_a_row: int = 0
+    names: list[str] = field(default_factory=list)  # parameter names, in the optimizer's order
+
+
+GROWTH_INTERVAL, MAX_LOSS_SCALE = 200, 2.0**16
+
+
+def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: bool) -> TrainState:
+    """A fresh optimizer over the adapter; fp16 starts at a loss scale of 2^12."""
+    parameters = policy.trainable_parameters()
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[optimizer]
+    return TrainState(
+        make(list(parameters.values()), lr=0.0, weight_decay=weight_decay),
+        loss_scale=2.0**12 if scaled else 1.0,
+        names=list(parameters),
+    )
+
+
+class TooManyOverflows(RuntimeError):
+    """The gradients were not finite max_overflows times in a row."""
+
+
+def train(
+    policy: Policy, groups: Sequence[Group], objective: Objective, plan: TrainPlan, state: TrainState, scaled: bool
+) -> Iterator[dict[str, float]]:
+    """Optimise from state.step to the end, yielding the metrics of each step after it was made.
+
+    A caller may save policy and state between two yields and continue from there later.
+    """
+    schedule = step_rows(plan, len(groups))
+    while state.step < len(schedule):
+        rows = schedule[state.step]
+        lr = learning_rate(plan, state.step, len(schedule))
+        for parameter_group in state.optimizer.param_groups:
+            parameter_group["lr"] = lr
+        metrics = train_step(policy, groups, rows, objective, plan, state, scaled)
+        state.step += 1
+        yield {"step": state.step, "steps": len(schedule), "train/lr": lr, **metrics}
+
+
+def train_step(policy, groups, rows, objective, plan, state, scaled) -> dict[str, float]:
+    """Accumulate the step's microbatches, clip, update. A step that is not finite is skipped and counted."""
+    weight = sum(objective.weight(groups[row]) for row in rows)
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    for batch in step_batches(plan, groups, rows):
+        tokens += batch.tokens
+        batch = batch.to(policy.device)
+        loss = objective(batch, answer_logps(policy, batch))
+        (loss.total * (state.loss_scale / weight)).backward()
+        for name, value in {"train/loss": loss.total.detach(), **loss.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm).item()
+    metrics = {name: (value / weight).item() for name, value in sums.items()}
+    skipped = not (math.isfinite(norm) and math.isfinite(metrics["train/loss"]))
+    if not skipped:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    scale = state.loss_scale
+    _update_loss_scale(state, skipped, scaled)
+    if state.overflows_in_a_row >= plan.max_overflows:
+        raise TooManyOverflows(
+            f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient "
+            f"(loss {metrics['train/loss']}, gradient norm {norm}, loss scale {scale:g}, rows {rows})"
+        )
+    return metrics | {
+        "train/grad_norm": norm,
+        "train/loss_scale": scale,
+        "train/overflows": state.overflows,
+        "train/tokens": tokens,
+    }
+
+
+def _update_loss_scale(state: TrainState, skipped: bool, scaled: bool) -> None:
+    if skipped:
+        state.overflows += 1
+        state.overflows_in_a_row += 1
+        state.good_steps = 0
+        state.loss_scale = max(state.loss_scale / 2, 1.0) if scaled else 1.0
+        return
+    state.overflows_in_a_row = 0
+    state.good_steps += 1
+    if scaled and state.good_steps == GROWTH_INTERVAL:
+        state.good_steps = 0
+        state.loss_scale = min(state.loss_scale * 2, MAX_LOSS_SCALE)
+
+
+def learning_rate(plan: TrainPlan, step: int, steps: int) -> float:
+    """Linear warm-up over warmup_ratio of the steps, then linear or cosine decay to zero, or constant."""
+    warmup = math.ceil(plan.warmup_ratio * steps)
+    if step < warmup:
+        return plan.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[plan.schedule]
+    return plan.lr * factor
