@@ -1,0 +1,141 @@
+"""Early warnings in plain words: what the rows of results.json show, and what to try.
+
+A rule sees one row (an iteration, after the base's) beside the row before it and returns a sentence or None.
+Thresholds are judgement, not theory; those that compare two numbers ask for two standard errors between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Row = dict
+Rule = Callable[[Row, Row], str | None]
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Every rule over every iteration, in order. rows[0] is the base (or the SFT) row."""
+    found = []
+    for previous, row in zip(rows, rows[1:], strict=False):
+        said = (rule(row, previous) for rule in RULES)
+        found += [f"Iteration {row['iteration']}: {sentence}" for sentence in said if sentence]
+    return found
+
+
+def _real_falls(row: Row, previous: Row) -> str | None:
+    change = row["evaluation"].get("heldout/real_logp_change")
+    if change and _below(change, 0.0):
+        return (
+            f"log p(real) fell by {-change['value']:.2f} nats per answer on held-out prompts. The policy wins by "
+            "pushing generated answers down, not by learning the real ones. Try a smaller learning rate, fewer "
+            "steps, a larger beta, or one more SFT pass first."
+        )
+    return None
+
+
+def _loss_at_zero(row: Row, previous: Row) -> str | None:
+    loss = row["train"].get("train/loss")
+    if loss is not None and loss < 0.02:
+        return (
+            f"the training loss ended at {loss:.4f}: every pair is already told apart, and further steps only "
+            "widen the gap. Look for a give-away (length, end token, formatting), lower the learning rate or "
+            "the number of epochs."
+        )
+    return None
+
+
+def _length(row: Row, previous: Row) -> str | None:
+    now, before = (r["evaluation"].get("heldout/length") for r in (row, previous))
+    if now and before and not 0.67 < now["value"] / before["value"] < 1.5:
+        change = "grew" if now["value"] > before["value"] else "shrank"
+        return (
+            f"answers {change} from {before['value']:.0f} to {now['value']:.0f} tokens in one iteration. Length has "
+            "become part of the game. Check that real answers end with the end-of-turn token, raise "
+            "max_tokens if answers are cut, or lower the learning rate."
+        )
+    return None
+
+
+def _shortcut(row: Row, previous: Row) -> str | None:
+    features = {"fresh/auc_length": "their length", "fresh/auc_eos": "whether they end with the end token"}
+    for metric, name in features.items():
+        area = row["evaluation"].get(metric)
+        if area and area["value"] > 0.9:
+            return (
+                f"real and fresh answers can be told apart by {name} alone (AUC {area['value']:.2f}). That is a bug "
+                "or a difference of format, not quality. Compare some pairs by eye: chat template, end token, "
+                "answers cut at max_tokens."
+            )
+    return None
+
+
+def _never_ends(row: Row, previous: Row) -> str | None:
+    now, before = (r["evaluation"].get("heldout/eos_rate") for r in (row, previous))
+    if now and before and now["value"] < 0.5 and _apart(now, before) and now["value"] < before["value"]:
+        return (
+            f"only {now['value']:.0%} of the answers end by themselves ({before['value']:.0%} before). Raise max_tokens "
+            "or leave cut answers out of the pairs."
+        )
+    return None
+
+
+def _loops(row: Row, previous: Row) -> str | None:
+    now, before = (r["evaluation"].get("heldout/repeated_4grams") for r in (row, previous))
+    if now and before and now["value"] > 0.25 and now["value"] > before["value"] and _apart(now, before):
+        return (
+            f"{now['value']:.0%} of all 4-grams are repetitions ({before['value']:.0%} before): the model loops. Go "
+            "back to the previous adapter and lower the learning rate."
+        )
+    return None
+
+
+def _worse(row: Row, previous: Row) -> str | None:
+    for metric in ("heldout/accuracy_strict", "heldout/accuracy_flexible"):
+        now, before = (r["evaluation"].get(metric) for r in (row, previous))
+        if now and before and now["value"] < before["value"] and _apart(now, before):
+            return (
+                f"{metric.split('/')[1].replace('_', ' (')}) fell from {before['value']:.1%} to {now['value']:.1%}, "
+                "more than noise explains. Keep the earlier adapter."
+            )
+    return None
+
+
+def _game_over(row: Row, previous: Row) -> str | None:
+    area = row["evaluation"].get("fresh/auc_log_ratio")
+    if area and area["stderr"] and abs(area["value"] - 0.5) < 2 * area["stderr"]:
+        return (
+            f"the policy's log-ratio no longer tells real answers from its own fresh ones (AUC {area['value']:.2f}): "
+            "the game is over, another iteration has nothing to learn from."
+        )
+    return None
+
+
+def _few_pairs(row: Row, previous: Row) -> str | None:
+    lost = sum(row["rejected"].values())
+    if lost > row["pairs"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
+        return f"more pairs were rejected ({reasons}) than kept ({row['pairs']})."
+    return None
+
+
+def _below(of: dict, bound: float) -> bool:
+    return of["stderr"] is not None and of["value"] + 2 * of["stderr"] < bound
+
+
+def _apart(a: dict, b: dict) -> bool:
+    """More than two standard errors between two estimates, taken as independent (the cautious side)."""
+    if a["stderr"] is None or b["stderr"] is None:
+        return False
+    return abs(a["value"] - b["value"]) > 2 * (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
+
+
+RULES: tuple[Rule, ...] = (
+    _real_falls,
+    _loss_at_zero,
+    _length,
+    _shortcut,
+    _never_ends,
+    _loops,
+    _worse,
+    _game_over,
+    _few_pairs,
+)

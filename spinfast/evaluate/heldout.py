@@ -1,0 +1,149 @@
+"""One look at held-out problems after a round: greedy answers scored, and the game played on fresh samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from spinfast import files
+from spinfast.evaluate.answers import score_gsm8k
+from spinfast.evaluate.selfplay import (
+    Metrics,
+    fresh_opponent_metrics,
+    generation_metrics,
+    kl_metrics,
+    selfplay_metrics,
+)
+from spinfast.evaluate.statistics import estimate
+from spinfast.generation import prompt_seed
+from spinfast.record import Stage
+from spinfast.train import sequence_logps
+from spinfast.types import Adapter, Completion, Example, Group, Request
+
+OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", "heldout_logps.safetensors", "eval.json")
+Answer = Callable[[Sequence[Request], object], dict[int, Completion]]
+
+
+def evaluate(game, stage: Stage, previous: Stage | None, opponent: Adapter, round_number: int, beta: float) -> None:
+    """Write OUTPUTS for the policy as it stands. `opponent` is the adapter the round started from.
+
+    Without a `previous` stage (the base) policy and opponent are one: pair accuracy 0.5, margin 0.
+    """
+    settings = game.config.evaluate
+    metrics = greedy_metrics(game, stage, game.heldout[: settings.problems])
+    players = game.heldout[: settings.pairs]
+    samples = draw(game, players, game.sampling(game.config.generation.temperature, game.config.generation.max_tokens),
+                   round_number)  # fmt: skip
+    rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
+    files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    rivals = read_samples(previous) if previous else samples
+    metrics |= play(game, stage, players, samples, rivals, opponent, beta)
+    files.write_json(stage.path("eval.json"), metrics)
+
+
+def greedy_metrics(game, stage: Stage, problems: Sequence[Example]) -> Metrics:
+    """Answer greedily, write the transcripts, score those that have a reference."""
+    answers = draw(game, problems, game.sampling(0.0, game.config.evaluate.max_tokens), 0)
+    transcripts, strict, flexible = [], [], []
+    for example, completion in zip(problems, answers, strict=True):
+        text = game.renderer.text(completion.token_ids)
+        scores = {} if example.reference is None else score_gsm8k(text, example.reference)
+        if scores:
+            strict.append(scores["exact_match,strict-match"])
+            flexible.append(scores["exact_match,flexible-extract"])
+        transcripts.append(
+            {
+                "index": example.index,
+                "prompt": list(example.messages),
+                "real": example.answer,
+                "reference": example.reference,
+                "text": text,
+                "scores": scores,
+                "finish_reason": completion.finish_reason,
+                "tokens": len(completion.token_ids),
+            }
+        )
+    files.write_text(stage.path("heldout.jsonl"), "".join(json.dumps(row) + "\n" for row in transcripts))
+    if not strict:
+        return {}
+    return {
+        "heldout/accuracy_strict": estimate(np.array(strict)),
+        "heldout/accuracy_flexible": estimate(np.array(flexible)),
+    }
+
+
+def play(
+    game,
+    stage: Stage,
+    players: Sequence[Example],
+    samples: Sequence[Completion],
+    rivals: Sequence[Completion],
+    opponent: Adapter,
+    beta: float,
+) -> Metrics:
+    """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base."""
+    groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
+    groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
+
+    def logps() -> dict[str, np.ndarray]:
+        scored = sequence_logps(game.policy, groups, game.microbatch_tokens, game.device.attention)
+        real, own = np.array(scored[: len(players)]).T
+        return {"real": real, "sample": own, "rival": np.array(scored[len(players) :])[:, 0]}
+
+    policy = logps()
+    with game.policy.playing(opponent):
+        before = logps()
+    base = None
+    if not game.policy.folded:
+        with game.policy.base_only():
+            base = logps()
+    columns = {"policy": policy, "opponent": before} | ({"base": base} if base else {})
+    arrays = {f"{who}.{what}": torch.from_numpy(x.copy()) for who, has in columns.items() for what, x in has.items()}
+    save_file(arrays, stage.path("heldout_logps.safetensors"))
+    real_lengths = [len(e.real_ids) for e in players]
+    sample_lengths = [len(c.token_ids) for c in samples]
+    metrics = selfplay_metrics(
+        policy["real"],
+        policy["rival"],
+        before["real"],
+        before["rival"],
+        real_lengths,
+        [len(c.token_ids) for c in rivals],
+        beta,
+        base_real_logps=base["real"] if base else None,
+        base_generated_logps=base["rival"] if base else None,
+    )
+    ended = [c.finish_reason == "stop" for c in samples]
+    metrics |= generation_metrics([c.token_ids for c in samples], real_lengths, ended)
+    metrics |= fresh_opponent_metrics(
+        policy["real"] - before["real"],
+        policy["sample"] - before["sample"],
+        real_lengths,
+        sample_lengths,
+        [True] * len(players),
+        ended,
+    )
+    return metrics | (kl_metrics(policy["sample"], base["sample"], sample_lengths) if base else {})
+
+
+def draw(game, examples: Sequence[Example], sampling, round_number: int) -> list[Completion]:
+    """One completion per example, in their order."""
+    seed = game.config.seed
+    requests = [Request(e.index, e.prompt_ids, prompt_seed(seed, round_number, e.index, "heldout")) for e in examples]
+    answers = {}
+    with game.display.phase("evaluate", len(requests), "answers") as tick:
+        for completion in game.generator.generate(requests, sampling, game.policy.adapter()):
+            answers[completion.index] = completion
+            tick.advance(tokens=len(completion.token_ids))
+    return [answers[example.index] for example in examples]
+
+
+def read_samples(stage: Stage) -> list[Completion]:
+    return [
+        Completion(row["index"], tuple(row["token_ids"]), row["finish_reason"])
+        for row in files.read_jsonl(stage.path("heldout_samples.jsonl"))
+    ]
