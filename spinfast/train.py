@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,13 +70,19 @@ def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     return sums_S.index_add_(0, batch.sequence_ids_N, answer_logps(policy, batch)).cpu()
 
 
-def score(policy: Policy, groups: Sequence[Group], plan: TrainPlan) -> torch.Tensor:
-    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers."""
+def score(
+    policy: Policy, groups: Sequence[Group], plan: TrainPlan, advance: Callable[[int, int], None]
+) -> torch.Tensor:
+    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers.
+
+    advance(groups, tokens) is called after each batch.
+    """
     scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
     first_epoch = step_rows(plan, len(groups))[: plan.steps(len(groups)) // plan.epochs]
     for rows in first_epoch:
         for batch in step_batches(plan, groups, rows):
             scores[list(batch.rows)] = batch_sequence_logps(policy, batch).view(len(batch.rows), -1)
+            advance(len(batch.rows), batch.tokens)
     return scores
 
 

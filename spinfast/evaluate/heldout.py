@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,34 +20,33 @@ from spinfast.evaluate.selfplay import (
 )
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
+from spinfast.interrupt import stop_if_asked
 from spinfast.record import Stage
 from spinfast.train import sequence_logps
-from spinfast.types import Adapter, Completion, Example, Group, Request
+from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", "heldout_logps.safetensors", "eval.json")
-Answer = Callable[[Sequence[Request], object], dict[int, Completion]]
 
 
-def evaluate(game, stage: Stage, previous: Stage | None, opponent: Adapter, round_number: int, beta: float) -> None:
-    """Write OUTPUTS for the policy as it stands. `opponent` is the adapter the round started from.
+def evaluate(game, stage: Stage, previous: Stage, opponent: Adapter, beta: float) -> None:
+    """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the round started from.
 
-    Without a `previous` stage (the base) policy and opponent are one: pair accuracy 0.5, margin 0.
+    The base plays itself: previous is its own stage, pair accuracy 0.5, margin 0.
     """
     settings = game.config.evaluate
     metrics = greedy_metrics(game, stage, game.heldout[: settings.problems])
     players = game.heldout[: settings.pairs]
-    samples = draw(game, players, game.sampling(game.config.generation.temperature, game.config.generation.max_tokens),
-                   round_number)  # fmt: skip
+    sampling = game.sampling(game.config.generation.temperature, game.config.generation.max_tokens)
+    samples = draw(game, stage, players, sampling)
     rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
     files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    rivals = read_samples(previous) if previous else samples
-    metrics |= play(game, stage, players, samples, rivals, opponent, beta)
+    metrics |= play(game, stage, players, samples, read_samples(previous), opponent, beta)
     files.write_json(stage.path("eval.json"), metrics)
 
 
 def greedy_metrics(game, stage: Stage, problems: Sequence[Example]) -> Metrics:
     """Answer greedily, write the transcripts, score those that have a reference."""
-    answers = draw(game, problems, game.sampling(0.0, game.config.evaluate.max_tokens), 0)
+    answers = draw(game, stage, problems, game.sampling(0.0, game.config.evaluate.max_tokens))
     transcripts, strict, flexible = [], [], []
     for example, completion in zip(problems, answers, strict=True):
         text = game.renderer.text(completion.token_ids)
@@ -130,15 +129,18 @@ def play(
     return metrics | (kl_metrics(policy["sample"], base["sample"], sample_lengths) if base else {})
 
 
-def draw(game, examples: Sequence[Example], sampling, round_number: int) -> list[Completion]:
+def draw(game, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:
     """One completion per example, in their order."""
-    seed = game.config.seed
-    requests = [Request(e.index, e.prompt_ids, prompt_seed(seed, round_number, e.index, "heldout")) for e in examples]
+    requests = [
+        Request(e.index, e.prompt_ids, prompt_seed(game.config.seed, stage.round, e.index, f"heldout {stage.name}"))
+        for e in examples
+    ]
     answers = {}
-    with game.display.phase("evaluate", len(requests), "answers") as tick:
+    with game.display.phase(f"{stage.name} evaluate", len(requests), "answers") as tick:
         for completion in game.generator.generate(requests, sampling, game.policy.adapter()):
             answers[completion.index] = completion
             tick.advance(tokens=len(completion.token_ids))
+            stop_if_asked()
     return [answers[example.index] for example in examples]
 
 

@@ -100,6 +100,16 @@ class TransformersPolicy:
         with self.model.disable_adapter():
             yield
 
+    @contextmanager
+    def playing(self, adapter: Adapter) -> Iterator[None]:
+        """Another adapter in place of the trained one, for the duration of the block."""
+        own = self.adapter()
+        self.load_adapter(adapter)
+        try:
+            yield
+        finally:
+            self.load_adapter(own)
+
     # The adapter -----------------------------------------------------------------------------------------------
 
     def adapter(self) -> Adapter:

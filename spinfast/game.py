@@ -1,0 +1,166 @@
+"""Everything one run plays with, put together once: device, data, policy, generator. loop.py plays the game."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from spinfast import adapter as adapters
+from spinfast import ops as operators
+from spinfast.config import Config, Data, at
+from spinfast.data import LoadedData, check_overlap, load_examples
+from spinfast.device import DeviceProfile, profile
+from spinfast.errors import UserError
+from spinfast.generation import Generator, prompt_seed
+from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
+from spinfast.policy.transformers import TransformersPolicy, load_policy
+from spinfast.progress import Display
+from spinfast.record import RunDir, Stage
+from spinfast.renderer import Renderer
+from spinfast.train import TrainPlan
+from spinfast.types import Adapter, Example, Sampling
+
+log = logging.getLogger("spinfast")
+
+
+@dataclass
+class Game:
+    """The pieces and the rules of one run."""
+
+    config: Config
+    run: RunDir
+    display: Display
+    device: DeviceProfile
+    model: ResolvedModel
+    renderer: Renderer
+    examples: list[Example]
+    heldout: list[Example]
+    policy: TransformersPolicy
+    generator: Generator
+    microbatch_tokens: int
+
+    def sampling(self, temperature: float, max_tokens: int) -> Sampling:
+        top_p = self.config.generation.top_p if temperature else 1.0
+        return Sampling(temperature, top_p, max_tokens, self.renderer.stop_ids)
+
+    def spin_plan(self, iteration: int) -> TrainPlan:
+        settings = self.config.train
+        return self._plan(settings.pairs_per_step, settings.epochs, at(settings.lr, iteration), iteration + 1)
+
+    def sft_plan(self) -> TrainPlan:
+        return self._plan(self.config.sft.examples_per_step, self.config.sft.epochs, self.config.sft.lr, 0)
+
+    def _plan(self, groups_per_step: int, epochs: int, lr: float, round_number: int) -> TrainPlan:
+        settings = self.config.train
+        return TrainPlan(
+            groups_per_step=groups_per_step,
+            microbatch_tokens=self.microbatch_tokens,
+            epochs=epochs,
+            seed=self.config.seed * 1009 + round_number,
+            attention=self.device.attention,
+            lr=lr,
+            schedule=settings.schedule,
+            warmup_ratio=settings.warmup_ratio,
+            max_grad_norm=settings.max_grad_norm,
+            max_overflows=settings.max_overflows,
+        )
+
+    def become_opponent(self, previous: Stage) -> Adapter:
+        """Put the policy where a round starts, the previous round's result, and return its adapter there.
+
+        With lora.init: merge that result moves into the base and a fresh adapter starts, B zero.
+        """
+        self.policy.restore(adapters.load(previous.path("adapter")))
+        if self.config.lora.init == "merge" and previous.name != "base":
+            self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
+        return self.policy.adapter()
+
+
+@contextmanager
+def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
+    """Load data and model, start the generator; leaving gives the generator's memory back."""
+    device = profile(config.device.profile, config.device.dtype, config.device.attention)
+    model = resolve_model(config.model.name, config.model.revision)
+    renderer = Renderer(load_tokenizer(model.path), **config.prompt.template)
+    examples, heldout = load_data(config, renderer)
+    ops, why = operators.choose(config.device.kernels, device.device)
+    for name, reason in {**device.reasons, "kernels": why}.items():
+        log.info("%s: %s", name, reason)
+    policy = load_policy(
+        model.path,
+        model.name,
+        model.revision,
+        lora=config.lora,
+        ops=ops,
+        profile=device,
+        load_in_4bit=config.model.load_in_4bit,
+        seed=config.seed,
+    )
+    with open_generator(config, policy) as generator:
+        yield Game(
+            config=config,
+            run=run,
+            display=display,
+            device=device,
+            model=model,
+            renderer=renderer,
+            examples=examples,
+            heldout=heldout,
+            policy=policy,
+            generator=generator,
+            microbatch_tokens=microbatch_tokens(config),
+        )
+
+
+def load_data(config: Config, renderer: Renderer) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; warns of rejected rows and of prompts in both sets."""
+    train = _load(config, config.data, renderer, "data")
+    if config.heldout is None:
+        return train.examples, []
+    heldout = _load(config, config.heldout, renderer, "heldout")
+    if shared := check_overlap(train.examples, heldout.examples):
+        log.warning("heldout: %d of %d prompts are in the training data too", shared, len(heldout.examples))
+    return train.examples, heldout.examples
+
+
+def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedData:
+    loaded = load_examples(
+        data.source,
+        subset=data.subset,
+        split=data.split,
+        revision=data.revision,
+        size=data.size,
+        seed=data.seed,
+        turns=data.turns,
+        system=config.prompt.system,
+        renderer=renderer,
+        max_prompt_tokens=config.prompt.max_prompt_tokens,
+        max_answer_tokens=config.prompt.max_answer_tokens,
+    )
+    log.info("%s: %d examples from %s", name, len(loaded.examples), data.source)
+    for reason, count in loaded.rejected.items():
+        log.warning("%s: %d rows rejected: %s", name, count, reason)
+    for warning in loaded.warnings:
+        log.warning("%s: %s", name, warning)
+    return loaded
+
+
+def open_generator(config: Config, policy: TransformersPolicy) -> Generator:
+    """The generator that config.generation.backend names."""
+    settings = config.generation
+    longest = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
+    if settings.backend == "vllm":
+        raise UserError("generation.backend: vllm is not wired into the loop yet; use transformers")
+    from spinfast.generation.transformers import TransformersGenerator
+
+    return TransformersGenerator(policy, batch_size=settings.batch_size, max_model_len=longest)
+
+
+def microbatch_tokens(config: Config) -> int:
+    """Packed tokens of one microbatch: the config's, or room for the longest possible pair and at least 4,096."""
+    if config.train.microbatch_tokens != "auto":
+        return config.train.microbatch_tokens
+    longest = config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens + config.generation.max_tokens
+    return max(4096, longest)

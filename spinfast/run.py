@@ -1,0 +1,107 @@
+"""`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run]`
+
+Without a config one is picked by device. The same command continues an interrupted run of the same config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from spinfast.config import Config, load_config
+from spinfast.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(*arguments)
+    except UserError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(f"no space left for {error.filename}: make room and run the same command again to go on")
+
+
+def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool]:
+    parser = argparse.ArgumentParser(prog="spinfast", description="Low-rank self-play fine-tuning (SPIN).")
+    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
+    parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
+    arguments = parser.parse_args(argv)
+    paths = [Path(word) for word in arguments.config if "=" not in word]
+    if len(paths) > 1:
+        parser.error(f"expected one config file, got {', '.join(map(str, paths))}")
+    overrides = [word for word in arguments.config if "=" in word]
+    return (paths[0] if paths else None), overrides, arguments.run_dir, arguments.dry_run
+
+
+def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dry_run: bool) -> int:
+    why = "asked for"
+    if config_path is None:
+        config_path, why = default_config()
+    config = load_config(config_path, overrides)
+    run_dir = run_dir or Path("runs") / f"{config_path.stem}-{config.hash()}"
+    if dry_run:
+        from spinfast.dry_run import dry_run as plan_only
+
+        plan_only(config)
+        return 0
+    return play(config, run_dir, f"{config_path} ({why})")
+
+
+def play(config: Config, run_dir: Path, chosen: str) -> int:
+    """Open the run directory and play."""
+    # imported late, so that a wrong config is told at once
+    from spinfast.environment import describe
+    from spinfast.game import open_game
+    from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
+    from spinfast.loop import log, self_play
+    from spinfast.progress import Display
+    from spinfast.record import RunDir
+
+    started = time.monotonic()
+    display, record = Display(), RunDir(run_dir, config)
+    try:
+        display.log_to(run_dir / "log.txt")
+        log.info("config: %s, run directory: %s", chosen, run_dir)
+        describe(run_dir / "environment.json")
+        with catching_signals(), open_game(config, record, display) as game:
+            for row in self_play(game):
+                log.info("iteration %s done", row["iteration"])
+        display.table(record.results())
+        log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
+        return 0
+    except Stopped:
+        log.warning("stopped by a signal; everything done is saved. Run the same command again to go on")
+        return EXIT_CODE
+    finally:
+        record.close()
+
+
+def default_config() -> tuple[Path, str]:
+    """The config for this machine and why it was chosen."""
+    import torch
+
+    if torch.cuda.is_available():
+        return CONFIGS / "qwen2.5-0.5b-t4.yaml", "no config given; a CUDA GPU is visible"
+    return CONFIGS / "smollm2-135m-cpu.yaml", "no config given; no CUDA GPU is visible"
+
+
+def _complain(message: str) -> int:
+    print(f"spinfast: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
