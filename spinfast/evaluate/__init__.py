@@ -1,5 +1,6 @@
 """Did it help? Verdicts, statistics, the game's diagnostics and benchmark tasks; pure but for tasks.evaluate."""
 
+from spinfast.evaluate.advice import warnings
 from spinfast.evaluate.answers import INVALID, SCORERS, gsm8k_flexible, gsm8k_strict, same_number
 from spinfast.evaluate.selfplay import (
     fresh_opponent_metrics,
@@ -10,7 +11,6 @@ from spinfast.evaluate.selfplay import (
 )
 from spinfast.evaluate.statistics import auc, bootstrap, compare, estimate, interval, mcnemar, over_seeds, wilson
 from spinfast.evaluate.stopping import best, stop_reason
-from spinfast.evaluate.advice import warnings
 
 __all__ = [
     "INVALID",

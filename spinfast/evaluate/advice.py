@@ -6,6 +6,7 @@ Thresholds are judgement, not theory; those that compare two numbers ask for two
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 Row = dict
@@ -15,7 +16,7 @@ Rule = Callable[[Row, Row], str | None]
 def warnings(rows: Sequence[Row]) -> list[str]:
     """Every rule over every iteration, in order. rows[0] is the base (or the SFT) row."""
     found = []
-    for previous, row in zip(rows, rows[1:], strict=False):
+    for previous, row in itertools.pairwise(rows):
         said = (rule(row, previous) for rule in RULES)
         found += [f"Iteration {row['iteration']}: {sentence}" for sentence in said if sentence]
     return found
@@ -33,7 +34,7 @@ def _real_falls(row: Row, previous: Row) -> str | None:
 
 
 def _loss_at_zero(row: Row, previous: Row) -> str | None:
-    loss = row["train"].get("train/loss")
+    loss = row["train"].get("last_loss")
     if loss is not None and loss < 0.02:
         return (
             f"the training loss ended at {loss:.4f}: every pair is already told apart, and further steps only "
@@ -72,8 +73,8 @@ def _never_ends(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/eos_rate") for r in (row, previous))
     if now and before and now["value"] < 0.5 and _apart(now, before) and now["value"] < before["value"]:
         return (
-            f"only {now['value']:.0%} of the answers end by themselves ({before['value']:.0%} before). Raise max_tokens "
-            "or leave cut answers out of the pairs."
+            f"only {now['value']:.0%} of the answers end by themselves ({before['value']:.0%} before). Raise "
+            "max_tokens or leave cut answers out of the pairs."
         )
     return None
 

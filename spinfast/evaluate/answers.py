@@ -138,12 +138,11 @@ def _slash_as_fraction(text: str) -> str:
     r"""3/4 -> \frac{3}{4}"""
     if text.count("/") != 1:
         return text
-    above, below = text.split("/")
     try:
-        fraction = int(above), int(below)
+        above, below = map(int, text.split("/"))
     except ValueError as error:
         raise _Unparsed("fraction of something else") from error
-    return "\\frac{%d}{%d}" % fraction if text == "%d/%d" % fraction else text
+    return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
 
 
 def score_gsm8k(text: str, reference: str) -> dict[str, float]:

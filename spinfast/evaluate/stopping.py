@@ -34,5 +34,6 @@ def stop_reason(results: Sequence[Sequence[float]], patience: int, confidence: f
     against = "the base" if champion == 0 else f"iteration {champion - 1}"
     return (
         f"no held-out gain over {against} in the last {patience} iteration{'s' * (patience > 1)}: the last one is "
-        f"{last['difference']:+.4f} [{last['low']:+.4f}, {last['high']:+.4f}] on {last['n']} items (p = {last['p']:.3g})"
+        f"{last['difference']:+.4f} [{last['low']:+.4f}, {last['high']:+.4f}] on {last['n']} items, "
+        f"p = {last['p']:.3g}"
     )

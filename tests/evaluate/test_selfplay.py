@@ -130,7 +130,7 @@ def test_kl_from_policy_samples():
 
 def row(iteration, **evaluation):
     values = {k.replace("__", "/"): {"value": v[0], "stderr": v[1], "n": N} for k, v in evaluation.items()}
-    return {"iteration": iteration, "pairs": N, "rejected": {}, "train": {"train/loss": 0.5}, "evaluation": values}
+    return {"iteration": iteration, "pairs": N, "rejected": {}, "train": {"last_loss": 0.5}, "evaluation": values}
 
 
 HEALTHY = {
@@ -177,7 +177,7 @@ def test_noise_is_no_warning():
 
 
 def test_training_faults():
-    done = row(0, **HEALTHY) | {"train": {"train/loss": 0.001}, "rejected": {"identical": 250}}
+    done = row(0, **HEALTHY) | {"train": {"last_loss": 0.001}, "rejected": {"identical": 250}}
     loss, pairs = advice.warnings([row("base", **HEALTHY), done])
     assert "training loss ended at 0.0010" in loss
     assert "more pairs were rejected (250 identical) than kept (200)" in pairs
