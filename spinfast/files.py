@@ -68,7 +68,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         sums = {str(file.relative_to(beside)): sha256(file) for file in sorted(beside.rglob("*")) if file.is_file()}
         for name in sums:
             sync(beside / name)
-        (beside / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
+        (beside / MANIFEST).write_text(json.dumps(sums, indent=2))
         sync(beside / MANIFEST)
         sync(beside)
         if path.exists():
