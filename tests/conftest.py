@@ -1,0 +1,30 @@
+"""What all tests share: no network, the Triton interpreter where there is no GPU, tiny models made once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from fixtures import tiny_model_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(arch="qwen2", tied=True, layers=2, hidden=64) -> a saved model's directory; only read it."""
+    made = {}
+
+    def make(arch: str = "qwen2", tied: bool = True, layers: int = 2, hidden: int = 64):
+        key = (arch, tied, layers, hidden)
+        if key not in made:
+            made[key] = tiny_model_dir(tmp_path_factory.mktemp("models"), *key)
+        return made[key]
+
+    return make
