@@ -73,6 +73,11 @@ def load_tokenizer(path: Path | str):
             f"tokenizer {path}: no chat template; use the instruct model, or put its template into "
             f"{Path(path) / 'chat_template.jinja'}"
         )
+    rows = _read_json(Path(path) / "config.json").get("vocab_size", 0)
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(
+            f"tokenizer {path}: has token {last}, the model's vocab_size is {rows}; they do not belong together"
+        )
     _choose_pad_token(tokenizer, path)
     return tokenizer
 

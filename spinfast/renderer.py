@@ -15,8 +15,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from spinfast.errors import UserError
 
 Message = Mapping[str, str]
@@ -104,11 +102,12 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is somebody's program: it may raise anything
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self._name}: the chat template refuses the turns {', '.join(_roles(messages))}: {error}; "
+                f"{self._name}: the chat template refuses the turns {', '.join(_roles(messages))}: {reason}; "
                 "if it takes no system turn, leave prompt.system out"
-            ) from None
+            ) from error
 
     def _skeleton(self, roles: tuple[str, ...], prompt: bool) -> list[str]:
         """The template's own text around the contents: one string more than there are turns."""

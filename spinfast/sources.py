@@ -103,7 +103,11 @@ def _parse(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {str(error)[:200]}") from None
+        raise UserError(f"{where}: not valid JSON: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _expect_object(value: Any, where: str) -> None:
@@ -118,7 +122,7 @@ def _parquet(path: Path) -> Table:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data {path}: not a readable Parquet file: {str(error)[:200]}") from None
+        raise UserError(f"data {path}: not a readable Parquet file: {_one_line(error)}") from None
 
     def where(i: int) -> str:
         return f"{path}, row {i + 1}"
@@ -140,7 +144,7 @@ def _hub(source: str, subset: str | None, split: str, revision: str | None) -> T
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         named = " ".join(part for part in (source, subset, f"split {split}", revision and f"@{revision}") if part)
         raise UserError(
-            f"data {named}: cannot be loaded: {' '.join(str(error).split())[:300]}; check its name, subset and split, "
+            f"data {named}: cannot be loaded: {_one_line(error)}; check its name, subset and split, "
             "the connection and HF_HUB_OFFLINE, or name a local file"
         ) from None
     return Table(

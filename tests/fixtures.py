@@ -24,6 +24,7 @@ LINES = [
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
     "How many eggs are left in the yard? The children find a total of 36 eggs. The answer is 48.",
     "system\nYou are a helpful assistant.\nuser\nassistant\n",
+    "Step 1\n\nStep 2\n\nStep 3\n\n",  # a token of two line ends, which can straddle prompt and answer
 ]
 CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
 
