@@ -83,7 +83,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     """Load data and model, start the generator; leaving gives the generator's memory back."""
     device = profile(config.device.profile, config.device.dtype, config.device.attention)
     model = resolve_model(config.model.name, config.model.revision)
-    renderer = Renderer(load_tokenizer(model.path), **config.prompt.template)
+    renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
     examples, heldout = load_data(config, renderer)
     ops, why = operators.choose(config.device.kernels, device.device)
     for name, reason in {**device.reasons, "kernels": why}.items():

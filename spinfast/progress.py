@@ -17,14 +17,15 @@ from spinfast.record import memory_now
 
 log = logging.getLogger("spinfast")
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one phase
+PLAIN_WIDTH = 160  # a file or pipe has no width of its own
 
 
 class Display:
     """Progress of one run on `console`; also writes everything logged to RUN/log.txt."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
-        self._progress: Progress | None = None
+        console = console or Console(highlight=False)
+        self.console = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
 
     def log_to(self, path: Path) -> None:
         """Send the spinfast logger to this console and append it to `path`."""
