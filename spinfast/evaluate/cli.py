@@ -1,0 +1,145 @@
+"""`spinfast eval --model NAME [--adapter DIR] --tasks gsm8k_chat,boolq,mine.jsonl [--limit N]`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from spinfast import files
+from spinfast.errors import UserError
+from spinfast.evaluate.answers import SCORERS
+from spinfast.evaluate.benchmark import Engine, evaluate, report
+from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, load_rows
+
+log = logging.getLogger("spinfast")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="spinfast eval",
+        description="Score a model, with or without an adapter, on benchmark tasks.",
+        epilog=f"tasks: {', '.join(TASKS)}, leaderboard (= {','.join(LEADERBOARD)}), FILE.jsonl; NAME:5 is 5-shot",
+    )
+    parser.add_argument("--model", required=True, help="hub id, directory or .gguf, as in a config's model.name")
+    parser.add_argument("--revision", help="commit of a hub model")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter; the base alone without it")
+    parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), help="comma-separated")
+    parser.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="FOLDER/SPLIT.jsonl files")
+    parser.add_argument("--scorer", default="text", choices=sorted(SCORERS), help="verdict on FILE.jsonl tasks")
+    parser.add_argument("--limit", type=int, help="only the first N rows of each task")
+    parser.add_argument("--output", type=Path, help="folder for results.json and samples_TASK.jsonl")
+    parser.add_argument("--harness", action="store_true", help="the tasks are lm_eval's, run by lm_eval (if installed)")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of the context")
+    parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
+    parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
+    parser.add_argument("--dtype", default="auto", help="device.dtype, as in a config")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (avg@k)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, print a table, write results; UserError for what the user can mend."""
+    arguments = parse(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit: expected at least 1, got {arguments.limit}")
+    names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
+    tasks = [] if arguments.harness else [find_task(name, arguments.scorer) for name in names]
+    folders = dict(_folder(item) for item in arguments.data)
+    with open_engine(arguments) as engine:
+        if arguments.harness:
+            from spinfast.evaluate.harness import run
+
+            found = run(engine, names, arguments.limit)
+            outcome = {key: found[key] for key in ("results", "n-shot", "n-samples", "versions")}
+            samples = found["samples"]
+        else:
+            results = []
+            for task in tasks:
+                folder = folders.get(task.name)
+                rows = load_rows(task, task.split, folder)[: arguments.limit]
+                pool = load_rows(task, task.shot_split, folder) if task.shots else []
+                log.info("%s: %d rows, %d-shot", task.name, len(rows), task.shots)
+                results.append(evaluate(task, engine, rows, pool))
+            adapter = arguments.adapter and str(arguments.adapter)
+            outcome = report(results, {"model": arguments.model, "adapter": adapter, "limit": arguments.limit})
+            samples = {result.task.name: result.samples for result in results}
+    Console().print(_table(outcome))
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        files.write_json(arguments.output / "results.json", outcome)
+        for name, rows in samples.items():
+            text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            files.write_text(arguments.output / f"samples_{name}.jsonl", text)
+    return 0
+
+
+@contextmanager
+def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
+    """Model, adapter and generator for the duration of the block."""
+    from spinfast import adapter as adapters
+    from spinfast import ops
+    from spinfast.config import Lora
+    from spinfast.device import profile
+    from spinfast.generation.transformers import TransformersGenerator
+    from spinfast.models import load_tokenizer, resolve_model
+    from spinfast.policy.transformers import load_policy
+    from spinfast.renderer import Renderer
+    from spinfast.train import sequence_logps
+
+    device = profile(arguments.profile, arguments.dtype)
+    model = resolve_model(arguments.model, arguments.revision)
+    renderer = Renderer(load_tokenizer(model.path))
+    adapter = adapters.load(arguments.adapter) if arguments.adapter else None
+    lora = Lora()
+    if adapter:
+        lora = Lora(
+            r=adapter.config["r"], alpha=adapter.config["lora_alpha"], target_modules=adapter.config["target_modules"]
+        )
+    table, why = ops.choose("auto", device.device)
+    log.info("kernels: %s", why)
+    policy = load_policy(
+        model.path, model.name, model.revision, lora=lora, ops=table, profile=device, load_in_4bit=False, seed=0
+    )
+    if adapter:
+        policy.load_adapter(adapter)
+    microbatch = max(4096, 2 * arguments.max_length)
+    with TransformersGenerator(
+        policy, batch_size=arguments.batch_size, max_model_len=arguments.max_length
+    ) as generator:
+        yield Engine(
+            tokenizer=renderer.tokenizer,
+            prompt_ids=renderer.prompt_ids,
+            generate=lambda requests, sampling: generator.generate(requests, sampling, adapter),
+            sequence_logps=lambda groups: sequence_logps(policy, groups, microbatch, device.attention),
+            stop_ids=renderer.stop_ids,
+            max_length=arguments.max_length,
+            seed=arguments.seed,
+        )
+
+
+def _folder(item: str) -> tuple[str, Path]:
+    name, found, folder = item.partition("=")
+    if not found or not Path(folder).is_dir():
+        raise UserError(f"--data {item}: expected TASK=FOLDER with an existing folder")
+    return name, Path(folder)
+
+
+def _table(outcome: dict) -> Table:
+    table = Table("task", "shots", "items", "metric", "value", "± stderr")
+    for name, entry in outcome["results"].items():
+        for metric, value in entry.items():
+            base, comma, filtered = metric.partition(",")
+            if not comma or base.endswith("_stderr"):
+                continue
+            stderr = entry[f"{base}_stderr,{filtered}"]
+            shots, items = outcome["n-shot"].get(name), outcome["n-samples"].get(name, {}).get("effective")
+            error = stderr if isinstance(stderr, str) else f"{stderr:.4f}"
+            table.add_row(name, str(shots), str(items), metric, f"{value:.4f}", error)
+    return table
