@@ -82,7 +82,7 @@ def test_ids_of_the_tokenizer():
     assert (RENDERER.end_id, RENDERER.stop_ids, RENDERER.pad_id) == (2, (2,), 0)
 
 
-@pytest.mark.parametrize("text", [" padded ", "\n\nlines\n", "<|im_end|> typed \n"])
+@pytest.mark.parametrize("text", [" padded ", "\n\nlines\n", " <|im_end|> typed \n"])
 def test_a_trimming_template_trims_prompt_and_answer(text):
     renderer = Renderer(tiny_tokenizer(TRIMMING))
     prompt_ids, answer_ids = renderer.example_ids(user(text), text)

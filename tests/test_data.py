@@ -1,0 +1,323 @@
+"""Data sets: every format from every kind of file, every fault named by its row, nothing drawn twice."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fixtures import SPECIAL, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spinfast import sources
+from spinfast.data import check_overlap, load_examples
+from spinfast.errors import UserError
+from spinfast.renderer import Renderer
+
+RENDERER = Renderer(tiny_tokenizer())
+Q, A, A2 = "How many eggs?", "Six and six.\n#### 1,012", "Yes."
+USER, ASSISTANT = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
+MORE = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": A2}]
+SHAREGPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+FORMATS = {
+    "spin": {"real": [USER, ASSISTANT], "generated": [USER, MORE[1]]},
+    "messages": {"prompt": Q, "prompt_id": "x", "messages": [USER, ASSISTANT, *MORE]},  # ultrachat_200k's columns
+    "sharegpt": {"conversations": SHAREGPT},
+    "prompt-completion": {"prompt": Q, "completion": A},
+    "prompt-completion-turns": {"prompt": [USER], "completion": [ASSISTANT]},
+    "alpaca": {"instruction": Q, "input": "", "output": A},
+    "question-answer": {"question": Q, "answer": A},  # gsm8k's columns
+}
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def load(source, **kwargs):
+    limits = {"max_prompt_tokens": 200, "max_answer_tokens": 200}
+    return load_examples(str(source), renderer=RENDERER, **(limits | kwargs))
+
+
+def qa(count):
+    return [{"question": f"{Q} {i}", "answer": f"{i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize("suffix", sources.FILE_SUFFIXES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name, suffix):
+    (example,) = load(write(tmp_path / f"data{suffix}", [FORMATS[name]])).examples
+    assert (example.index, example.messages, example.answer) == (0, (USER,), A)
+    assert example.prompt_ids == RENDERER.prompt_ids([USER])
+    assert example.real_ids == RENDERER.answer_ids([USER], A)
+    assert example.reference == "1012"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (FORMATS["messages"], [USER, ASSISTANT, MORE[0]]),
+        ({"messages": [USER, ASSISTANT, *MORE, USER]}, [USER, ASSISTANT, MORE[0]]),
+        ({"prompt": [USER, ASSISTANT, MORE[0]], "completion": A2}, [USER, ASSISTANT, MORE[0]]),
+    ],
+    ids=["last-answer", "a-question-after-it", "prompt-of-three-turns"],
+)
+def test_last_turns(tmp_path, row, expected):
+    (example,) = load(write(tmp_path / "data.jsonl", [row]), turns="last").examples
+    assert (list(example.messages), example.answer, example.reference) == (expected, A2, None)
+
+
+def test_a_prompt_of_several_turns_keeps_them_all(tmp_path):
+    source = write(tmp_path / "data.jsonl", [{"prompt": [USER, ASSISTANT, MORE[0]], "completion": A2}])
+    assert load(source, turns="first").examples == load(source, turns="last").examples
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([], "Be brief."),
+        ([{"role": "system", "content": "Own."}], "Own."),
+        ([{"role": "system", "content": ""}], "Be brief."),
+    ],
+    ids=["none", "own", "empty"],
+)
+def test_system_turn(tmp_path, own, expected):
+    source = write(tmp_path / "data.jsonl", [{"messages": [*own, USER, ASSISTANT]}])
+    (example,) = load(source, system="Be brief.").examples
+    assert list(example.messages) == [{"role": "system", "content": expected}, USER]
+
+
+def test_alpaca_input_follows_the_instruction(tmp_path):
+    (example,) = load(write(tmp_path / "d.json", [{"instruction": "Add.", "input": "1 2", "output": "3"}])).examples
+    assert example.messages[0]["content"] == "Add.\n\n1 2"
+
+
+def test_columns_are_renamed(tmp_path):
+    source = write(tmp_path / "data.jsonl", [{"problem": Q, "solution": A, "result": 12}])
+    columns = {"question": "problem", "answer": "solution", "reference": "result"}
+    (example,) = load(source, columns=columns).examples
+    assert (example.messages, example.answer, example.reference) == ((USER,), A, "12")
+    with pytest.raises(UserError, match=r"no column 'missing'; columns are problem, solution, result"):
+        load(source, columns={"question": "missing"})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": Q, "answer": None}, "no answer: it is null"),
+        ({"question": Q, "answer": " \n"}, "no answer: it is empty"),
+        ({"question": "", "answer": A}, "no question: it is empty"),
+        ({"messages": [USER]}, "the conversation has no assistant turn"),
+        ({"messages": [ASSISTANT, USER]}, "turn 1: expected the user, got the assistant"),
+        ({"messages": [USER, USER, ASSISTANT]}, "turn 2: expected the assistant, got the user"),
+        ({"messages": [{"role": "system", "content": "S"}, ASSISTANT]}, "turn 2: expected the user, got the assistant"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "turn 2 has role 'tool'"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"no turn 2 \(assistant\): it is null"),
+        ({"question": ["x"], "answer": A}, "question: expected text, got list"),
+        ({"conversations": [{"from": "human", "value": Q}]}, "the conversation has no assistant turn"),
+        ({"prompt": Q, "completion": 7}, "completion: expected text, got int"),
+    ],
+)
+def test_faulty_rows_are_named(tmp_path, suffix, row, message):
+    fine = {k: next(f[k] for f in FORMATS.values() if k in f) for k in row}
+    if suffix == ".parquet":  # a column has one type
+        source, where = write(tmp_path / "data.parquet", [row, row]), r"data\.parquet, row [12]: "
+    else:
+        source, where = write(tmp_path / "data.jsonl", [fine, row]), r"data\.jsonl, line 2: "
+    with pytest.raises(UserError, match=where + ".*" + message) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_faulty_rows_can_be_counted_instead(tmp_path):
+    rows = [*qa(3), {"question": Q}, {"question": Q, "answer": ""}]
+    data = load(write(tmp_path / "data.jsonl", rows), bad_rows="skip")
+    assert len(data.examples) == 3
+    assert data.rejected == {"empty text": 2}
+    assert "2 of 5 rows rejected (empty text: 2)" in data.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"question": "a", "answer": "b"}\n\n{"question": \n', r"line 3: not valid JSON"),
+        (b'{"question": "a", "answer": "b"}\n[1]\n', r"line 2: expected a JSON object, got list"),
+        (b'{"question": "a", "answer": "\xff"}\n', r"line 1: invalid UTF-8 at byte 29; save the file as UTF-8"),
+        (b'{"question": "a", "answer": "\\ud800"}\n', r"line 1: answer: half of a surrogate pair"),
+        (b'{"a": ' + b"[" * 200_000, r"line 1: not valid JSON"),
+        (b'{"question": "a", "answer": "' + b"b" * sources.MAX_LINE_BYTES, r"line 1: longer than 8 MiB"),
+        (b'[{"question": "a", "answer": "b"}, 3]', r"row 2: expected a JSON object, got int"),
+        (b"[{", "not valid JSON"),
+        (b"", "no rows; expected at least one example"),
+        (b"\n \n", "no rows"),
+        (b"[]", "no rows"),
+        (b"{}\n", r"columns  are no known format; expected one of: real \+ generated; messages;"),
+        (b'{"text": "a"}\n', r"columns text are no known format.*question \+ answer"),
+    ],
+)
+def test_faulty_files(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / "data.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(FORMATS["question-answer"]).encode())
+    assert load(tmp_path / "data.jsonl").examples[0].messages == (USER,)
+
+
+def test_invalid_utf8_in_parquet_names_the_row(tmp_path):
+    texts = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": texts}), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"data\.parquet, row 2: invalid UTF-8"):
+        load(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.jsonl", "no such file"),
+        (".", "expected a file ending in"),
+        ("no such thing", "expected a hub id, a local file"),
+        ("nobody/nothing", r"cannot be loaded.*HF_HUB_OFFLINE"),
+        ("reasoning_gym:chain_sum", "only reasoning_gym:gsm_symbolic"),
+        ("reasoning_gym:gsm_symbolic", "set data.size to a number"),
+    ],
+)
+def test_sources_that_cannot_be_opened(source, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_reject_and_count(tmp_path):
+    rows = [*qa(4), *qa(2), {"question": Q * 50, "answer": "x"}, {"question": Q, "answer": "x" * 300}]
+    data = load(write(tmp_path / "data.jsonl", rows))
+    assert len(data.examples) == 4
+    assert data.rejected == {
+        "duplicate": 2,
+        "prompt longer than 200 tokens": 1,
+        "answer longer than 200 tokens": 1,
+    }
+    with pytest.raises(UserError, match=r"all 8 rows were rejected \(prompt longer than 5 tokens: 8\); raise"):
+        load(tmp_path / "data.jsonl", max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize("limit", ["max_prompt_tokens", "max_answer_tokens"])
+def test_limits_are_inclusive(tmp_path, limit):
+    source = write(tmp_path / "data.jsonl", qa(1))
+    (example,) = load(source).examples
+    length = len(example.prompt_ids if limit == "max_prompt_tokens" else example.real_ids)
+    assert load(source, **{limit: length}).examples == [example]
+    with pytest.raises(UserError, match="all 1 rows were rejected"):
+        load(source, **{limit: length - 1})
+
+
+@given(st.integers(0, 2**40), st.integers(1, 12), st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_windows_of_one_seed_share_no_row(tmp_path, seed, size, skip):
+    source = write(tmp_path / "data.jsonl", qa(20))
+    whole = [e.index for e in load(source, seed=seed).examples]
+    window = [e.index for e in load(source, seed=seed, size=size, skip=skip).examples]
+    assert sorted(whole) == list(range(20))
+    assert window == whole[skip : skip + size]
+
+
+def test_the_choice_depends_on_the_seed_alone(tmp_path):
+    jsonl, parquet = (write(tmp_path / f"data{suffix}", qa(50)) for suffix in (".jsonl", ".parquet"))
+    first = load(jsonl, size=10, seed=1)
+    assert load(parquet, size=10, seed=1) == first
+    assert load(jsonl, size=10, seed=2).fingerprint != first.fingerprint
+    assert {e.index for e in first.examples} != set(range(10))
+    for example in first.examples:
+        assert example.messages[0]["content"] == f"{Q} {example.index}"  # the index is the row number
+
+
+def test_asking_for_more_than_there_is(tmp_path):
+    source = write(tmp_path / "data.jsonl", qa(3))
+    assert load(source, size=5).warnings == [f"data {source}: asked for 5 rows, it has 3"]
+    with pytest.raises(UserError, match="has 3 rows, none are left after skipping 3"):
+        load(source, skip=3)
+
+
+def test_typed_control_tokens_are_reported_and_stay_text(tmp_path):
+    row = {"question": f"{Q} {''.join(SPECIAL)}", "answer": "<|im_end|> 42"}
+    data = load(write(tmp_path / "data.jsonl", [row, *qa(2)]))
+    assert data.warnings == [
+        f"data {tmp_path}/data.jsonl: 1 rows spell control tokens in their text; they are kept as text"
+    ]
+    example = next(e for e in data.examples if e.index == 0)
+    assert example.real_ids.count(RENDERER.end_id) == 1
+    assert RENDERER.pad_id not in example.prompt_ids
+
+
+def test_a_template_fault_names_the_row(tmp_path):
+    renderer = Renderer(tiny_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                                       "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"))  # fmt: skip
+    source = write(tmp_path / "data.jsonl", qa(1))
+    with pytest.raises(UserError, match=r"line 1: .*refuses the turns system, user.*prompt\.system"):
+        load_examples(source, renderer=renderer, max_prompt_tokens=99, max_answer_tokens=99, system="Be brief.")
+
+
+def test_overlap_ignores_case_and_spaces(tmp_path):
+    train = load(write(tmp_path / "train.jsonl", qa(5))).examples
+    rows = [{"question": f"how  MANY eggs? {i}", "answer": "other"} for i in range(3, 9)]
+    assert check_overlap(train, load(write(tmp_path / "test.jsonl", rows), system="S").examples) == 2
+    assert check_overlap(train, []) == 0
+
+
+def test_gsm_symbolic_has_worked_solutions_and_disjoint_splits():
+    kwargs = {"max_prompt_tokens": 999, "max_answer_tokens": 999}
+    train = load("reasoning_gym:gsm_symbolic", size=60, seed=3, **kwargs)
+    assert train == load("reasoning_gym:gsm_symbolic", size=60, seed=3, **kwargs)
+    for example in train.examples:
+        assert example.answer.endswith(f"\n#### {example.reference}")
+        assert example.answer.count("####") == 1
+        assert example.answer.index("####") > 20
+    for other in (
+        load("reasoning_gym:gsm_symbolic", size=60, seed=3, split="test", **kwargs),
+        load("reasoning_gym:gsm_symbolic", size=60, seed=4, **kwargs),
+    ):
+        assert check_overlap(train.examples, other.examples) <= 1  # two may be drawn alike by chance
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+COLUMNS = st.sampled_from(
+    ["messages", "question", "answer", "real", "generated", "prompt", "completion", "conversations"]
+)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.dictionaries(COLUMNS, JSON, max_size=4), max_size=3).map(
+            lambda rows: "\n".join(map(json.dumps, rows)).encode()
+        ),
+    ),
+    st.sampled_from(sources.FILE_SUFFIXES),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_any_file_loads_or_is_refused_in_one_line(tmp_path, content, suffix):
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    refused = None
+    try:
+        assert load(path).examples
+    except UserError as error:
+        refused = str(error)
+    assert refused is None or (str(path) in refused and "\n" not in refused)
