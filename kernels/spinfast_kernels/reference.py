@@ -14,8 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 Kind = Literal["logistic", "hinge", "exponential", "ipo"]
-CHUNK_TOKENS = 768  # with VOCAB_BLOCK, measured best for bf16 on AMX: the logits block (6 MB) stays in cache
-VOCAB_BLOCK = 4096
+CHUNK_TOKENS, VOCAB_BLOCK = 1024, 1024  # measured best for bf16 on AMX with 2 MB of L2 per core: bench/LOG.md
 
 
 def linear_logps(hidden_ND, weight_VD, targets_N, *, bias=None, temperature=1.0, chunk_tokens=None):
@@ -47,41 +46,51 @@ def _logits(out, h_ND, w_BD, bias_B, temperature):
     return torch.addmm(out, h_ND, w_BD.t(), beta=0.0, alpha=scale, out=out)
 
 
-def _blocks(h_ND, weight_VD, bias, temperature):
-    """Yields (first row, W block, logits block), all logits in one buffer of N x VOCAB_BLOCK."""
+def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
+    """Yields (block slice, W block, logits block, same in fp32, (rows, columns) of the targets in it).
+
+    All blocks share two buffers, small enough that a block's passes stay in cache.
+    """
     N, V = h_ND.shape[0], weight_VD.shape[0]
+    wide_dtype = torch.promote_types(h_ND.dtype, torch.float32)
     buffer = h_ND.new_empty(N * min(VOCAB_BLOCK, V))
-    for start in range(0, V, VOCAB_BLOCK):
-        w_BD = weight_VD[start : start + VOCAB_BLOCK]
-        bias_B = None if bias is None else bias[start : start + VOCAB_BLOCK]
-        out = buffer[: N * w_BD.shape[0]].view(N, w_BD.shape[0])
-        yield start, w_BD, _logits(out, h_ND, w_BD, bias_B, temperature)
+    wide = buffer if wide_dtype == h_ND.dtype else torch.empty_like(buffer, dtype=wide_dtype)
+    order_N = targets_N.argsort()
+    starts = torch.arange(0, V + VOCAB_BLOCK, VOCAB_BLOCK, device=targets_N.device)
+    cuts = torch.searchsorted(targets_N[order_N], starts).tolist()
+    for number, start in enumerate(range(0, V, VOCAB_BLOCK)):
+        block = slice(start, min(start + VOCAB_BLOCK, V))
+        w_BD = weight_VD[block]
+        shape = N, w_BD.shape[0]
+        logits_NB = buffer[: N * shape[1]].view(shape)
+        _logits(logits_NB, h_ND, w_BD, None if bias is None else bias[block], temperature)
+        wide_NB = wide[: N * shape[1]].view(shape)
+        if wide is not buffer:
+            wide_NB.copy_(logits_NB)
+        rows = order_N[cuts[number] : cuts[number + 1]]
+        yield block, w_BD, logits_NB, wide_NB, (rows, targets_N[rows] - start)
 
 
 def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
     """(target logit z, log-sum-exp of the others L, unit gradient u or None) of one chunk of tokens."""
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     N, D = h_ND.shape
-    lowest = torch.finfo(h_ND.dtype).min
-    top_N1 = torch.full((N, 1), lowest, dtype=wide, device=h_ND.device)
-    target_N1, sum_N1 = torch.zeros_like(top_N1), torch.zeros_like(top_N1)
-    mean_ND = torch.zeros(N, D, dtype=wide, device=h_ND.device) if need_unit else None
-    for start, w_BD, logits_NB in _blocks(h_ND, weight_VD, bias, temperature):
-        column_N1 = targets_N[:, None] - start
-        inside_N1 = (column_N1 >= 0) & (column_N1 < w_BD.shape[0])
-        column_N1 = column_N1.clamp(0, w_BD.shape[0] - 1)
-        found_N1 = logits_NB.gather(1, column_N1)
-        target_N1 = torch.where(inside_N1, found_N1.to(wide), target_N1)
-        logits_NB.scatter_(1, column_N1, found_N1.masked_fill(inside_N1, float("-inf")))
-        new_N1 = torch.maximum(top_N1, logits_NB.amax(1, keepdim=True).to(wide))
-        shrink_N1 = torch.exp(top_N1 - new_N1)
+    target_N = torch.empty(N, dtype=wide, device=h_ND.device)
+    top_N1 = target_N.new_full((N, 1), torch.finfo(wide).min)
+    sum_N1 = torch.zeros_like(top_N1)
+    mean_ND = target_N.new_zeros(N, D) if need_unit else None
+    for _, w_BD, logits_NB, wide_NB, at in _blocks(h_ND, weight_VD, targets_N, bias, temperature):
+        if len(at[0]):
+            target_N[at[0]] = wide_NB[at]
+            wide_NB[at] = float("-inf")
+        new_N1 = torch.maximum(top_N1, wide_NB.amax(1, keepdim=True))
+        shrink_N1 = top_N1.sub_(new_N1).exp_()
         top_N1 = new_N1
-        p_NB = logits_NB.sub_(top_N1.to(logits_NB.dtype)).exp_()
-        sum_N1 = sum_N1 * shrink_N1 + p_NB.sum(1, keepdim=True, dtype=wide)
+        p_NB = wide_NB.sub_(top_N1).exp_()
+        torch.addcmul(p_NB.sum(1, keepdim=True), sum_N1, shrink_N1, out=sum_N1)
         if need_unit:
-            mean_ND.mul_(shrink_N1).add_(torch.mm(p_NB, w_BD))
+            mean_ND.mul_(shrink_N1).add_(torch.mm(logits_NB.copy_(p_NB), w_BD))
     others_N = (top_N1 + sum_N1.log()).squeeze(1)
-    target_N = target_N1.squeeze(1)
     if not need_unit:
         return target_N, others_N, None
     mean_ND.div_(sum_N1.clamp_min(torch.finfo(wide).tiny))
@@ -135,16 +144,12 @@ def _head_gradients(hidden_ND, weight_VD, bias, targets_N, rows_M, lse_N, grad_N
     grad_VD = torch.zeros(weight_VD.shape, dtype=grad_N.dtype, device=grad_N.device)
     grad_V = grad_N.new_zeros(weight_VD.shape[0])
     for rows_C in rows_M.split(chunk_tokens) if len(rows_M) else ():
-        h_CD, c_C1, targets_C1 = hidden_ND[rows_C], grad_N[rows_C, None], targets_N[rows_C, None]
-        for start, w_BD, logits_CB in _blocks(h_CD, weight_VD, bias, temperature):
-            block = slice(start, start + w_BD.shape[0])
-            p_CB = (logits_CB.to(grad_N.dtype) - lse_N[rows_C, None]).exp_().neg_()
-            column_C1 = targets_C1 - start
-            inside_C1 = (column_C1 >= 0) & (column_C1 < w_BD.shape[0])
-            p_CB.scatter_add_(1, column_C1.clamp(0, w_BD.shape[0] - 1), inside_C1.to(p_CB.dtype))
-            p_CB.mul_(c_C1)
-            grad_V[block] += p_CB.sum(0)
-            grad_VD[block] += torch.mm(p_CB.to(h_CD.dtype).t(), h_CD)
+        h_CD, lse_C1, c_C1 = hidden_ND[rows_C], lse_N[rows_C, None], grad_N[rows_C, None]
+        for block, _, logits_CB, p_CB, at in _blocks(h_CD, weight_VD, targets_N[rows_C], bias, temperature):
+            p_CB.sub_(lse_C1).exp_().neg_()
+            p_CB[at] += 1
+            grad_V[block] += p_CB.mul_(c_C1).sum(0)
+            grad_VD[block] += torch.mm(logits_CB.copy_(p_CB).t(), h_CD)
     return grad_VD.to(weight_VD.dtype), None if bias is None else grad_V.to(bias.dtype)
 
 
