@@ -134,24 +134,23 @@ def _weight_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        path = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]
-            )
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=constants.HF_HUB_OFFLINE,
         )
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"model {name}: neither on this machine nor reachable on the hub ({_first_line(error)}); check the "
-            "connection and HF_HUB_OFFLINE, or name a local directory or .gguf file"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # of the hub's client, of its HTTP library, of the operating system
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"model {name}{at}: the hub refused it: {_first_line(error)}") from None
-    return path, path.name  # a snapshot's folder is named by its commit
+        raise UserError(
+            f"model {name}{at}: neither on this machine nor to be had from the hub ({_first_line(error)}); check the "
+            "name, the connection and HF_HUB_OFFLINE, or name a local directory or .gguf file"
+        ) from error
+    return Path(path), Path(path).name  # a snapshot's folder is named by its commit
 
 
 def _package_file(name: str) -> Path:

