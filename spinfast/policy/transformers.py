@@ -187,6 +187,7 @@ def load_policy(
 ) -> TransformersPolicy:
     """Build the policy from local files, or around `base`, a model whose weights an engine already holds."""
     base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
+    base.name_or_path = name  # what PEFT writes into the adapter's config
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
