@@ -1,121 +1,235 @@
 """The transformers generator against `model.generate`, and what batching may not change."""
 
 import gc
+import itertools
 import weakref
-from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from peft import LoraConfig
 
 from spinfast.errors import UserError
-from spinfast.generation.transformers import NUCLEUS, TransformersGenerator, sample, uniform
-from spinfast.types import Adapter, Request, Sampling
+from spinfast.generation import transformers as generation
+from spinfast.generation.transformers import TransformersGenerator, sample, uniform
+from spinfast.ops import EAGER
+from spinfast.policy.transformers import TransformersPolicy, load_base
+from spinfast.types import Completion, Request, Sampling
 
-SHAPE = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.3,  # wide enough that the greedy answers differ from prompt to prompt
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=96,
-)
-FAMILIES = {
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),  # head_dim is not D / H
-}
+CPU = torch.device("cpu")
+FAMILIES = [("llama", False), ("qwen2", True), ("qwen3", True)]
 
 
-@dataclass
-class TinyPolicy:
-    """The part of spinfast.policy.Policy that generation uses, over a tiny random model."""
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    """policy(family, tied, dtype): a tiny model with a LoRA adapter that matters, as training leaves it."""
+    made = {}
 
-    model: torch.nn.Module
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    def make(family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32) -> TransformersPolicy:
+        if (key := (family, tied, dtype)) not in made:
+            base = load_base(tiny_model(family, tied), dtype, CPU)
+            lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+            made[key] = TransformersPolicy(base, lora, EAGER, seed=0)
+        return made[key]
 
-    @property
-    def decoder(self):
-        return self.model.get_base_model().model
-
-    @property
-    def head_VD(self):
-        return self.model.get_base_model().lm_head.weight
-
-    @property
-    def head_bias_V(self):
-        return None
-
-    def adapter(self) -> Adapter:
-        tensors = get_peft_model_state_dict(self.model)
-        return Adapter({}, {name: tensor.detach().clone() for name, tensor in tensors.items()})
-
-
-@cache
-def policy(family: str, dtype: torch.dtype = torch.float32) -> TinyPolicy:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="spinfast", dtype=dtype)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
-    return TinyPolicy(get_peft_model(model, lora).train(), dtype=dtype)
+    return make
 
 
 def requests(count: int, seed: int = 0, longest: int = 40) -> list[Request]:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
     return [
-        Request(i, tuple(torch.randint(0, 96, (n,), generator=draw).tolist()), seed=1000 + i)
+        Request(i, tuple(torch.randint(3, 384, (n,), generator=draw).tolist()), seed=1000 + i)
         for i, n in enumerate(lengths)
     ]
 
 
-def answers(policy, requests, sampling, adapter="live", **options) -> dict[int, tuple]:
+def answers(policy, asked, sampling, adapter="live", **options) -> dict[int, Completion]:
     adapter = policy.adapter() if adapter == "live" else adapter
     with TransformersGenerator(policy, **options) as generator:
-        done = {c.index: (c.token_ids, c.finish_reason) for c in generator.generate(requests, sampling, adapter)}
-    assert done.keys() == {request.index for request in requests}
-    return done
+        done = list(generator.generate(asked, sampling, adapter))
+    assert sorted(c.index for c in done) == sorted(r.index for r in asked)
+    return {c.index: c for c in done}
 
 
-def library_greedy(policy, request, sampling, adapter_on: bool) -> tuple[int, ...]:
-    """`model.generate` under its own attention, one prompt at a time."""
-    model = policy.model.eval()
-    model.get_base_model().set_attn_implementation("sdpa")
-    options = dict(max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop_ids))
-    prompt = torch.tensor([request.prompt_ids])
+def tokens(completions: dict[int, Completion]) -> dict[int, tuple]:
+    return {index: (c.token_ids, c.finish_reason) for index, c in completions.items()}
+
+
+def library_greedy(policy, request, sampling) -> tuple[int, ...]:
+    """`model.generate` under its own attention and cache, one prompt at a time."""
+    policy.causal_lm.set_attn_implementation("sdpa")
+    policy.model.eval()
     try:
-        if adapter_on:
-            out = model.generate(input_ids=prompt, **options)
-        else:
-            with model.disable_adapter():
-                out = model.generate(input_ids=prompt, **options)
+        out = policy.model.generate(
+            input_ids=torch.tensor([request.prompt_ids]),
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(sampling.stop_ids),
+        )
     finally:
-        model.get_base_model().set_attn_implementation("spinfast")
-        model.train()
+        policy.model.train()
+        policy.causal_lm.set_attn_implementation("spinfast")
     return tuple(out[0, len(request.prompt_ids) :].tolist())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+GREEDY = Sampling(temperature=0, top_p=1, max_tokens=40, stop_ids=tuple(range(2, 384, 29)))
+RANDOM = Sampling(temperature=1, top_p=1, max_tokens=24, stop_ids=tuple(range(2, 384, 29)))
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
 @pytest.mark.parametrize("adapter_on", [True, False], ids=["lora", "base"])
-def test_greedy_equals_model_generate(family, adapter_on):
-    asked, greedy = requests(7), Sampling(temperature=0, top_p=1, max_tokens=40, stop_ids=(5, 17, 33))
-    tiny = policy(family)
-    found = answers(tiny, asked, greedy, "live" if adapter_on else None, batch_size=3)
-    expected = {r.index: library_greedy(tiny, r, greedy, adapter_on) for r in asked}
-    assert {index: tokens for index, (tokens, _) in found.items()} == expected
-    assert len(set(expected.values())) > 3  # the answers are not all one loop
-    assert {reason for _, reason in found.values()} >= {"stop"}
+def test_greedy_equals_model_generate(policy, family, tied, adapter_on):
+    asked, tiny = requests(7), policy(family, tied)
+    if adapter_on:
+        found = answers(tiny, asked, GREEDY, batch_size=3)
+        expected = {r.index: library_greedy(tiny, r, GREEDY) for r in asked}
+    else:
+        found = answers(tiny, asked, GREEDY, None, batch_size=3)
+        with tiny.base_only():
+            expected = {r.index: library_greedy(tiny, r, GREEDY) for r in asked}
+    assert {index: c.token_ids for index, c in found.items()} == expected
+    assert len(set(expected.values())) > 3, "the case is too easy: the answers are all one loop"
+    assert len({len(answer) for answer in expected.values()}) > 1, "the case is too easy: all end together"
 
 
-def test_adapter_changes_the_answers():
-    asked, greedy = requests(4), Sampling(temperature=0, top_p=1, max_tokens=8, stop_ids=())
-    assert answers(policy("llama"), asked, greedy) != answers(policy("llama"), asked, greedy, None)
+@pytest.mark.parametrize(("sampling"), [GREEDY, RANDOM], ids=["greedy", "random"])
+def test_answers_do_not_depend_on_batch_size_or_order(policy, sampling):
+    asked = requests(13)
+    alone = tokens(answers(policy(), asked, sampling, batch_size=1))
+    assert len({c for c, _ in alone.values()}) > 9
+    for batch_size, order in itertools.product((2, 5, 64), (asked, asked[::-1], asked[7:] + asked[:7])):
+        assert tokens(answers(policy(), order, sampling, batch_size=batch_size)) == alone
+
+
+def test_answers_follow_the_seed_alone(policy):
+    prompt = requests(1)[0].prompt_ids
+    asked = [Request(i, prompt, seed) for i, seed in enumerate([7, 8, 7, 2**63 - 1])]
+    found = answers(policy(), asked, RANDOM)
+    assert found[0].token_ids == found[2].token_ids
+    assert len({c.token_ids for c in found.values()}) == 3
+
+
+def test_prompts_beyond_the_step_budget_wait(policy, monkeypatch):
+    asked = requests(9)
+    expected = tokens(answers(policy(), asked, RANDOM))
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 30)
+    assert tokens(answers(policy(), asked, RANDOM)) == expected
+
+
+def test_log_probs_are_those_of_the_whole_sequence(policy):
+    tiny, asked = policy("qwen2", True), requests(5)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=20, stop_ids=RANDOM.stop_ids)
+    found = answers(tiny, asked, sampling, batch_size=2)
+    tiny.causal_lm.set_attn_implementation("sdpa")
+    for request in asked:
+        completion = found[request.index]
+        ids = torch.tensor([request.prompt_ids + completion.token_ids])
+        with torch.no_grad():
+            logps = tiny.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected = logps[len(request.prompt_ids) - 1 :].sum().item()
+        assert completion.logp == pytest.approx(expected, abs=1e-3)
+    tiny.causal_lm.set_attn_implementation("spinfast")
+
+
+def test_a_cut_answer_is_whole_and_says_length(policy):
+    endless = Sampling(temperature=1, top_p=1, max_tokens=9, stop_ids=())
+    for completion in answers(policy(), requests(4), endless, batch_size=3).values():
+        assert (len(completion.token_ids), completion.finish_reason) == (9, "length")
+    for completion in answers(policy(), requests(20), RANDOM).values():
+        ended = completion.token_ids[-1] in RANDOM.stop_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert not set(completion.token_ids[:-1]) & set(RANDOM.stop_ids)
+
+
+def test_a_prompt_that_does_not_fit_is_named(policy):
+    asked = [Request(4, (5,) * 10, 0), Request(17, (5,) * 11, 0)]
+    sampling = Sampling(temperature=0, top_p=1, max_tokens=20, stop_ids=())
+    with TransformersGenerator(policy(), max_model_len=30) as generator:
+        assert [c.index for c in generator.generate(asked[:1], sampling, None)] == [4]
+        with pytest.raises(UserError, match=r"prompt 17: 11 prompt tokens \+ max_tokens 20 = 31 .* 30"):
+            generator.generate(asked, sampling, None)
+
+
+def test_only_the_live_adapter_generates(policy):
+    tiny = policy()
+    stale = tiny.adapter()
+    next(iter(stale.tensors.values())).add_(1e-3)
+    with TransformersGenerator(tiny) as generator:
+        with pytest.raises(UserError, match=r"live adapter.*load_adapter"):
+            generator.generate(requests(2), GREEDY, stale)
+
+
+def test_answers_stream_and_leaving_gives_everything_back(policy, monkeypatch):
+    tiny, caches = policy(), []
+    build = generation.SlotCache.__init__
+    monkeypatch.setattr(
+        generation.SlotCache,
+        "__init__",
+        lambda self, *args: (build(self, *args), caches.extend(weakref.ref(t) for kv in self.layers for t in kv))[0],
+    )
+    asked = [Request(i, (3 + i,), seed=i) for i in range(6)]
+    with TransformersGenerator(tiny, batch_size=2) as generator:
+        stream = generator.generate(asked, RANDOM, None)
+        first = next(stream)
+        assert first.index in (0, 1), "an answer comes while the others wait"
+        assert not torch.is_inference_mode_enabled()
+        assert any(cache() is not None for cache in caches)
+    gc.collect()
+    assert caches
+    assert all(cache() is None for cache in caches)
+    assert list(stream) == []
+    assert tiny.model.training
+    assert all(p.requires_grad for name, p in tiny.model.named_parameters() if "lora_" in name)
+    assert all("lora_" in name for name in tiny.trainable_parameters())
+
+
+@given(
+    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5, unique=True),
+    step=st.integers(0, 4096),
+)
+def test_uniform_is_splitmix64(seeds, step):
+    """Against the generator written with Python's integers, stepped from the seed."""
+
+    def stepped(state):
+        for _ in range(step % 50 + 1):
+            state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return ((z ^ z >> 31) >> 16) / 2**48
+
+    found = uniform(torch.tensor(seeds), torch.full((len(seeds),), step % 50)).tolist()
+    assert found == [stepped(seed) for seed in seeds]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    vocabulary=st.sampled_from([1, 7, 256, 384, 1000, 1187 * 2]),
+    spread=st.sampled_from([0.0, 0.5, 3.0, 12.0]),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_p=st.sampled_from([0.1, 0.5, 0.95, 0.999, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, top_p, seed):
+    """The drawn token's interval of the nucleus's CDF (sorted out in fp64) holds the uniform."""
+    draw = torch.Generator().manual_seed(seed)
+    logits_SV = torch.randn(6, vocabulary, generator=draw) * spread
+    uniform_S = torch.rand(6, generator=draw, dtype=torch.float64)
+    uniform_S[:2] = torch.tensor([0.0, 1 - 2.0**-48])  # the two ends
+    token_S, logp_S = sample(logits_SV, uniform_S, temperature, top_p)
+
+    probs_SV = torch.softmax(logits_SV.double() / temperature, -1)
+    sorted_SV = probs_SV.sort(descending=True).values
+    mass_SV = sorted_SV.cumsum(-1)
+    clear_S = (top_p == 1) | ((mass_SV - top_p).abs().amin(-1) > 1e-6)  # else fp32 may end the nucleus elsewhere
+    size_S1 = (mass_SV < top_p).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
+    floor_S1 = sorted_SV.gather(1, size_S1) * (1 - 1e-5) if top_p < 1 else 0.0
+    kept_SV = probs_SV.where(probs_SV >= floor_S1, 0.0)
+    kept_SV /= kept_SV.sum(-1, keepdim=True)
+    high_S, width_S = (x.gather(1, token_S[:, None])[clear_S, 0] for x in (kept_SV.cumsum(-1), kept_SV))
+    assert (width_S > 0).all()
+    assert (high_S - width_S <= uniform_S[clear_S] + 1e-4).all()
+    assert (uniform_S[clear_S] <= high_S + 1e-4).all()
+    assert torch.allclose(logp_S, logits_SV.log_softmax(-1).gather(1, token_S[:, None])[:, 0], atol=1e-4)
