@@ -18,7 +18,8 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     found = []
     for previous, row in itertools.pairwise(rows):
         said = (rule(row, previous) for rule in RULES)
-        found += [f"Iteration {row['iteration']}: {sentence}" for sentence in said if sentence]
+        name = "SFT" if row["iteration"] == "sft" else f"Iteration {row['iteration']}"
+        found += [f"{name}: {sentence}" for sentence in said if sentence]
     return found
 
 

@@ -1,0 +1,48 @@
+"""`spinfast report RUN [RUN ...] [--output FILE.html] [--watch SECONDS]`"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from spinfast import files
+from spinfast.report import plots, study
+from spinfast.report.page import page
+from spinfast.report.read import read_runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report; with --watch again and again until every run is finished."""
+    parser = argparse.ArgumentParser(
+        prog="spinfast report",
+        description="One self-contained HTML file about a run, or several side by side; PNG and CSV of each plot.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("--output", type=Path, help="the HTML file (default: RUN/report/index.html of the first run)")
+    parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it again until the runs are finished")
+    parser.add_argument("--no-png", action="store_true", help="HTML and CSV only (matplotlib is not needed then)")
+    arguments = parser.parse_args(argv)
+    while True:
+        path, finished = write_report(arguments.runs, arguments.output, arguments.watch, not arguments.no_png)
+        print(path, flush=True)
+        if finished or not arguments.watch:
+            return 0
+        time.sleep(arguments.watch)
+
+
+def write_report(
+    paths: Sequence[Path], output: Path | None = None, watch: int | None = None, png: bool = True
+) -> tuple[Path, bool]:
+    """(the HTML file, whether every run is finished). PNG and CSV go beside it."""
+    runs = read_runs(paths)
+    finished = all(run.finished for run in runs)
+    output = output or paths[0] / "report" / "index.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(output, page(runs, refresh=None if finished else watch))
+    for plot in study.plots(runs):
+        files.write_text(output.parent / f"{plot.name}.csv", plots.to_csv(plot))
+        if png:
+            plots.write_png(plot, output.parent / f"{plot.name}.png")
+    return output, finished

@@ -1,0 +1,288 @@
+"""The report as one HTML file: no request leaves it, data stands in it as JSON, its script makes no HTML from data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files as package_files
+
+import yaml
+
+from spinfast.evaluate.advice import warnings
+from spinfast.report import plots as plotting
+from spinfast.report import study
+from spinfast.report.plots import Plot
+from spinfast.report.read import Run, label
+
+MAX_TRANSCRIPTS = 300  # problems shown per run, so that the file stays small
+COLUMNS = {  # metric -> (heading, digits, factor)
+    "heldout/accuracy_strict": ("accuracy strict, %", 1, 100),
+    "heldout/accuracy_flexible": ("accuracy flexible, %", 1, 100),
+    "heldout/pair_accuracy": ("pair accuracy", 2, 1),
+    "heldout/margin": ("margin", 3, 1),
+    "heldout/real_logp_vs_base": ("Δ log p(real)", 2, 1),
+    "heldout/generated_logp_vs_base": ("Δ log p(generated)", 2, 1),
+    "fresh/auc_log_ratio": ("fresh AUC", 2, 1),
+    "fresh/auc_length": ("AUC length", 2, 1),
+    "heldout/kl_k1": ("KL to base", 2, 1),
+    "heldout/length": ("tokens", 0, 1),
+    "heldout/eos_rate": ("ended, %", 0, 100),
+}
+SECTIONS = {
+    "training": (
+        "Training",
+        "What the optimizer saw. The first loss of every iteration is ln 2, or something is wrong.",
+    ),
+    "heldout": ("Held-out problems", "Never trained on; whiskers are 95 % intervals."),
+    "ratios": (
+        "Log-ratios of held-out pairs",
+        "How far a round moved each answer: real against the opponent's. The game is won as the two come apart; "
+        "it is won the wrong way when both move left. The outer 1 % is drawn at the edges.",
+    ),
+    "machine": ("Time and memory", "As measured while the run went on."),
+}
+
+
+def page(runs: Sequence[Run], refresh: int | None = None) -> str:
+    """The whole document. `refresh` makes an open page load itself again every so many seconds."""
+    made = study.plots(runs)
+    title = f"spinfast: {', '.join(run.name for run in runs)}"
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    groups = {key: [plot for plot in made if plot.group == key] for key in SECTIONS}
+    contents = {"story": "Story", "iterations": "Iterations"}
+    contents |= {key: SECTIONS[key][0] for key, members in groups.items() if members}
+    contents |= {"transcripts": "Transcripts", "setup": "Setup"}
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name in contents.items())
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<nav>{links}</nav>",
+        _story(runs),
+        _iterations(runs),
+        *(_plots(key, members, runs) for key, members in groups.items() if members),
+        _transcripts(runs),
+        _setup(runs),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{again}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_resource("page.css")}</style></head>'
+        f"<body><main>{''.join(body)}</main>"
+        f"{_data('plot-data', {plot.name: _hover(plot) for plot in made})}"
+        f"{_data('transcript-data', [_problems(run) for run in runs])}"
+        f"<script>{_resource('page.js')}</script></body></html>"
+    )
+
+
+def _resource(name: str) -> str:
+    return (package_files("spinfast.report") / name).read_text(encoding="utf-8")
+
+
+def _data(name: str, value) -> str:
+    """JSON that cannot end its own script element; non-finite numbers become null."""
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _story(runs: Sequence[Run]) -> str:
+    parts = ['<section id="story"><h2>Story</h2>']
+    for run in runs:
+        heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        parts.append(heading + "".join(f"<p>{escape(sentence)}</p>" for sentence in study.story(run)))
+        parts += [f'<p class="warning">⚠ {escape(warning)}</p>' for warning in warnings(run.rows)]
+    if comparisons := study.run_comparisons(runs):
+        parts.append("<h3>Run against run</h3>")
+        parts += [f"<p>{escape(comparison.sentence())}.</p>" for comparison in comparisons]
+    if seeds := study.seed_table(runs):
+        rows = [
+            f"<tr><td>{escape(names)}</td><td>{escape(name)}</td><td>{escape(metric)}</td>"
+            f"<td>{value['value']:+.3f} ± {value['stderr']:.3f}</td><td>{value['n']}</td></tr>"
+            for names, name, metric, value in seeds
+        ]
+        parts.append(
+            "<h3>Over seeds</h3><p class='soft'>Change from the base; ± is the standard error between runs.</p>"
+            "<div class='scroll'><table>"
+            "<tr><th>runs</th><th>iteration</th><th>metric</th><th>change</th><th>seeds</th></tr>"
+            f"{''.join(rows)}</table></div>"
+        )
+    return "".join(parts) + "</section>"
+
+
+def _iterations(runs: Sequence[Run]) -> str:
+    parts = ['<section id="iterations"><h2>Iterations</h2>']
+    parts.append(
+        "<p class='soft'>Held-out results with 95 % intervals. ▲ better and ▼ worse than the base on the same problems "
+        "(McNemar's exact test, p &lt; 0.05); ≈ is within noise.</p>"
+    )
+    for run in runs:
+        columns = {m: c for m, c in COLUMNS.items() if any(m in row["evaluation"] for row in run.rows)}
+        heads = ["iteration", "pairs", "loss", *(heading for heading, _, _ in columns.values())]
+        parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
+        parts.append(f"<div class='scroll'><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>")
+        for row in run.rows:
+            train = row["train"]
+            loss = f"{train['first_loss']:.3f} → {train['last_loss']:.3f}" if train else ""
+            rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
+            note = f'<span class="interval">rejected: {escape(rejected)}</span>' if rejected else ""
+            cells = [f"<td>{label(row['iteration'])}</td><td>{row['pairs'] or ''}{note}</td><td>{loss}</td>"]
+            cells += [_cell(run, row, metric, *look[1:]) for metric, look in columns.items()]
+            parts.append(f"<tr>{''.join(cells)}</tr>")
+        parts.append("</table></div>")
+    return "".join(parts) + "</section>"
+
+
+def _cell(run: Run, row: dict, metric: str, digits: int, factor: float) -> str:
+    of = row["evaluation"].get(metric)
+    if of is None:
+        return "<td></td>"
+    low, high = (factor * bound for bound in study.bounds(metric, of))
+    interval = f'<span class="interval">{low:.{digits}f} to {high:.{digits}f}</span>' if math.isfinite(low) else ""
+    judged = {"heldout/accuracy_strict": study.STRICT, "heldout/accuracy_flexible": study.FLEXIBLE}
+    mark = _mark(study.against_base(run, row, judged[metric])) if metric in judged else ""
+    return f"<td>{factor * of['value']:.{digits}f}{mark}{interval}</td>"
+
+
+def _mark(change: study.Change | None) -> str:
+    if change is None:
+        return ""
+    kind, sign = {"better": ("better", "▲"), "worse": ("worse", "▼"), "within noise": ("noise", "≈")}[
+        change.outcome["verdict"]
+    ]
+    return f' <span class="{kind}" title="{escape(change.sentence())}">{sign}</span>'
+
+
+def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
+    title, text = SECTIONS[key]
+    figures = "".join(_figure(plot) for plot in members)
+    table = "".join(_memory_table(run, len(runs) > 1) for run in runs) if key == "machine" else ""
+    return (
+        f'<section id="{key}"><h2>{title}</h2><p class="soft">{escape(text)}</p>'
+        f'<div class="plots">{figures}</div>{table}</section>'
+    )
+
+
+def _figure(plot: Plot) -> str:
+    slots = {s.label: s.slot for s in plot.series}
+    entries = [f'<span><i class="s{slot}"></i>{escape(name)}</span>' for name, slot in slots.items()]
+    legend = f'<div class="legend">{"".join(entries)}</div>' if len(slots) > 1 else ""
+    data = base64.b64encode(plotting.to_csv(plot).encode()).decode()
+    link = f'<a download="{plot.name}.csv" href="data:text/csv;base64,{data}">CSV</a>'
+    return (
+        f"<figure><h3>{escape(plot.title)}</h3>{legend}{plotting.svg(plot)}"
+        f"<figcaption><span>{escape(plot.y_label)}</span>{link}</figcaption></figure>"
+    )
+
+
+def _hover(plot: Plot) -> dict:
+    """What page.js needs to find the values under the pointer."""
+    x0, x1, _, _ = plot.bounds
+    series = []
+    for s in plot.series:
+        x = s.x if plot.kind != "steps" else [(a + b) / 2 for a, b in zip(s.x, s.x[1:], strict=False)]
+        stride = max(1, math.ceil(len(x) / plotting.SVG_POINTS))
+        thin = {name: values[::stride] for name, values in (("low", s.low), ("high", s.high)) if values}
+        series.append({"label": s.label, "slot": s.slot, "x": x[::stride], "y": s.y[::stride], **thin})
+    return {
+        **{"x0": x0, "x1": x1, "left": plotting.LEFT, "right": plotting.WIDTH - plotting.RIGHT},
+        **{"top": plotting.TOP, "bottom": plotting.HEIGHT - plotting.BOTTOM, "width": plotting.WIDTH},
+        **{"x_label": plot.x_label, "ticks": {_key(x): text for x, text in plot.x_ticks}, "series": series},
+    }
+
+
+def _key(x: float) -> str:
+    """A number as JavaScript writes it as a key."""
+    return str(int(x)) if x == int(x) else str(x)
+
+
+def _memory_table(run: Run, several: bool) -> str:
+    rows = study.memory_table(run)
+    if not rows:
+        return ""
+    name = f"<h3>{escape(run.name)}</h3>" if several else ""
+    head, body = ["phase", "highest measured, MiB"], [[phase, f"{measured:,.0f}"] for phase, measured, _ in rows]
+    if run.predicted_mib:
+        head.append("predicted, MiB")
+        for line, (_, _, predicted) in zip(body, rows, strict=True):
+            line.append("" if predicted is None else f"{predicted:,.0f}")
+    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body]
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    return f"<div class='scroll'>{name}<table><tr>{heads}</tr>{''.join(lines)}</table></div>"
+
+
+def _transcripts(runs: Sequence[Run]) -> str:
+    if not any(run.transcripts for run in runs):
+        return '<section id="transcripts"><h2>Transcripts</h2><p>No held-out answers were written yet.</p></section>'
+    options = "".join(f'<option value="{i}">{escape(run.name)}</option>' for i, run in enumerate(runs))
+    chooser = f'<select id="run" aria-label="run">{options}</select>' if len(runs) > 1 else ""
+    return f"""<section id="transcripts"><h2>Transcripts</h2>
+<p class="soft">Greedy answers to held-out problems; ✓ and ✗ are the strict verdict.
+At most {MAX_TRANSCRIPTS} a run.</p>
+<div class="controls"><input type="search" id="search" placeholder="search" aria-label="search">
+<select id="which" aria-label="filter"><option value="all">all</option>
+<option value="changed">verdict changed</option><option value="gained">wrong in the base, right at last</option>
+<option value="lost">right in the base, wrong at last</option><option value="wrong">wrong at last</option>
+<option value="cut">cut at the length limit</option></select>{chooser}<span id="count" class="soft"></span></div>
+<div id="answers"></div><button id="more" hidden>more</button></section>"""
+
+
+def _problems(run: Run) -> list[dict]:
+    """Held-out problems with every stage's answer, in the order of the base's file."""
+    stages = {stage: {row["index"]: row for row in rows} for stage, rows in run.transcripts.items()}
+    if not stages:
+        return []
+    names = {stage: label(row["iteration"]) for stage, row in zip(run.stages, run.rows, strict=True)}
+    first = next(iter(stages.values()))
+    return [
+        {
+            "index": index,
+            "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]),
+            "real": row["real"],
+            "answers": [_answer(names[stage], rows[index]) for stage, rows in stages.items() if index in rows],
+        }
+        for index, row in list(first.items())[:MAX_TRANSCRIPTS]
+    ]
+
+
+def _answer(stage: str, row: dict) -> dict:
+    verdict = row["scores"].get(study.STRICT)
+    return {
+        "stage": stage,
+        "text": row["text"],
+        "right": None if verdict is None else bool(verdict),
+        "tokens": row["tokens"],
+        "cut": row["finish_reason"] == "length",
+    }
+
+
+def _setup(runs: Sequence[Run]) -> str:
+    parts = ['<section id="setup"><h2>Setup</h2>']
+    for run in runs:
+        c, e = run.config, run.environment
+        versions = ", ".join(f"{name} {version}" for name, version in e.get("versions", {}).items())
+        facts = {
+            "model": f"{c['model']['name']} {c['model']['revision'] or ''}",
+            "training data": f"{c['data']['source']} ({c['data']['size'] or 'all'} examples)",
+            "held-out data": c["heldout"]["source"] if c["heldout"] else "none",
+            "adapter": f"LoRA r = {c['lora']['r']}, alpha = {c['lora']['alpha']:g}, on {c['lora']['target_modules']}",
+            "game": f"{c['spin']['iterations']} iterations, beta = {c['spin']['beta']}, {c['spin']['loss']} loss",
+            "optimizer": f"{c['train']['optimizer']}, lr = {c['train']['lr']}, {c['train']['epochs']} epochs, "
+            f"{c['train']['pairs_per_step']} pairs per step",
+            "seed": c["seed"],
+            "machine": f"{e.get('device', '?')}, {e.get('platform', '')}",
+            "versions": f"spinfast {e.get('spinfast', '?')}, Python {e.get('python', '?')}, {versions}",
+        }
+        parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
+        listed = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+        text = escape(yaml.safe_dump(c, sort_keys=False))
+        parts.append(f"<dl>{listed}</dl><details><summary>config.yaml</summary><pre>{text}</pre></details>")
+    return "".join(parts) + "</section>"

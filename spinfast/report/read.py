@@ -1,0 +1,112 @@
+"""A run directory as values: everything the report and the model card show, finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from spinfast import files
+from spinfast.errors import UserError
+from spinfast.record import whole_lines
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory; read once, so a report is of one moment."""
+
+    path: Path
+    name: str
+    config: dict
+    environment: dict
+    rows: list[dict]  # results.json: base, sft, 0, 1, ...
+    steps: list[dict]  # metrics.jsonl
+    system: list[dict]  # system.jsonl
+    predicted_mib: dict[str, float]  # phase -> peak that was simulated before the run, where it was
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.rows) and self.rows[-1]["iteration"] == self.config["spin"]["iterations"] - 1
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """Directory names of the stages that have a row."""
+        return [stage_name(row["iteration"]) for row in self.rows]
+
+    @cached_property
+    def transcripts(self) -> dict[str, list[dict]]:
+        """stage -> its lines of heldout.jsonl, for the stages that were evaluated."""
+        paths = {stage: self.path / stage / "heldout.jsonl" for stage in self.stages}
+        return {stage: files.read_jsonl(path) for stage, path in paths.items() if path.exists()}
+
+    @cached_property
+    def logps(self) -> dict[str, dict[str, np.ndarray]]:
+        """stage -> {"policy.real", "policy.rival", "opponent.real", ...} -> one value per held-out pair."""
+        paths = {stage: self.path / stage / "heldout_logps.safetensors" for stage in self.stages}
+        return {stage: load_file(path) for stage, path in paths.items() if path.exists()}
+
+    def scores(self, stage: str, metric: str) -> dict[int, float]:
+        """item index -> verdict, of the items that have one."""
+        rows = self.transcripts.get(stage, [])
+        return {row["index"]: row["scores"][metric] for row in rows if metric in row["scores"]}
+
+
+def stage_name(iteration: str | int) -> str:
+    return iteration if isinstance(iteration, str) else f"iter_{iteration:03d}"
+
+
+def label(iteration: str | int) -> str:
+    return {"base": "base", "sft": "SFT"}.get(iteration, f"iteration {iteration}")
+
+
+def read_run(path: Path) -> Run:
+    """Raises UserError if `path` is not a run directory."""
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"report {path}: expected a run directory with config.yaml and results.json")
+
+    def lines(name: str) -> list[dict]:
+        return whole_lines(path / name) if (path / name).exists() else []
+
+    return Run(
+        path=path,
+        name=path.resolve().name,
+        config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
+        environment=_json(path / "environment.json", {}),
+        rows=_json(path / "results.json", []),
+        steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
+        system=lines("system.jsonl"),
+        predicted_mib=_json(path / "memory.json", {}).get("predicted_mib", {}),
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Runs with distinct names: the directory's, with its parent's where two would be equal."""
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name="/".join(run.path.resolve().parts[-2:]))
+        for run in runs
+    ]
+
+
+def seeds_apart(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs grouped by config, the seed aside; groups in the order of their first run."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.config | {"seed": None}, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def _json(path: Path, default):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def _number(value):
+    """Non-finite values are written as words, see record.py."""
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -1,0 +1,294 @@
+"""What a report says about its runs, before any HTML: plots, table cells, verdicts.
+
+Colour slots: on plots of several runs a run's slot is its position; on plots of one run's answers real is 0 and
+generated 1; on time bars a phase has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
+from spinfast.evaluate.stopping import best
+from spinfast.report.plots import COLOURS, Plot, Series
+from spinfast.report.read import Run, label, seeds_apart, stage_name
+
+STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
+LN2 = (math.log(2), "ln 2")
+TRAINING = {  # metric -> (title, level)
+    "train/loss": ("Training loss", LN2),
+    "train/margin": ("Training margin", (0.0, "")),
+    "train/pair_accuracy": ("Training pair accuracy", (0.5, "chance")),
+    "train/real_logp_change": ("log p(real), change since the round began", (0.0, "")),
+    "train/generated_logp_change": ("log p(generated), change since the round began", (0.0, "")),
+    "train/grad_norm": ("Gradient norm before clipping", None),
+    "train/lr": ("Learning rate", None),
+    "train/loss_scale": ("Loss scale", None),
+}
+HELDOUT = {
+    "heldout/accuracy_strict": ("Accuracy, strict", None),
+    "heldout/accuracy_flexible": ("Accuracy, flexible", None),
+    "heldout/pair_accuracy": ("Pair accuracy", (0.5, "chance")),
+    "heldout/margin": ("Margin", (0.0, "")),
+    "heldout/real_logp_vs_base": ("log p(real), change from the base", (0.0, "")),
+    "heldout/generated_logp_vs_base": ("log p(generated), change from the base", (0.0, "")),
+    "heldout/perplexity": ("Perplexity of the real answers", None),
+    "fresh/auc_log_ratio": ("Fresh opponent: AUC of the log-ratio", (0.5, "game over")),
+    "fresh/auc_length": ("Fresh opponent: AUC of length alone", (0.9, "shortcut")),
+    "fresh/auc_eos": ("Fresh opponent: AUC of the end token alone", (0.9, "shortcut")),
+    "heldout/kl_k1": ("KL to the base (k1, nats per answer)", (0.0, "")),
+    "heldout/length": ("Tokens of a sampled answer", None),
+    "heldout/eos_rate": ("Answers that end by themselves", None),
+    "heldout/distinct_2": ("Distinct bigrams", None),
+    "heldout/repeated_4grams": ("Repeated 4-grams", None),
+}
+PHASES = ("generate", "pair", "score", "train", "evaluate", "save")
+SHARES = ("heldout/accuracy_strict", "heldout/accuracy_flexible", "heldout/eos_rate")  # of 0/1 items: Wilson's interval
+
+
+def bounds(metric: str, of: Estimate) -> tuple[float, float]:
+    """The 95 % interval of a metric's estimate; (nan, nan) where it has none."""
+    if metric in SHARES:
+        return wilson(round(of["value"] * of["n"]), of["n"])
+    return interval(of) if of["stderr"] is not None else (math.nan, math.nan)
+
+
+# Plots -----------------------------------------------------------------------------------------------------------
+
+
+def plots(runs: Sequence[Run]) -> list[Plot]:
+    """Every plot that has data, in the page's order."""
+    made = [_training(runs, metric, *look) for metric, look in TRAINING.items()]
+    made += [_heldout(runs, metric, *look) for metric, look in HELDOUT.items()]
+    made += [plot for run in runs for plot in _log_ratios(run, len(runs) > 1)]
+    made += [_memory(runs), *(_seconds(run, len(runs) > 1) for run in runs)]
+    return [plot for plot in made if plot.series]
+
+
+def _slot(position: int) -> int:
+    return position % len(COLOURS)
+
+
+def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
+    """Steps of self-play end to end; the SFT stage minimises something else and is left out."""
+    series, marks = [], {}
+    for position, run in enumerate(runs):
+        points = [row for row in run.steps if row["stage"].startswith("iter_") and metric in row]
+        offset = 0
+        for stage, rows in groupby(points, key=lambda row: row["stage"]):
+            rows = list(rows)
+            x = [float(offset + row["step"]) for row in rows]
+            marks.setdefault(x[0], label(int(stage.removeprefix("iter_"))))
+            series.append(Series(run.name, _slot(position), x, [row[metric] for row in rows]))
+            offset = int(x[-1])
+    if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
+        series = []  # there is none
+    shown = tuple(marks.items()) if len(runs) == 1 else ()
+    name = metric.replace("/", "-")
+    return Plot(name, title, "step", metric, "line", series, marks=shown, level=level, group="training")
+
+
+def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
+    order: dict[str, None] = {}
+    for run in runs:
+        order |= {label(row["iteration"]): None for row in run.rows}
+    if "SFT" in order:  # it comes second even if only a later run has it
+        order = {"base": None, "SFT": None} | order
+    place = {name: i for i, name in enumerate(order)}
+    series = []
+    for position, run in enumerate(runs):
+        rows = [row for row in run.rows if metric in row["evaluation"]]
+        estimates = [row["evaluation"][metric] for row in rows]
+        low, high = zip(*(bounds(metric, e) for e in estimates), strict=True) if rows else ((), ())
+        x = [float(place[label(row["iteration"])]) for row in rows]
+        if rows:
+            y = [e["value"] for e in estimates]
+            series.append(Series(run.name, _slot(position), x, y, list(low), list(high)))
+    ticks = tuple((float(i), name.replace("iteration ", "")) for name, i in place.items())
+    name = metric.replace("/", "-")
+    return Plot(name, title, "iteration", metric, "points", series, x_ticks=ticks, level=level, group="heldout")
+
+
+def _log_ratios(run: Run, several: bool) -> list[Plot]:
+    """For each round the log-ratio of policy to opponent, of the real answers and of the opponent's."""
+    changes = {
+        stage: [arrays[f"policy.{side}"] - arrays[f"opponent.{side}"] for side in ("real", "rival")]
+        for stage, arrays in run.logps.items()
+        if stage != "base"
+    }
+    if not changes:
+        return []
+    everything = np.concatenate([side for sides in changes.values() for side in sides])
+    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]), 25)
+    if edges[0] == edges[-1]:
+        return []
+    made = []
+    for stage, sides in changes.items():
+        counts = [np.histogram(np.clip(side, edges[0], edges[-1]), edges)[0] for side in sides]
+        series = [
+            Series(name, slot, edges.tolist(), count.tolist())
+            for slot, (name, count) in enumerate(zip(("real", "generated"), counts, strict=True))
+        ]
+        name, title = f"log-ratio-{stage}", label(stage if stage == "sft" else int(stage.removeprefix("iter_")))
+        if several:
+            name, title = f"{run.name.replace('/', '-')}-{name}", f"{run.name}: {title}"
+        made.append(
+            Plot(name, title, "log p(policy) − log p(opponent), nats", "answers", "steps", series, group="ratios")
+        )
+    return made
+
+
+def _memory(runs: Sequence[Run]) -> Plot:
+    measure = (
+        "memory/allocated_mib"
+        if any("memory/allocated_mib" in row for r in runs for row in r.system)
+        else "memory/rss_mib"
+    )
+    series, marks = [], {}
+    for position, run in enumerate(runs):
+        rows = [row for row in run.system if measure in row and "time" in row]
+        if not rows:
+            continue
+        start = rows[0]["time"]
+        x = [(row["time"] - start) / 60 for row in rows]
+        for minute, row in zip(x, rows, strict=True):
+            if row["stage"] not in marks.values():
+                marks[minute] = row["stage"]
+        series.append(Series(run.name, _slot(position), x, [row[measure] for row in rows]))
+    shown = tuple(marks.items()) if len(runs) == 1 else ()
+    what = "GPU memory (allocator's peak)" if measure == "memory/allocated_mib" else "Resident memory"
+    return Plot("memory", what, "minutes", "MiB", "line", series, marks=shown, group="machine")
+
+
+def _seconds(run: Run, several: bool) -> Plot:
+    x = [float(i) for i in range(len(run.rows))]
+    series = [
+        Series(phase, slot, x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
+        for slot, phase in enumerate(PHASES)
+        if any(row["seconds"].get(phase) for row in run.rows)
+    ]
+    ticks = tuple((float(i), label(row["iteration"]).replace("iteration ", "")) for i, row in enumerate(run.rows))
+    name, title = ("time", "Time per phase")
+    if several:
+        name, title = f"{run.name.replace('/', '-')}-time", f"{run.name}: time per phase"
+    return Plot(name, title, "iteration", "minutes", "bars", series, x_ticks=ticks, group="machine")
+
+
+def memory_table(run: Run) -> list[tuple[str, float, float | None]]:
+    """(phase, highest measured MiB, predicted MiB) in the order of the phases."""
+    peaks: dict[str, float] = {}
+    for row in run.system:
+        mib = row.get("memory/allocated_mib", row.get("memory/rss_mib"))
+        if mib is not None:
+            peaks[row["phase"]] = max(peaks.get(row["phase"], 0.0), mib)
+    return [(phase, peaks[phase], run.predicted_mib.get(phase)) for phase in PHASES if phase in peaks]
+
+
+# Verdicts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One result against another on the same items."""
+
+    name: str
+    against: str
+    measure: str
+    outcome: dict  # statistics.compare's
+
+    def sentence(self) -> str:
+        o = self.outcome
+        return (
+            f"{self.name} against {self.against}, {self.measure}: {o['verdict']} ({100 * o['difference']:+.1f} points, "
+            f"95 % interval {100 * o['low']:+.1f} to {100 * o['high']:+.1f}, p = {o['p']:.3g}, {o['n']} items)"
+        )
+
+
+def change(name: str, after: dict[int, float], against: str, before: dict[int, float], measure: str) -> Change | None:
+    """None where the two share no item."""
+    shared = sorted(after.keys() & before.keys())
+    if not shared:
+        return None
+    outcome = compare([before[i] for i in shared], [after[i] for i in shared])
+    return Change(name, against, measure, outcome)
+
+
+def against_base(run: Run, row: dict, metric: str) -> Change | None:
+    """A row's verdicts (STRICT or FLEXIBLE) against the base's."""
+    stage, measure = stage_name(row["iteration"]), {STRICT: "accuracy strict", FLEXIBLE: "accuracy flexible"}[metric]
+    if stage == "base":
+        return None
+    return change(label(row["iteration"]), run.scores(stage, metric), "base", run.scores("base", metric), measure)
+
+
+def best_row(run: Run) -> dict | None:
+    """The row with the highest strict accuracy, the earliest of equals; None where nothing was scored."""
+    scored = [row for row in run.rows if "heldout/accuracy_strict" in row["evaluation"]]
+    if not scored:
+        return None
+    return scored[best([[row["evaluation"]["heldout/accuracy_strict"]["value"]] for row in scored])]
+
+
+def story(run: Run) -> list[str]:
+    """The run in a few sentences."""
+    if not run.rows:
+        return ["Nothing was evaluated yet."]
+    done = "finished" if run.finished else "not finished"
+    config = run.config
+    sentences = [
+        f"{config['model']['name']} played {config['data']['source']}; the run is {done}, "
+        f"the last row is {label(run.rows[-1]['iteration'])}."
+    ]
+    top = best_row(run)
+    if top is None:
+        return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
+    if top["iteration"] == "base":
+        return [*sentences, "No stage did better than the base on held-out problems (strict accuracy)."]
+    value = top["evaluation"]["heldout/accuracy_strict"]["value"]
+    sentences.append(f"The best strict accuracy on held-out problems is {label(top['iteration'])}'s, {value:.1%}.")
+    if verdict := against_base(run, top, STRICT):
+        sentences.append(verdict.sentence()[0].upper() + verdict.sentence()[1:] + ".")
+        sentences.append("It was chosen as the best of several, which favours it; a fresh held-out set would not.")
+    return sentences
+
+
+def run_comparisons(runs: Sequence[Run]) -> list[Change]:
+    """Each further run's last row against the first run's last row, where they share held-out items."""
+    if len(runs) < 2 or not all(run.rows for run in runs):
+        return []
+    first, *others = runs
+    before = first.scores(first.stages[-1], STRICT)
+    found = [
+        change(
+            f"{run.name} ({label(run.rows[-1]['iteration'])})",
+            run.scores(run.stages[-1], STRICT),
+            f"{first.name} ({label(first.rows[-1]['iteration'])})",
+            before,
+            "accuracy strict",
+        )
+        for run in others
+    ]
+    return [comparison for comparison in found if comparison]
+
+
+def seed_table(runs: Sequence[Run]) -> list[tuple[str, str, str, Estimate]]:
+    """(runs, iteration, metric, change from the base over seeds) of configs that ran with several seeds."""
+    table = []
+    for group in seeds_apart(runs):
+        if len(group) < 2:
+            continue
+        names = " + ".join(run.name for run in group)
+        for metric in ("heldout/accuracy_strict", "heldout/accuracy_flexible", "heldout/real_logp_vs_base"):
+            by_label: dict[str, list[float]] = {}
+            for run in group:
+                values = {label(row["iteration"]): row["evaluation"].get(metric) for row in run.rows}
+                for name, value in values.items():
+                    if value and name != "base" and values.get("base"):
+                        by_label.setdefault(name, []).append(value["value"] - values["base"]["value"])
+            table += [(names, name, metric, over_seeds(v)) for name, v in by_label.items() if len(v) == len(group)]
+    return table
