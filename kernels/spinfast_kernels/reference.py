@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import logsigmoid
 
 Kind = Literal["logistic", "hinge", "exponential", "ipo"]
@@ -31,9 +32,16 @@ def linear_logps(hidden_ND, weight_VD, targets_N, *, bias=None, temperature=1.0,
     hidden_ND (N, D) and weight_VD (V, D) of one dtype, targets_N (N,) int64, bias (V,) or None;
     chunk_tokens: rows swept at once. Returns (N,) fp32 (fp64 for fp64 inputs).
     """
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias))
-    chunk = chunk_tokens or CHUNK_TOKENS
-    return _LinearLogps.apply(hidden_ND, weight_VD, targets_N, bias, float(temperature), chunk, needs)
+    return swept_logps(_sweep, hidden_ND, weight_VD, targets_N, bias, temperature, chunk_tokens or CHUNK_TOKENS)
+
+
+def swept_logps(sweep, hidden_ND, weight_VD, targets_N, bias, temperature, chunk_tokens):
+    """linear_logps by a given `sweep` over a chunk of tokens, see _sweep; the kernels bring their own."""
+    differentiable = torch.is_grad_enabled()
+    needs = tuple(differentiable and t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias))
+    return _LinearLogps.apply(
+        hidden_ND, weight_VD, targets_N, bias, sweep, float(temperature), int(chunk_tokens), needs
+    )
 
 
 def _logits(out, h_ND, w_BD, bias_B, temperature):
@@ -47,7 +55,7 @@ def _logits(out, h_ND, w_BD, bias_B, temperature):
 
 
 def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
-    """Yields (block slice, W block, logits block, same in fp32, (rows, columns) of the targets in it).
+    """Yields (block slice, W block, logits block, same in fp32, target columns, whether the target is inside).
 
     All blocks share two buffers, small enough that a block's passes stay in cache.
     """
@@ -55,10 +63,7 @@ def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
     wide_dtype = torch.promote_types(h_ND.dtype, torch.float32)
     buffer = h_ND.new_empty(N * min(VOCAB_BLOCK, V))
     wide = buffer if wide_dtype == h_ND.dtype else torch.empty_like(buffer, dtype=wide_dtype)
-    order_N = targets_N.argsort()
-    starts = torch.arange(0, V + VOCAB_BLOCK, VOCAB_BLOCK, device=targets_N.device)
-    cuts = torch.searchsorted(targets_N[order_N], starts).tolist()
-    for number, start in enumerate(range(0, V, VOCAB_BLOCK)):
+    for start in range(0, V, VOCAB_BLOCK):
         block = slice(start, min(start + VOCAB_BLOCK, V))
         w_BD = weight_VD[block]
         shape = N, w_BD.shape[0]
@@ -67,22 +72,23 @@ def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
         wide_NB = wide[: N * shape[1]].view(shape)
         if wide is not buffer:
             wide_NB.copy_(logits_NB)
-        rows = order_N[cuts[number] : cuts[number + 1]]
-        yield block, w_BD, logits_NB, wide_NB, (rows, targets_N[rows] - start)
+        column_N1 = targets_N[:, None] - start
+        clamped_N1 = column_N1.clamp(0, shape[1] - 1)
+        yield block, w_BD, logits_NB, wide_NB, clamped_N1, clamped_N1 == column_N1
 
 
 def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
     """(target logit z, log-sum-exp of the others L, unit gradient u or None) of one chunk of tokens."""
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     N, D = h_ND.shape
-    target_N = torch.empty(N, dtype=wide, device=h_ND.device)
-    top_N1 = target_N.new_full((N, 1), torch.finfo(wide).min)
-    sum_N1 = torch.zeros_like(top_N1)
-    mean_ND = target_N.new_zeros(N, D) if need_unit else None
-    for _, w_BD, logits_NB, wide_NB, at in _blocks(h_ND, weight_VD, targets_N, bias, temperature):
-        if len(at[0]):
-            target_N[at[0]] = wide_NB[at]
-            wide_NB[at] = float("-inf")
+    target_N1 = torch.zeros(N, 1, dtype=wide, device=h_ND.device)
+    top_N1 = torch.full_like(target_N1, torch.finfo(wide).min)
+    sum_N1 = torch.zeros_like(target_N1)
+    mean_ND = target_N1.new_zeros(N, D) if need_unit else None
+    for _, w_BD, logits_NB, wide_NB, column_N1, inside_N1 in _blocks(h_ND, weight_VD, targets_N, bias, temperature):
+        found_N1 = wide_NB.gather(1, column_N1)
+        target_N1 = torch.where(inside_N1, found_N1, target_N1)
+        wide_NB.scatter_(1, column_N1, found_N1.masked_fill_(inside_N1, float("-inf")))
         new_N1 = torch.maximum(top_N1, wide_NB.amax(1, keepdim=True))
         shrink_N1 = top_N1.sub_(new_N1).exp_()
         top_N1 = new_N1
@@ -90,7 +96,7 @@ def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
         torch.addcmul(p_NB.sum(1, keepdim=True), sum_N1, shrink_N1, out=sum_N1)
         if need_unit:
             mean_ND.mul_(shrink_N1).add_(torch.mm(logits_NB.copy_(p_NB), w_BD))
-    others_N = (top_N1 + sum_N1.log()).squeeze(1)
+    target_N, others_N = target_N1.squeeze(1), (top_N1 + sum_N1.log()).squeeze(1)
     if not need_unit:
         return target_N, others_N, None
     mean_ND.div_(sum_N1.clamp_min(torch.finfo(wide).tiny))
@@ -99,23 +105,33 @@ def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
     return target_N, others_N, unit_ND
 
 
+def _chunks(targets_N, chunk_tokens):
+    """Indices of the rows to compute, chunk by chunk: slices where every row is, else index tensors.
+
+    A fake tensor (a simulation of the step's memory) has no values and counts in full.
+    """
+    keep_N = targets_N >= 0
+    if isinstance(targets_N, FakeTensor) or bool(keep_N.all()):
+        return [slice(i, i + chunk_tokens) for i in range(0, len(targets_N), chunk_tokens)]
+    rows = keep_N.nonzero().squeeze(1)
+    return [rows[i : i + chunk_tokens] for i in range(0, len(rows), chunk_tokens)]
+
+
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, bias, temperature, chunk_tokens, needs):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, bias, sweep, temperature, chunk_tokens, needs):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        rows_M = (targets_N >= 0).nonzero().squeeze(1)
         logps_N = torch.zeros(len(targets_N), dtype=wide, device=hidden_ND.device)
         lse_N = torch.zeros_like(logps_N)
         unit_ND = torch.zeros_like(hidden_ND) if needs[0] else None
-        for rows_C in rows_M.split(chunk_tokens) if len(rows_M) else ():
-            h_CD, targets_C = hidden_ND[rows_C], targets_N[rows_C]
-            z_C, others_C, unit_CD = _sweep(h_CD, weight_VD, targets_C, bias, temperature, needs[0])
-            logps_N[rows_C] = logsigmoid(z_C - others_C)
-            lse_N[rows_C] = torch.logaddexp(z_C, others_C)
+        for rows in _chunks(targets_N, chunk_tokens):
+            z_C, others_C, unit_CD = sweep(hidden_ND[rows], weight_VD, targets_N[rows], bias, temperature, needs[0])
+            logps_N[rows] = logsigmoid(z_C - others_C)
+            lse_N[rows] = torch.logaddexp(z_C, others_C)
             if needs[0]:
-                unit_ND[rows_C] = unit_CD
+                unit_ND[rows] = unit_CD
         ctx.settings = (temperature, chunk_tokens, needs)
-        head = (hidden_ND, weight_VD, bias, targets_N, rows_M, lse_N) if needs[1] or needs[2] else ()
+        head = (hidden_ND, weight_VD, bias, targets_N, lse_N) if needs[1] or needs[2] else ()
         ctx.save_for_backward(unit_ND, *head)
         return logps_N
 
@@ -128,26 +144,19 @@ class _LinearLogps(torch.autograd.Function):
         grad_weight = grad_bias = None
         if head:
             grad_weight, grad_bias = _head_gradients(*head, grad_N / temperature, temperature, chunk_tokens)
-        return (
-            grad_hidden,
-            grad_weight if needs[1] else None,
-            None,
-            grad_bias if needs[2] else None,
-            None,
-            None,
-            None,
-        )
+        grad_weight, grad_bias = grad_weight if needs[1] else None, grad_bias if needs[2] else None
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
-def _head_gradients(hidden_ND, weight_VD, bias, targets_N, rows_M, lse_N, grad_N, temperature, chunk_tokens):
+def _head_gradients(hidden_ND, weight_VD, bias, targets_N, lse_N, grad_N, temperature, chunk_tokens):
     """(dW, db) in the parameters' dtypes, accumulated in fp32: sum_n c_n (onehot_n - p_n) (h_n, 1)."""
     grad_VD = torch.zeros(weight_VD.shape, dtype=grad_N.dtype, device=grad_N.device)
     grad_V = grad_N.new_zeros(weight_VD.shape[0])
-    for rows_C in rows_M.split(chunk_tokens) if len(rows_M) else ():
-        h_CD, lse_C1, c_C1 = hidden_ND[rows_C], lse_N[rows_C, None], grad_N[rows_C, None]
-        for block, _, logits_CB, p_CB, at in _blocks(h_CD, weight_VD, targets_N[rows_C], bias, temperature):
-            p_CB.sub_(lse_C1).exp_().neg_()
-            p_CB[at] += 1
+    for rows in _chunks(targets_N, chunk_tokens):
+        h_CD, lse_C1, c_C1 = hidden_ND[rows], lse_N[rows, None], grad_N[rows, None]
+        blocks = _blocks(h_CD, weight_VD, targets_N[rows], bias, temperature)
+        for block, _, logits_CB, p_CB, column_C1, inside_C1 in blocks:
+            p_CB.sub_(lse_C1).exp_().neg_().scatter_add_(1, column_C1, inside_C1.to(p_CB.dtype))
             grad_V[block] += p_CB.mul_(c_C1).sum(0)
             grad_VD[block] += torch.mm(logits_CB.copy_(p_CB).t(), h_CD)
     return grad_VD.to(weight_VD.dtype), None if bias is None else grad_V.to(bias.dtype)
