@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ class RunDir:
 
     def close(self) -> None:
         self._lock.close()
+
+    def discard_unused(self) -> None:
+        """Remove a run directory in which nothing was computed yet."""
+        if not any(path.is_dir() for path in self.path.iterdir()):
+            shutil.rmtree(self.path)
 
     def stage(self, name: str) -> Stage:
         return Stage(self, name)

@@ -81,6 +81,9 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
         display.table(record.results())
         log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
         return 0
+    except UserError:
+        record.discard_unused()
+        raise
     except Stopped:
         log.warning("stopped by a signal; everything done is saved. Run the same command again to go on")
         return EXIT_CODE
