@@ -1,22 +1,30 @@
 """Scoring and training on packed batches: the forward, the loss, the step. Knows no files and no iterations.
 
 The opponent is the policy before its first step, so scoring runs the very batches that training runs first: same
-kernels, same shapes, and the first loss is l(0) to rounding even in bf16.
+kernels, same shapes, and the first loss is l(0) to rounding even in bf16. Gradients add up over microbatches, so
+where memory runs out the same step is made again of smaller ones.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 
+from spinfast.errors import UserError
 from spinfast.objectives import Objective
-from spinfast.packing import bins, pack
+from spinfast.packing import bins, pack, packed_length
 from spinfast.policy import Policy
 from spinfast.types import Group, PackedBatch
+
+log = logging.getLogger("spinfast")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class TrainPlan:
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
     max_overflows: int = 20
+    shrunk: Callable[[int], None] = lambda tokens: None  # told the new microbatch_tokens when memory ran out
 
     def steps(self, groups: int) -> int:
         return self.epochs * math.ceil(groups / self.groups_per_step)
@@ -56,6 +65,29 @@ def step_batches(plan: TrainPlan, groups: Sequence[Group], rows: Sequence[int]) 
     ]
 
 
+def within_memory(
+    plan: TrainPlan, groups: Sequence[Group], attempt: Callable[[TrainPlan], Result]
+) -> tuple[Result, TrainPlan]:
+    """attempt(plan), and again with half the microbatch each time memory runs out; returns the plan that fitted."""
+    longest = max(map(packed_length, groups))
+    while True:
+        try:
+            return attempt(plan), plan
+        except torch.OutOfMemoryError as error:
+            if plan.microbatch_tokens <= longest:
+                raise UserError(
+                    f"memory ran out with microbatches of {plan.microbatch_tokens} tokens, the longest group; set "
+                    "train.checkpointing=true or lower prompt.max_prompt_tokens, prompt.max_answer_tokens or "
+                    f"generation.max_tokens ({' '.join(str(error).split())[:200]})"
+                ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = max(plan.microbatch_tokens // 2, longest)
+        log.warning("memory ran out at %d tokens; microbatches have %d from here on", plan.microbatch_tokens, tokens)
+        plan = replace(plan, microbatch_tokens=tokens)
+        plan.shrunk(tokens)
+
+
 def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     """Log-probs (N,) fp32 of the answers' tokens; the prompt's tokens never reach the head."""
     hidden_ND = policy.hidden(batch).index_select(0, batch.scored_N)
@@ -75,15 +107,21 @@ def score(
 ) -> torch.Tensor:
     """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers.
 
-    advance(groups, tokens) is called after each batch.
+    advance(groups, tokens) is called after each step's rows.
     """
     scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
     first_epoch = step_rows(plan, len(groups))[: plan.steps(len(groups)) // plan.epochs]
     for rows in first_epoch:
-        for batch in step_batches(plan, groups, rows):
-            scores[list(batch.rows)] = batch_sequence_logps(policy, batch).view(len(batch.rows), -1)
-            advance(len(batch.rows), batch.tokens)
+        tokens, plan = within_memory(plan, groups, partial(_score_rows, policy, groups, rows, scores))
+        advance(len(rows), tokens)
     return scores
+
+
+def _score_rows(policy, groups, rows, scores, plan) -> int:
+    batches = step_batches(plan, groups, rows)
+    for batch in batches:
+        scores[list(batch.rows)] = batch_sequence_logps(policy, batch).view(len(batch.rows), -1)
+    return sum(batch.tokens for batch in batches)
 
 
 def sequence_logps(
@@ -123,7 +161,7 @@ def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: 
     parameters = policy.trainable_parameters()
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[optimizer]
     return TrainState(
-        make(list(parameters.values()), lr=0.0, weight_decay=weight_decay),
+        make(list(parameters.values()), lr=0.0, weight_decay=weight_decay, foreach=True),
         loss_scale=2.0**12 if scaled else 1.0,
         names=list(parameters),
     )
@@ -146,28 +184,19 @@ def train(
         lr = learning_rate(plan, state.step, len(schedule))
         for parameter_group in state.optimizer.param_groups:
             parameter_group["lr"] = lr
-        metrics = train_step(policy, groups, rows, objective, plan, state, scaled)
+        metrics, plan = train_step(policy, groups, rows, objective, plan, state, scaled)
         state.step += 1
         yield {"step": state.step, "steps": len(schedule), "train/lr": lr, **metrics}
 
 
-def train_step(policy, groups, rows, objective, plan, state, scaled) -> dict[str, float]:
-    """Accumulate the step's microbatches, clip, update. A step that is not finite is skipped and counted."""
-    weight = sum(objective.weight(groups[row]) for row in rows)
-    sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-    for batch in step_batches(plan, groups, rows):
-        tokens += batch.tokens
-        batch = batch.to(policy.device)
-        loss = objective(batch, answer_logps(policy, batch))
-        (loss.total * (state.loss_scale / weight)).backward()
-        for name, value in {"train/loss": loss.total.detach(), **loss.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value
+def train_step(policy, groups, rows, objective, plan, state, scaled) -> tuple[dict[str, float], TrainPlan]:
+    """Accumulate, clip, update; the plan comes back, smaller if it did not fit. A non-finite step is skipped."""
+    accumulate = partial(_accumulate, policy, groups, rows, objective, state)
+    (metrics, tokens), plan = within_memory(plan, groups, accumulate)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm).item()
-    metrics = {name: (value / weight).item() for name, value in sums.items()}
     skipped = not (math.isfinite(norm) and math.isfinite(metrics["train/loss"]))
     if not skipped:
         state.optimizer.step()
@@ -179,12 +208,24 @@ def train_step(policy, groups, rows, objective, plan, state, scaled) -> dict[str
             f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient "
             f"(loss {metrics['train/loss']}, gradient norm {norm}, loss scale {scale:g}, rows {rows})"
         )
-    return metrics | {
-        "train/grad_norm": norm,
-        "train/loss_scale": scale,
-        "train/overflows": state.overflows,
-        "train/tokens": tokens,
-    }
+    metrics |= {"train/grad_norm": norm, "train/loss_scale": scale, "train/overflows": state.overflows}
+    return metrics | {"train/tokens": tokens}, plan
+
+
+def _accumulate(policy, groups, rows, objective, state, plan) -> tuple[dict[str, float], int]:
+    """The step's scaled gradients, from zero; the means of its metrics and its tokens."""
+    state.optimizer.zero_grad(set_to_none=True)
+    weight = sum(objective.weight(groups[row]) for row in rows)
+    sums: dict[str, torch.Tensor] = {}
+    batches = step_batches(plan, groups, rows)
+    for batch in batches:
+        batch = batch.to(policy.device)
+        loss = objective(batch, answer_logps(policy, batch))
+        (loss.total * (state.loss_scale / weight)).backward()
+        for name, value in {"train/loss": loss.total.detach(), **loss.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    metrics = {name: (value / weight).item() for name, value in sums.items()}
+    return metrics, sum(batch.tokens for batch in batches)
 
 
 def _update_loss_scale(state: TrainState, skipped: bool, scaled: bool) -> None:

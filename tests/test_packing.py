@@ -1,0 +1,192 @@
+"""Packing: what is in a batch, that budgets hold, that a step does not depend on how it is cut."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_cases import lengths, make_groups, tiny_policy
+
+from spinfast import ops
+from spinfast.errors import UserError
+from spinfast.objectives.sft import Sft
+from spinfast.objectives.spin import Spin
+from spinfast.packing import bins, pack, pack_all, packed_length
+from spinfast.train import TrainPlan, score, start_training, train, train_step
+
+LONGEST = 24 * 3
+shapes = lengths()
+
+
+@given(shapes, st.integers(LONGEST, 4 * LONGEST))
+def test_bins(shape, budget):
+    groups = make_groups(shape * 3)
+    filled = bins(groups, budget)
+    assert sorted(row for rows in filled for row in rows) == list(range(len(groups)))
+    used = [sum(packed_length(groups[row]) for row in rows) for rows in filled]
+    assert max(used) <= budget
+    assert all(a + b > budget for a, b in pairwise(used)), "two bins in a row fit into one"
+    assert filled == bins(list(groups), budget)
+
+
+def test_bins_refuse_a_group_over_budget():
+    with pytest.raises(UserError, match=r"group of 11 packed tokens exceeds the microbatch of 10 .*raise"):
+        bins(make_groups([(3, (5, 5))]), 10)
+
+
+@given(shapes)
+def test_tokens_computed_are_the_distinct_content(shape):
+    """Content: each prompt once and of each answer the tokens that predict one, all but its last. Ratio 1.00."""
+    groups = make_groups(shape)
+    batch = pack(groups, range(len(groups)))
+    content = sum(prompt + sum(answer - 1 for answer in answers) for prompt, answers in shape)
+    assert batch.tokens == content == sum(map(packed_length, groups))
+    assert sum(queries for queries, _ in batch.layout.segments) == batch.tokens
+
+
+@given(shapes)
+def test_pack_spells_every_sequence(shape):
+    """Reading keys, positions and targets back through the layout gives each prompt and answer in order."""
+    groups = make_groups(shape)
+    batch = pack(groups, range(len(groups)))
+    ids, positions, targets = (x.tolist() for x in (batch.token_ids_T, batch.position_ids_T, batch.targets_N))
+    kv_index, kv_starts = batch.layout.kv_index_K.tolist(), batch.layout.kv_starts.tolist()
+    q_starts = batch.layout.q_starts.tolist()
+    keys_of = {}  # query row -> the rows it sees
+    for number, (queries, keys) in enumerate(batch.layout.segments):
+        rows = kv_index[kv_starts[number] : kv_starts[number + 1]]
+        for i in range(queries):
+            keys_of[q_starts[number] + i] = rows[: keys - queries + i + 1]
+    expected = [(group.prompt_ids, answer) for group in groups for answer in group.answers]
+    scored = list(zip(batch.scored_N.tolist(), batch.sequence_ids_N.tolist(), targets, strict=True))
+    assert [sequence for _, sequence, _ in scored] == sorted(sequence for _, sequence, _ in scored)
+    assert batch.sequences == len(expected)
+    for number, (prompt, answer) in enumerate(expected):
+        own = [(row, target) for row, sequence, target in scored if sequence == number]
+        assert tuple(target for _, target in own) == answer
+        for i, (row, _) in enumerate(own):
+            assert [ids[key] for key in keys_of[row]] == [*prompt, *answer[:i]]
+            assert [positions[key] for key in keys_of[row]] == list(range(len(prompt) + i))
+
+
+# The step ----------------------------------------------------------------------------------------------------------
+
+SHAPE = [(5, (7, 1)), (1, (12, 9)), (9, (1, 1)), (3, (4, 20)), (16, (2, 3)), (2, (6, 6))]
+WHOLE = 400
+
+
+def spin_step(policy, microbatch_tokens, opponent, shrunk=None, objective=None):
+    """The adapter's gradients after one step over SHAPE that moves nothing, its metrics and the plan it ended with."""
+    groups = make_groups(SHAPE)
+    told = {} if shrunk is None else {"shrunk": shrunk.append}
+    plan = TrainPlan(len(groups), microbatch_tokens, 1, 0, "sdpa", lr=0.0, max_grad_norm=1e9, **told)
+    objective = objective or Spin(opponent, beta=0.3, kind="logistic", ops=ops.EAGER)
+    state = start_training(policy, "adamw", 0.0, scaled=False)
+    gradients = {}
+    handles = [state.optimizer.register_step_pre_hook(lambda *_: gradients.update(current(policy)))]
+    metrics, plan = train_step(policy, groups, range(len(groups)), objective, plan, state, scaled=False)
+    [handle.remove() for handle in handles]
+    return gradients, metrics, plan
+
+
+def current(policy):
+    return {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return tiny_policy(tiny_model("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def opponent():
+    return torch.randn(len(SHAPE), 2, generator=torch.Generator().manual_seed(3)) * 5 - 40
+
+
+@pytest.mark.parametrize("objective", [None, Sft()], ids=["spin", "sft"])
+@settings(max_examples=12, deadline=None)
+@given(budget=st.integers(30, WHOLE))
+def test_gradient_does_not_depend_on_the_cut(policy, opponent, objective, budget):
+    whole, metrics, _ = spin_step(policy, WHOLE, opponent, objective=objective)
+    cut, cut_metrics, _ = spin_step(policy, budget, opponent, objective=objective)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9)
+    assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+
+
+class StarvedOps:
+    """EAGER, but memory runs out above `tokens` scored tokens: in the forward, or late in the backward."""
+
+    def __init__(self, tokens, where="forward", policy=None):
+        self.tokens, self.where, self.starving = tokens, where, False
+        if where == "backward":  # the first layer's gradients come last: the others have been accumulated by then
+            first = next(iter(policy.trainable_parameters().values()))
+            self.handle = first.register_hook(lambda _: self._fail_if(self.starving))
+
+    def linear_logps(self, hidden_ND, *args, **kwargs):
+        self.starving = len(hidden_ND) > self.tokens
+        self._fail_if(self.starving and self.where == "forward")
+        return ops.EAGER.linear_logps(hidden_ND, *args, **kwargs)
+
+    def _fail_if(self, failing):
+        if failing:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_splits_and_repeats_the_step(policy, opponent, monkeypatch, caplog, where):
+    fitting, metrics, _ = spin_step(policy, 60, opponent)
+    shrunk = []
+    starved = StarvedOps(60, where, policy)
+    monkeypatch.setattr(policy, "ops", starved)
+    with caplog.at_level(logging.WARNING, "spinfast"):
+        gradients, survived, plan = spin_step(policy, 120, opponent, shrunk)
+    if where == "backward":
+        starved.handle.remove()
+    assert plan.microbatch_tokens == 60
+    assert shrunk == [60]
+    assert [r.message for r in caplog.records] == ["memory ran out at 120 tokens; microbatches have 60 from here on"]
+    assert survived == metrics
+    for name, gradient in fitting.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+def test_out_of_memory_corrects_the_rest_of_the_phase(policy, opponent, monkeypatch, caplog):
+    groups = make_groups(SHAPE)
+    plan = TrainPlan(len(groups), 120, 3, 0, "sdpa", lr=0.0)
+    objective = Spin(opponent, beta=0.3, kind="logistic", ops=ops.EAGER)
+    state = start_training(policy, "adamw", 0.0, scaled=False)
+    monkeypatch.setattr(policy, "ops", StarvedOps(60))
+    with caplog.at_level(logging.WARNING, "spinfast"):
+        assert len(list(train(policy, groups, objective, plan, state, scaled=False))) == 3
+    assert len(caplog.records) == 1
+
+
+def test_out_of_memory_while_scoring(policy, monkeypatch):
+    groups = make_groups(SHAPE)
+    plan = TrainPlan(len(groups), 120, 1, 0, "sdpa", lr=0.0)
+    expected = score(policy, groups, plan, lambda *_: None)
+    told = []
+    monkeypatch.setattr(policy, "ops", StarvedOps(60))
+    scores = score(policy, groups, plan, lambda *counted: told.append(counted))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    assert told == [(len(groups), sum(map(packed_length, groups)))]
+
+
+def test_out_of_memory_with_one_group_is_told(policy, opponent, monkeypatch):
+    monkeypatch.setattr(policy, "ops", StarvedOps(1))
+    with pytest.raises(UserError, match=r"the longest group; set train.checkpointing=true or lower"):
+        spin_step(policy, 120, opponent)
+
+
+def test_batches_do_not_depend_on_history(policy):
+    """The same groups give the same batches, tensor for tensor: what resume rests on."""
+    groups = make_groups(SHAPE * 2)
+    for a, b in zip(pack_all(groups, 70), pack_all(list(groups), 70), strict=True):
+        assert a.rows == b.rows
+        assert torch.equal(a.token_ids_T, b.token_ids_T)
+        assert torch.equal(a.layout.kv_index_K, b.layout.kv_index_K)
