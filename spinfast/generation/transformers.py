@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from spinfast import adapter as adapters
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
 from spinfast.policy.transformers import TransformersPolicy
@@ -80,7 +79,7 @@ class TransformersGenerator:
         return stream
 
     def _check_live(self, adapter: Adapter) -> None:
-        if adapters.fingerprint(adapter) != adapters.fingerprint(self.policy.adapter()):
+        if not _same(self.policy.adapter(), adapter):
             raise UserError(
                 "expected the policy's live adapter or None, got other tensors; the transformers generator shares "
                 "the policy's module, so call policy.load_adapter(adapter) first"
@@ -125,6 +124,16 @@ class TransformersGenerator:
         rows = zip(logits_SV.split(SAMPLED_ROWS), uniform(seed_S, step_S).split(SAMPLED_ROWS), strict=True)
         drawn = [sample(logits.float(), u, sampling.temperature, sampling.top_p) for logits, u in rows]
         return torch.cat([torch.stack([token.double(), logp.double()], dim=1) for token, logp in drawn]).tolist()
+
+
+def _same(live: Adapter, given: Adapter) -> bool:
+    """Equal scaling and equal values, whatever dtype `given` was stored in."""
+    scalings = [adapter.config["lora_alpha"] / adapter.config["r"] for adapter in (live, given)]
+    return (
+        scalings[0] == scalings[1]
+        and live.tensors.keys() == given.tensors.keys()
+        and all(torch.equal(tensor, given.tensors[name].to(tensor)) for name, tensor in live.tensors.items())
+    )
 
 
 @dataclass
