@@ -37,8 +37,8 @@ def interval(of: Estimate, confidence: float = 0.95) -> tuple[float, float]:
     return of["value"] - half, of["value"] + half
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion that holds for small n and for 0 or n successes."""
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a proportion that holds for small n and for 0 or n successes; a tie may count half."""
     z, p = _z(confidence), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

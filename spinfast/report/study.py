@@ -48,14 +48,17 @@ HELDOUT = {
     "heldout/repeated_4grams": ("Repeated 4-grams", None),
 }
 PHASES = ("generate", "pair", "score", "train", "evaluate", "save")
-SHARES = ("heldout/accuracy_strict", "heldout/accuracy_flexible", "heldout/eos_rate")  # of 0/1 items: Wilson's interval
+SHARES = (  # of 0/1 items: Wilson's interval, which holds at 0 % and 100 % too
+    *("heldout/accuracy_strict", "heldout/accuracy_flexible"),
+    *("heldout/pair_accuracy", "heldout/eos_rate"),
+)
 
 
 def bounds(metric: str, of: Estimate) -> tuple[float, float]:
-    """The 95 % interval of a metric's estimate; (nan, nan) where it has none."""
+    """The 95 % interval of a metric's estimate; (nan, nan) where it has none or its items are all equal."""
     if metric in SHARES:
-        return wilson(round(of["value"] * of["n"]), of["n"])
-    return interval(of) if of["stderr"] is not None else (math.nan, math.nan)
+        return wilson(of["value"] * of["n"], of["n"])
+    return interval(of) if of["stderr"] else (math.nan, math.nan)
 
 
 # Plots -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""The README.md that goes with an adapter: what it is, what it saw, what it scored, what it is not good for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import yaml
+
+from spinfast import files
+from spinfast.evaluate.advice import warnings
+from spinfast.report import study
+from spinfast.report.read import Run, label, read_run, stage_name
+
+SHOWN = {  # metric -> (name, digits, factor)
+    "heldout/accuracy_strict": ("accuracy, strict (%)", 1, 100),
+    "heldout/accuracy_flexible": ("accuracy, flexible (%)", 1, 100),
+    "heldout/pair_accuracy": ("pair accuracy against its opponent", 3, 1),
+    "heldout/real_logp_vs_base": ("log p(real) − base's (nats per answer)", 2, 1),
+    "heldout/perplexity": ("perplexity of real answers", 2, 1),
+    "heldout/kl_k1": ("KL to the base (nats per answer)", 2, 1),
+    "heldout/length": ("tokens of a sampled answer", 0, 1),
+    "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
+}
+
+
+def write_card(adapter_dir: Path, run_dir: Path, iteration: str | int) -> Path:
+    """Write adapter_dir/README.md for the adapter that `iteration` ("base", "sft", 0, 1, ...) of the run made."""
+    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    path = adapter_dir / "README.md"
+    files.write_text(path, card(read_run(run_dir), iteration, config))
+    return path
+
+
+def card(run: Run, iteration: str | int, adapter_config: dict) -> str:
+    """The card's text. `adapter_config` is PEFT's."""
+    c, base = run.config, adapter_config["base_model_name_or_path"]
+    revision = adapter_config.get("revision") or c["model"]["revision"] or "not recorded"
+    front = {"library_name": "peft", "tags": ["lora", "spin", "self-play", "spinfast"]}
+    if not base.startswith(("package:", "/", ".")):
+        front["base_model"] = base
+    method = (
+        "supervised fine-tuning on the real answers"
+        if iteration == "sft"
+        else "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own"
+    )
+    facts = {
+        "base model": f"{base}, revision {revision}",
+        "training data": _data(c["data"]),
+        "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
+        "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
+        "made by": f"{label(iteration)} of {c['spin']['iterations']} iterations; beta {_list(c['spin']['beta'])}, "
+        f"{c['spin']['loss']} loss, learning rate {_list(c['train']['lr'])}, {c['train']['epochs']} epoch(s), "
+        f"{c['train']['pairs_per_step']} pairs per step, seed {c['seed']}",
+        "pairs": _pairs(run, iteration),
+        "software": ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items()),
+    }
+    table = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items() if value)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {Path(base).name}: {label(iteration)} of spinfast run {run.name}
+
+A low-rank adapter made by {method}. No human preference labels were used.
+
+| | |
+|---|---|
+{table}
+
+## Use
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+```
+Write prompts with the base model's chat template.
+
+## Results
+{_results(run, iteration)}
+
+## Limits
+{_limits(run, iteration)}
+"""
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _data(data: dict) -> str:
+    parts = [data["source"], data["subset"], f"split {data['split']}", data["revision"], f"seed {data['seed']}"]
+    return ", ".join([*(part for part in parts if part), f"{data['size'] or 'all'} examples"])
+
+
+def _pairs(run: Run, iteration: str | int) -> str:
+    row = next((row for row in run.rows if row["iteration"] == iteration), None)
+    if row is None or not row["pairs"]:
+        return ""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
+    return f"{row['pairs']}" + (f" (rejected: {rejected})" if rejected else "")
+
+
+def _results(run: Run, iteration: str | int) -> str:
+    rows = {row["iteration"]: row for row in run.rows}
+    own, base = rows.get(iteration), rows.get("base")
+    if own is None or not own["evaluation"]:
+        return "It was not evaluated."
+    lines = ["Held-out problems, 95 % intervals.", "", "| | base | this adapter | n |", "|---|---|---|---|"]
+    for metric, look in SHOWN.items():
+        if metric in own["evaluation"]:
+            cells = [_value(row["evaluation"].get(metric) if row else None, metric, look) for row in (base, own)]
+            lines.append(f"| {look[0]} | {cells[0]} | {cells[1]} | {own['evaluation'][metric]['n']} |")
+    if verdict := study.against_base(run, own, study.STRICT):
+        sentence = verdict.sentence()
+        lines += ["", f"{sentence[0].upper()}{sentence[1:]}. Test: McNemar's, exact, on the same problems."]
+    return "\n".join(lines)
+
+
+def _value(of: dict | None, metric: str, look: tuple[str, int, float]) -> str:
+    if of is None:
+        return "–"
+    _, digits, factor = look
+    low, high = (factor * bound for bound in study.bounds(metric, of))
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
+    return f"{factor * of['value']:.{digits}f}{interval}"
+
+
+def _limits(run: Run, iteration: str | int) -> str:
+    """What always holds, and what this run's figures warn of."""
+    lines = [
+        "- Measured on one held-out set of the kind it was trained on; other tasks and languages were not tried.",
+        "- Self-play pulls the model towards the data's answers, their style, length and mistakes included.",
+        "- Not examined for safety, bias or factuality beyond what the base model's card says.",
+    ]
+    if len(run.rows) > 2:
+        lines.append("- Whoever picks the best of several iterations on these figures finds it a little too good.")
+    position = run.stages.index(stage_name(iteration)) if stage_name(iteration) in run.stages else 0
+    lines += [f"- {warning}" for warning in warnings(run.rows[: position + 1])]
+    return "\n".join(lines)

@@ -1,0 +1,257 @@
+"""The report's figures against the run's files, its page as text, its card; test_browser.py looks at it."""
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from spinfast.errors import UserError
+from spinfast.report import plots, study, write_card, write_report
+from spinfast.report.cli import main
+from spinfast.report.page import page
+from spinfast.report.plots import Plot, Series
+from spinfast.report.read import read_run, read_runs
+
+
+@pytest.fixture(scope="module")
+def made(played):
+    """name -> plot of one finished run."""
+    return {plot.name: plot for plot in study.plots([read_run(played[0])])}
+
+
+def test_every_plot_is_there(made):
+    expected = {name.replace("/", "-") for name in (*study.TRAINING, *study.HELDOUT)} - {"train-loss_scale"}
+    expected |= {"log-ratio-sft", "log-ratio-iter_000", "log-ratio-iter_001", "memory", "time"}
+    assert set(made) == expected
+
+
+def test_training_curve_is_the_metrics_file(made, played):
+    rows = [json.loads(line) for line in (played[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"].startswith("iter_")]
+    series = made["train-loss"].series
+    assert [y for s in series for y in s.y] == [row["train/loss"] for row in rows]
+    assert [x for s in series for x in s.x] == list(range(1, len(rows) + 1))
+    assert [s.y[0] for s in series] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert made["train-loss"].marks == ((1.0, "iteration 0"), (4.0, "iteration 1"))
+
+
+def test_heldout_points_are_the_results_with_intervals(made, played):
+    rows = json.loads((played[0] / "results.json").read_text())
+    series = made["heldout-margin"].series[0]
+    assert series.y == [row["evaluation"]["heldout/margin"]["value"] for row in rows]
+    assert math.isnan(series.low[0])  # the base against itself: all margins are 0
+    last = rows[-1]["evaluation"]["heldout/margin"]
+    assert series.high[-1] - series.low[-1] == pytest.approx(2 * 1.959964 * last["stderr"])
+    accuracy = made["heldout-accuracy_strict"].series[0]
+    assert accuracy.high[0] > 0  # Wilson's interval of 0 of 8 is not a point
+    assert [text for _, text in made["heldout-margin"].x_ticks] == ["base", "SFT", "0", "1"]
+
+
+def test_log_ratios_count_every_held_out_pair(made):
+    for name in ("log-ratio-sft", "log-ratio-iter_000", "log-ratio-iter_001"):
+        assert [sum(s.y) for s in made[name].series] == [8, 8]
+        assert [s.label for s in made[name].series] == ["real", "generated"]
+
+
+def test_time_adds_up(made, played):
+    rows = json.loads((played[0] / "results.json").read_text())
+    assert sum(y for s in made["time"].series for y in s.y) * 60 == pytest.approx(
+        sum(sum(row["seconds"].values()) for row in rows)
+    )
+
+
+@pytest.mark.parametrize("kind", ["line", "points", "steps", "bars"])
+def test_a_plot_in_three_forms(kind, tmp_path):
+    edges = [0.0, 1.0, 2.0]
+    y = [1.0, 3.0] if kind == "steps" else [1.0, float("nan"), 3.0] if kind == "line" else [1.0, 2.0, 3.0]
+    low = [0.5, 1.5, 2.5] if kind == "points" else None
+    series = [Series("a & <b>", 0, edges, y, low, [v + 1 for v in y] if low else None), Series("b", 1, edges, y)]
+    plot = Plot("p", "A <title>", "x", "y", kind, series, marks=((1.0, "<m>"),), level=(2.0, "level"))
+    root = ElementTree.fromstring(plots.svg(plot))
+    assert {int(node.get("class")[-1]) for node in root if (node.get("class") or "")[-2:-1] == "s"} == {0, 1}
+    for node in root.iter():  # everything is drawn inside the frame
+        for name, size in (("x1", plots.WIDTH), ("x2", plots.WIDTH), ("y1", plots.HEIGHT), ("cy", plots.HEIGHT)):
+            assert 0 <= float(node.get(name, 0)) <= size
+    rows = list(csv.reader(plots.to_csv(plot).splitlines()))
+    assert rows[0] == ["series", "x", "y", "low", "high"]
+    assert [float(row[2]) for row in rows[1:]] == pytest.approx(y + y, nan_ok=True)
+    plots.write_png(plot, tmp_path / "p.png")
+    picture = Image.open(tmp_path / "p.png").convert("RGB")
+    wanted = tuple(int(plots.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
+    near = [
+        sum(abs(a - b) for a, b in zip(pixel, wanted, strict=True)) < 250 for _, pixel in picture.getcolors(1 << 22)
+    ]
+    assert picture.width > 600
+    assert any(near)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_inside(low, size):
+    got = plots.ticks(low, low + size)
+    assert 1 <= len(got) <= 12
+    assert all(low - 1e-6 * size <= y <= low + size * (1 + 1e-6) for y in got)
+
+
+def test_long_lines_are_thinned_and_kept_whole_in_the_csv():
+    x = [float(i) for i in range(5000)]
+    plot = Plot("p", "t", "x", "y", "line", [Series("s", 0, x, x)])
+    assert 400 < plots.svg(plot).count("L") <= plots.SVG_POINTS + 1
+    assert plots.to_csv(plot).count("\n") == 5001
+
+
+class Page(HTMLParser):
+    """Addresses and embedded JSON of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.addresses, self.tags, self.json, self._id = [], [], {}, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [attrs[name] for name in ("src", "href", "srcset", "action") if name in attrs]
+        self._id = attrs.get("id") if attrs.get("type") == "application/json" else None
+
+    def handle_data(self, data):
+        if self._id:
+            self.json[self._id] = json.loads(data)
+            self._id = None
+
+
+def test_page_refers_to_nothing_outside(played):
+    text = page(read_runs(played))
+    assert all(address.startswith(("#", "data:")) for address in Page(text).addresses)
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_page_of_several_runs(played):
+    text = page(read_runs(played))
+    assert "Run against run" in text
+    assert "Over seeds" in text
+    assert 'id="run"' in text
+    parsed = Page(text)
+    assert len(parsed.json["transcript-data"]) == 2
+    assert {s["label"] for s in parsed.json["plot-data"]["heldout-margin"]["series"]} == {"seed0", "seed1"}
+
+
+def test_transcripts_hold_every_stage(played):
+    problem = Page(page(read_runs(played[:1]))).json["transcript-data"][0][0]
+    assert problem["prompt"].startswith("user: What is 5")
+    assert [answer["stage"] for answer in problem["answers"]] == ["base", "SFT", "iteration 0", "iteration 1"]
+    assert problem["real"].startswith("It is ")
+
+
+def test_text_of_a_model_stays_text(run_copy):
+    path = run_copy / "base" / "heldout.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    evil = "</script><img src=x onerror=alert(1)><!-- <script>\u2028"
+    row |= {"text": evil, "prompt": [{"role": "user", "content": evil}], "real": evil}
+    path.write_text(json.dumps(row) + "\n")
+    parsed = Page(page([read_run(run_copy)]))
+    assert "img" not in parsed.tags
+    assert parsed.json["transcript-data"][0][0]["answers"][0]["text"] == evil
+
+
+def test_better_worse_and_noise_are_marked(judged):
+    base = [float(i % 2) for i in range(60)]
+    judged("base", base)
+    judged("sft", [1.0 - b if i < 2 else b for i, b in enumerate(base)])
+    judged("iter_000", [1.0] * 60)
+    run = read_run(judged("iter_001", [b if i % 3 else 0.0 for i, b in enumerate(base)]))
+    verdicts = [study.against_base(run, row, study.STRICT) for row in run.rows]
+    assert [v and v.outcome["verdict"] for v in verdicts] == [None, "within noise", "better", "worse"]
+    text = page([run])
+    assert text.count('class="better"') == text.count('class="worse"') == 2  # strict and flexible
+    assert "The best strict accuracy on held-out problems is iteration 0's, 100.0%." in study.story(run)[1]
+    assert "better (+50.0 points" in study.story(run)[2]
+
+
+def test_unfinished_run(run_copy):
+    results = json.loads((run_copy / "results.json").read_text())
+    (run_copy / "results.json").write_text(json.dumps(results[:2]))
+    with (run_copy / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "iter_001", "phase": "tr')  # torn by a crash
+    run = read_run(run_copy)
+    assert not run.finished
+    assert "not finished, the last row is SFT" in study.story(run)[0]
+    assert 'http-equiv="refresh" content="30"' in page([run], refresh=30)
+    (run_copy / "results.json").unlink()
+    assert "Nothing was evaluated yet" in page([read_run(run_copy)])
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(run_copy):
+    path = run_copy / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["train/loss"] = "nan"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot = next(plot for plot in study.plots([read_run(run_copy)]) if plot.name == "train-loss")
+    assert math.isnan(plot.series[0].y[1])
+    assert "nan" not in plots.svg(plot)
+    assert None in Page(page([read_run(run_copy)])).json["plot-data"]["train-loss"]["series"][0]["y"]
+
+
+def test_predicted_memory_stands_beside_the_measured(run_copy):
+    assert "predicted, MiB" not in page([read_run(run_copy)])
+    (run_copy / "memory.json").write_text('{"predicted_mib": {"train": 1234.4}}')
+    text = page([read_run(run_copy)])
+    assert "predicted, MiB" in text
+    assert "<td>1,234</td>" in text
+
+
+def test_cli_writes_html_png_and_csv(run_copy, capsys):
+    assert main([str(run_copy), "--watch", "1"]) == 0  # a finished run is written once
+    folder = run_copy / "report"
+    assert capsys.readouterr().out.strip() == str(folder / "index.html")
+    names = {plot.name for plot in study.plots([read_run(run_copy)])}
+    assert {path.stem for path in folder.glob("*.png")} == names
+    assert {path.stem for path in folder.glob("*.csv")} == names
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"expected a run directory with config\.yaml"):
+        write_report([tmp_path])
+
+
+def test_runs_of_one_name_are_told_apart(run_copy, tmp_path, played):
+    import shutil
+
+    other = shutil.copytree(played[1], tmp_path / "other" / "run")
+    assert [run.name for run in read_runs([run_copy, other])] == [f"{tmp_path.name}/run", "other/run"]
+
+
+def test_seeds_are_combined_only_within_one_config(played, run_copy):
+    table = study.seed_table(read_runs(played))
+    assert {(name, of["n"]) for _, name, _, of in table} == {("SFT", 2), ("iteration 0", 2), ("iteration 1", 2)}
+    config = run_copy / "config.yaml"
+    config.write_text(config.read_text().replace("r: 16", "r: 8"))
+    assert study.seed_table(read_runs([played[1], run_copy])) == []
+
+
+def test_card(run_copy):
+    path = write_card(run_copy / "iter_001" / "adapter", run_copy, 1)
+    text = path.read_text()
+    assert text.startswith("---\nlibrary_name: peft\n")
+    run = read_run(run_copy)
+    margin = run.rows[-1]["evaluation"]["heldout/real_logp_vs_base"]
+    assert f"| {margin['value']:.2f} [" in text
+    assert "LoRA, r = 16, alpha = 32" in text
+    assert "iteration 1 of 2 iterations; beta 0.1" in text
+    assert "| accuracy, strict (%) | 0.0 [0.0, 32.4] | 0.0 [0.0, 32.4] | 8 |" in text
+    assert "within noise" in text
+    config = json.loads((run_copy / "iter_001" / "adapter" / "adapter_config.json").read_text())
+    assert f"revision {config['revision']}" in text
+
+
+def test_card_of_an_adapter_that_was_not_evaluated(run_copy):
+    results = json.loads((run_copy / "results.json").read_text())
+    (run_copy / "results.json").write_text(json.dumps([row | {"evaluation": {}} for row in results]))
+    assert "It was not evaluated." in write_card(run_copy / "sft" / "adapter", run_copy, "sft").read_text()
