@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -20,9 +21,19 @@ class Ops:
     name: str
     linear_logps: Callable
     pairwise_loss: Callable
+    lora_linear: Callable
+    lora_qkv: Callable
+    lora_mlp: Callable
+    rms_norm: Callable
+    swiglu: Callable
+    rope: Callable
 
 
-EAGER = Ops("eager", reference.linear_logps, reference.pairwise_loss)
+def _table(name: str, module: ModuleType) -> Ops:
+    return Ops(name, *(getattr(module, field.name) for field in fields(Ops)[1:]))
+
+
+EAGER = _table("eager", reference)
 
 
 def choose(name: Literal["auto", "eager", "triton"], device: torch.device | str) -> tuple[Ops, str]:

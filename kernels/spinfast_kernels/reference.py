@@ -1,9 +1,10 @@
 """The eager twins: every kernel of this package in plain torch, same names and signatures.
 
-They are the kernels' test oracle, the CPU backend and the benchmark's baseline. This file holds the scored head
-and the pairwise loss; `reference_layer` holds the decoder layer's parts and is re-exported here.
+They are the kernels' test oracle, the CPU backend and the benchmark's baseline. The GEMMs of a decoder layer are
+in blocks.py; here are its element-wise parts.
 
-Shapes: N scored tokens, D model dim, V vocabulary, S = 2P sequences (even: real, odd: generated), P pairs.
+Shapes: N scored tokens, D model dim, V vocabulary, S = 2P sequences (even: real, odd: generated), P pairs;
+in the layer: T tokens, F hidden features of the MLP, H heads of d.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, silu
+
+from spinfast_kernels.blocks import Elementwise, LayerOps
 
 Kind = Literal["logistic", "hinge", "exponential", "ipo"]
 CHUNK_TOKENS, VOCAB_BLOCK = 1024, 1024  # measured best for bf16 on AMX with 2 MB of L2 per core: bench/LOG.md
@@ -193,3 +196,54 @@ def pairwise_loss(logps_N, sequence_ids_N, opponent_logps_S, *, beta: float, kin
     margins_P = beta * (real_P - generated_P)
     loss = LOSSES[kind](margins_P, beta).sum()
     return PairwiseLoss(loss, margins_P.detach(), real_P.detach(), generated_P.detach())
+
+
+def _wide(x):
+    """An fp32 copy (fp64 stays fp64): a buffer of our own."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _rms_forward(x_TD, weight_D, eps):
+    wide_TD = _wide(x_TD)
+    norm_T = torch.linalg.vector_norm(wide_TD, dim=1)
+    rstd_T = norm_T.square_().div_(x_TD.shape[1]).add_(eps).rsqrt_()
+    return wide_TD.mul_(rstd_T[:, None]).mul_(_wide(weight_D)).to(x_TD.dtype), rstd_T
+
+
+def _rms_apply(x_TD, weight_D, rstd_T):
+    return _wide(x_TD).mul_(rstd_T[:, None]).mul_(_wide(weight_D)).to(x_TD.dtype)
+
+
+def _rms_backward(dy_TD, x_TD, weight_D, rstd_T, residual_TD):
+    """dx = rstd (g - xhat mean(g xhat)) with g = dy w, xhat = x rstd."""
+    g_TD = _wide(dy_TD).mul_(_wide(weight_D))
+    xhat_TD = _wide(x_TD).mul_(rstd_T[:, None])
+    mean_T1 = torch.linalg.vecdot(g_TD, xhat_TD)[:, None].div_(x_TD.shape[1])
+    dx_TD = g_TD.addcmul_(xhat_TD, mean_T1, value=-1).mul_(rstd_T[:, None])
+    return (dx_TD if residual_TD is None else dx_TD.add_(residual_TD)).to(x_TD.dtype)
+
+
+def _swiglu_forward(gate_TF, up_TF):
+    return silu(gate_TF).mul_(up_TF)
+
+
+def _swiglu_backward(dh_TF, gate_TF, up_TF):
+    silu_TF = silu(gate_TF)
+    h_TF = silu_TF * up_TF
+    dup_TF = silu_TF.mul_(dh_TF)
+    dgate_TF = torch.ops.aten.silu_backward(dh_TF.mul_(up_TF), gate_TF)
+    return h_TF, dgate_TF, dup_TF
+
+
+def _rope(x_THd, cos_Td, sin_Td, sign):
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the head, in place; sign -1 rotates back."""
+    a_THc, b_THc = x_THd.chunk(2, dim=-1)
+    cos_T1c, sin_T1c = (t.chunk(2, dim=-1)[0][:, None] for t in (cos_Td, sin_Td))
+    a_sin = a_THc * sin_T1c
+    a_THc.mul_(cos_T1c).addcmul_(b_THc, sin_T1c, value=-sign)
+    b_THc.mul_(cos_T1c).add_(a_sin, alpha=sign)
+
+
+_layer = LayerOps(Elementwise(_rms_forward, _rms_backward, _rms_apply, _swiglu_forward, _swiglu_backward, _rope))
+lora_linear, lora_qkv, lora_mlp = _layer.lora_linear, _layer.lora_qkv, _layer.lora_mlp
+rms_norm, swiglu, rope = _layer.rms_norm, _layer.swiglu, _layer.rope

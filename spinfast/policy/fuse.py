@@ -1,0 +1,149 @@
+"""Installs the fused blocks of an `Ops` table on the decoder layers of a PEFT model, and takes them off again.
+
+Per layer three calls replace some forty: q, k, v behind their norm; o onto the residual; the gated MLP behind its
+norm onto the residual. The seams are objects: each layer gets a forward of its own, attention is reached through
+transformers' interface registry, keywords such as `layout=` travel through. PEFT keeps the adapter's parameters,
+names, saving and switches: they are read at every call, so disabling, loading or merging an adapter just works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from spinfast_kernels.blocks import Lora, Norm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from spinfast.errors import UserError
+from spinfast.ops import Ops
+
+LAYERS = (Qwen2DecoderLayer, LlamaDecoderLayer, Qwen3DecoderLayer)
+
+
+def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
+    """Make the decoder of `model` run on `ops`; the returned function undoes it."""
+    decoder = model.get_base_model().get_decoder()
+    for layer in decoder.layers:
+        _check(layer)
+    changed = [decoder.norm, *decoder.layers]
+    decoder.norm.forward = partial(_norm_forward, ops, decoder.norm)
+    for layer in decoder.layers:
+        layer.forward = partial(_layer_forward, ops, layer)
+
+    def unfuse() -> None:
+        for module in changed:
+            del module.forward
+
+    return unfuse
+
+
+def _check(layer: torch.nn.Module) -> None:
+    if not isinstance(layer, LAYERS):
+        names = ", ".join(kind.__name__.removesuffix("DecoderLayer") for kind in LAYERS)
+        raise UserError(f"fused layers: expected one of {names}, got {type(layer).__name__}; fuse nothing for it")
+    if layer.self_attn.config.hidden_act != "silu":
+        raise UserError(f"fused layers: expected hidden_act silu, got {layer.self_attn.config.hidden_act}")
+    for name, module in layer.named_modules():
+        if isinstance(module, LoraLayer):
+            _check_lora(name, module)
+
+
+def _check_lora(name: str, module: LoraLayer) -> None:
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if len(active) > 1:
+        raise UserError(f"fused layers: expected one active adapter, {name} has {active}; activate one")
+    for adapter in active:
+        if adapter in module.lora_variant or module.lora_bias[adapter]:
+            raise UserError(f"fused layers: expected plain LoRA, {name} is a variant (DoRA, lora_bias ...); use plain")
+        if getattr(module.lora_dropout[adapter], "p", 0.0):
+            raise UserError(f"fused layers: expected lora_dropout 0, {name} has a dropout; set lora_dropout to 0")
+
+
+def _projection(module: torch.nn.Module) -> Lora:
+    """What PEFT would compute for this linear layer right now."""
+    if not isinstance(module, LoraLayer):
+        return Lora(_weight(module), module.bias)
+    base = module.get_base_layer()
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if module.disable_adapters or module.merged or not active:
+        return Lora(_weight(base), base.bias)
+    (adapter,) = active
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return Lora(_weight(base), base.bias, a, b, module.scaling[adapter])
+
+
+def _weight(linear: torch.nn.Linear) -> torch.Tensor | Callable[[], torch.Tensor]:
+    """The dense weight, or for bitsandbytes' 4-bit parameters a function that de-quantises it."""
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return partial(dequantize_4bit, weight.data, state)
+
+
+def _norm(module: torch.nn.Module) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _norm_forward(ops: Ops, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return ops.rms_norm(hidden_states, *_norm(module))
+
+
+def _layer_forward(
+    ops: Ops,
+    layer: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values=None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """The forward of LAYERS: x += o(attention(norm(x))), x += mlp(norm(x))."""
+    attention, mlp = layer.self_attn, layer.mlp
+    query, key, value = ops.lora_qkv(
+        hidden_states,
+        *map(_projection, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        norm=_norm(layer.input_layernorm),
+    )
+    heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    if hasattr(attention, "q_norm"):
+        query = ops.rms_norm(query.view(heads), *_norm(attention.q_norm))
+        key = ops.rms_norm(key.view(heads), *_norm(attention.k_norm))
+    cos, sin = (t.expand(*hidden_states.shape[:-1], -1) for t in position_embeddings)
+    query, key = ops.rope(query, key, cos, sin)
+    query, key, value = (t.view(heads).transpose(1, 2) for t in (query, key, value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, llama_attention)
+    mixed, _ = interface(
+        attention,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=attention.attention_dropout if layer.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=getattr(attention, "sliding_window", None),
+        position_ids=position_ids,
+        use_cache=use_cache,
+        **kwargs,
+    )
+    mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
+    hidden_states = ops.lora_linear(mixed, *_projection(attention.o_proj), residual=hidden_states)
+    return ops.lora_mlp(
+        hidden_states,
+        *map(_projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+        norm=_norm(layer.post_attention_layernorm),
+        residual=True,
+    )
