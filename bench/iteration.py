@@ -1,0 +1,69 @@
+"""One whole run, phase by phase: seconds, tokens/s, peak memory. `python -m bench iteration [CONFIG] [key=value ...]`
+
+Plays the config's iterations in a temporary directory. Start-up (imports, data, model) is a phase of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench import rows
+from spinfast.config import load_config
+from spinfast.run import default_config, parse, play
+
+
+def main(argv: list[str]) -> int:
+    path, overrides, run_dir, _ = parse(argv)
+    path = path or default_config()[0]
+    config = load_config(path, overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        run_dir = run_dir or Path(scratch) / "run"
+        started = time.monotonic()
+        if code := play(config, run_dir, str(path)):
+            return code
+        wall = time.monotonic() - started
+        results = json.loads((run_dir / "results.json").read_text())
+        tokens = phase_tokens(run_dir)
+    phases = {f"{row['iteration']}.{name}": s for row in results for name, s in row["seconds"].items()}
+    for name, seconds in phases.items():
+        rate = f"  {tokens[name] / seconds:10,.0f} tok/s" if name in tokens else ""
+        print(f"{name:24} {seconds:8.1f} s{rate}")
+    print(f"{'start-up':24} {wall - sum(phases.values()):8.1f} s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows.write(
+        "iteration",
+        {
+            "config": path.stem,
+            "overrides": overrides,
+            "wall_s": round(wall, 1),
+            "phase_s": phases,
+            "tokens_per_second": {name: round(tokens[name] / phases[name], 1) for name in tokens},
+            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            **({"peak_allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1)} if device == "cuda" else {}),
+        },
+        device,
+    )
+    return 0
+
+
+def phase_tokens(run_dir: Path) -> dict[str, int]:
+    """Tokens that generation wrote and training computed, by iteration and phase."""
+    counted: dict[str, int] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        name = f"{_label(row['stage'])}.train"
+        counted[name] = counted.get(name, 0) + row["train/tokens"]
+    for path in run_dir.glob("iter_*/completions.jsonl"):
+        lengths = [len(json.loads(line)["token_ids"]) for line in path.read_text().splitlines()]
+        counted[f"{_label(path.parent.name)}.generate"] = sum(lengths)
+    return counted
+
+
+def _label(stage: str) -> str:
+    return str(int(stage.removeprefix("iter_"))) if stage.startswith("iter_") else stage
