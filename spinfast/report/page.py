@@ -163,7 +163,7 @@ def _mark(change: study.Change | None) -> str:
 
 def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
     title, text = SECTIONS[key]
-    figures = "".join(_figure(plot) for plot in members)
+    figures = "".join(_figure(plot, len(runs) > 1) for plot in members)
     table = "".join(_memory_table(run, len(runs) > 1) for run in runs) if key == "machine" else ""
     return (
         f'<section id="{key}"><h2>{title}</h2><p class="soft">{escape(text)}</p>'
@@ -171,10 +171,10 @@ def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
     )
 
 
-def _figure(plot: Plot) -> str:
+def _figure(plot: Plot, several: bool) -> str:
     slots = {s.label: s.slot for s in plot.series}
     entries = [f'<span><i class="s{slot}"></i>{escape(name)}</span>' for name, slot in slots.items()]
-    legend = f'<div class="legend">{"".join(entries)}</div>' if len(slots) > 1 else ""
+    legend = f'<div class="legend">{"".join(entries)}</div>' if several or len(slots) > 1 else ""
     data = base64.b64encode(plotting.to_csv(plot).encode()).decode()
     link = f'<a download="{plot.name}.csv" href="data:text/csv;base64,{data}">CSV</a>'
     return (

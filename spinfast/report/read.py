@@ -51,10 +51,10 @@ class Run:
         paths = {stage: self.path / stage / "heldout_logps.safetensors" for stage in self.stages}
         return {stage: load_file(path) for stage, path in paths.items() if path.exists()}
 
-    def scores(self, stage: str, metric: str) -> dict[int, float]:
-        """item index -> verdict, of the items that have one."""
+    def scores(self, stage: str, metric: str) -> dict[str, float]:
+        """Verdicts by problem; the problem's text is part of the key, so that runs on other data share none."""
         rows = self.transcripts.get(stage, [])
-        return {row["index"]: row["scores"][metric] for row in rows if metric in row["scores"]}
+        return {f"{row['index']} {row['prompt']}": row["scores"][metric] for row in rows if metric in row["scores"]}
 
 
 def stage_name(iteration: str | int) -> str:

@@ -212,7 +212,7 @@ class Change:
         )
 
 
-def change(name: str, after: dict[int, float], against: str, before: dict[int, float], measure: str) -> Change | None:
+def change(name: str, after: dict[str, float], against: str, before: dict[str, float], measure: str) -> Change | None:
     """None where the two share no item."""
     shared = sorted(after.keys() & before.keys())
     if not shared:
@@ -250,6 +250,8 @@ def story(run: Run) -> list[str]:
     top = best_row(run)
     if top is None:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
+    if len(run.rows) == 1:
+        return [*sentences, "Nothing can be compared with it yet."]
     if top["iteration"] == "base":
         return [*sentences, "No stage did better than the base on held-out problems (strict accuracy)."]
     value = top["evaluation"]["heldout/accuracy_strict"]["value"]

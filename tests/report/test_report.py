@@ -228,6 +228,13 @@ def test_runs_of_one_name_are_told_apart(run_copy, tmp_path, played):
     assert [run.name for run in read_runs([run_copy, other])] == [f"{tmp_path.name}/run", "other/run"]
 
 
+def test_runs_on_other_problems_are_not_compared(played, run_copy):
+    assert len(study.run_comparisons(read_runs(played))) == 1
+    for path in run_copy.glob("*/heldout.jsonl"):
+        path.write_text(path.read_text().replace("What is", "How much is"))
+    assert study.run_comparisons(read_runs([played[1], run_copy])) == []
+
+
 def test_seeds_are_combined_only_within_one_config(played, run_copy):
     table = study.seed_table(read_runs(played))
     assert {(name, of["n"]) for _, name, _, of in table} == {("SFT", 2), ("iteration 0", 2), ("iteration 1", 2)}
