@@ -6,8 +6,7 @@ attend to their slot, trimmed to the longest answer in steps of 64; prompts atte
 An answer that ends leaves the batch at once, the last slot moves into its place, and a waiting prompt gets the room.
 
 Sampling is inverse-CDF in fp32 with one uniform per (request, step): SplitMix64 (Steele, Lea, Flood 2014) of the
-request's seed as a counter-based stream, so what is drawn does not depend on the batch. The logits still come from
-GEMMs whose rounding may depend on the number of rows; see `TransformersGenerator`.
+request's seed as a counter-based stream, so that the draw does not depend on the batch.
 
 Shape suffixes: T packed tokens, S answers scored in a step, V vocabulary, H query heads, G key/value heads, d head
 dim, L cached positions, 1 the batch of one.
@@ -39,15 +38,24 @@ NUCLEUS = 256  # candidates looked at first when top_p < 1; rows that need more 
 class TransformersGenerator:
     """Generates with the policy's module and its live adapter, or without any adapter.
 
-    Same request, same answer: the random stream depends on the request's seed alone. In fp32 the tokens were equal
-    for every batch size and order tried; in bf16 the GEMMs round differently for different numbers of rows, and an
-    answer may fork where two tokens are nearly tied.
+    Same requests, batch size and order: same tokens. The random stream depends on the request's seed alone, so in
+    fp32 the tokens did not depend on batch size and order in any test. In bf16 they do: a GEMM rounds a row differently
+    for different numbers of rows, and of 24 answers of 40 tokens only 9 survived a reversal of the order.
     """
 
     name = "transformers"
 
-    def __init__(self, policy: TransformersPolicy, *, batch_size: int = 64, max_model_len: int | None = None):
+    def __init__(
+        self,
+        policy: TransformersPolicy,
+        *,
+        batch_size: int = 64,
+        max_model_len: int | None = None,
+        attention: str = "sdpa",
+    ):
+        """`attention` is the packed backend of the prompts (attention.py); decoding is SDPA everywhere."""
         self.policy = policy
+        self.attention = attention
         self.batch_size = batch_size
         self.max_model_len = max_model_len or policy.model.config.max_position_embeddings
         self._streams = ExitStack()
@@ -92,7 +100,7 @@ class TransformersGenerator:
         was_training = model.training
         longest = max(len(request.prompt_ids) for request in waiting) + sampling.max_tokens
         slots = min(self.batch_size, len(waiting))
-        cache = SlotCache(self.policy, slots, longest)
+        cache = SlotCache(self.policy, slots, longest, self.attention)
         active: list[_Answer] = []
         try:
             model.eval()
@@ -171,11 +179,11 @@ def _admit(waiting: deque[Request], room: int) -> list[_Answer]:
 class SlotCache:
     """Keys and values of up to `slots` answers, and the attention layout of the step that `plan` was called for."""
 
-    def __init__(self, policy: TransformersPolicy, slots: int, length: int):
+    def __init__(self, policy: TransformersPolicy, slots: int, length: int, attention: str):
         config = policy.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, config.num_key_value_heads, -(-length // TRIM) * TRIM, head_dim)
-        self.device = policy.device
+        self.device, self.attention = policy.device, attention
         self.layers = [
             [torch.zeros(shape, dtype=policy.dtype, device=self.device) for _ in "kv"]
             for _ in range(config.num_hidden_layers)
@@ -206,7 +214,7 @@ class SlotCache:
             bounds = torch.tensor(starts, dtype=torch.int32, device=self.device)
             lengths = [len(answer.request.prompt_ids) for answer in admitted]
             index = torch.arange(starts[-1], device=self.device)
-            self.prompts = PackedLayout(bounds, bounds, index, tuple((n, n) for n in lengths))
+            self.prompts = PackedLayout(bounds, bounds, index, tuple((n, n) for n in lengths), self.attention)
         return ids_T[None], positions_T[None], torch.tensor(last).to(self.device)
 
     def attend(self, layer: int, query_1HTd, key_1GTd, value_1GTd, scaling: float) -> torch.Tensor:
@@ -228,9 +236,7 @@ class SlotCache:
         n, heads, dim = query_SHd.shape
         length = self.mask_S11L.shape[-1]
         keys, values = keys[:n, :, :length], values[:n, :, :length]
-        # CUDA's kernels with a mask know no shared heads: there these stand as rows of their key head. On a CPU one
-        # row per head is 1.3 times as fast.
-        rows = heads // keys.shape[1] if query_SHd.is_cuda else 1
+        rows = _query_rows(query_SHd.device, heads // keys.shape[1])
         out = F.scaled_dot_product_attention(
             query_SHd.reshape(n, heads // rows, rows, dim),
             keys,
@@ -255,6 +261,14 @@ class SlotCache:
                     tensor[to, :, :length] = tensor[source, :, :length]
         moved = dict(zip(holes, movers, strict=True))
         return [active[moved.get(slot, slot)] for slot in range(len(going))]
+
+
+def _query_rows(device: torch.device, shared: int) -> int:
+    """CUDA's kernels with a mask know no shared heads: there the query heads that share a key head stand as its rows.
+
+    On a CPU one row per head is 1.3 times as fast.
+    """
+    return shared if device.type == "cuda" else 1
 
 
 def uniform(seed_S: torch.Tensor, step_S: torch.Tensor) -> torch.Tensor:
