@@ -1,4 +1,4 @@
-"""Did it help? Verdicts, statistics, the game's diagnostics and benchmark tasks; pure but for tasks.evaluate."""
+"""Did it help? Verdicts, statistics and the game's diagnostics, all pure; heldout.py and benchmark.py use a model."""
 
 from spinfast.evaluate.advice import warnings
 from spinfast.evaluate.answers import INVALID, SCORERS, gsm8k_flexible, gsm8k_strict, same_number

@@ -36,6 +36,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first N rows of each task")
     parser.add_argument("--output", type=Path, help="folder for results.json and samples_TASK.jsonl")
     parser.add_argument("--harness", action="store_true", help="the tasks are lm_eval's, run by lm_eval (if installed)")
+    parser.add_argument("--chat-template", action="store_true", help="with --harness: prompts as the user's turn")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of the context")
     parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
     parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit: expected at least 1, got {arguments.limit}")
+    if arguments.chat_template and not arguments.harness:
+        raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
     names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
     tasks = [] if arguments.harness else [find_task(name, arguments.scorer) for name in names]
     folders = dict(_folder(item) for item in arguments.data)
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.harness:
             from spinfast.evaluate.harness import run
 
-            found = run(engine, names, arguments.limit)
+            found = run(engine, names, limit=arguments.limit, apply_chat_template=arguments.chat_template)
             outcome = {key: found[key] for key in ("results", "n-shot", "n-samples", "versions")}
             samples = found["samples"]
         else:

@@ -74,14 +74,15 @@ class HarnessModel(TemplateLM):
         return answers
 
 
-def run(engine: Engine, tasks: list[str | dict], limit: int | None = None, shots: int | None = None, **options) -> dict:
-    """lm_eval.simple_evaluate on this engine; its whole result, samples included."""
+def run(engine: Engine, tasks: list[str], **options) -> dict:
+    """lm_eval.simple_evaluate on this engine; its whole result, samples included. A task may be a .yaml file."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    own = all(task.endswith(".yaml") for task in tasks)
+    manager = TaskManager(include_defaults=not own)  # reading lm_eval's thousands of task files takes seconds
     loaded = manager.load(tasks)["tasks"]
     if refused := [name for name, task in loaded.items() if task.OUTPUT_TYPE not in SUPPORTED]:
         raise UserError(f"harness task {refused[0]}: expected one that generates or chooses ({', '.join(SUPPORTED)})")
     return lm_eval.simple_evaluate(
-        model=HarnessModel(engine), tasks=tasks, limit=limit, num_fewshot=shots, bootstrap_iters=0, **options
+        model=HarnessModel(engine), tasks=tasks, task_manager=manager, bootstrap_iters=0, **options
     )

@@ -222,6 +222,42 @@ def test_harness_refuses_what_the_engine_cannot_do(engine):
         HarnessModel(engine).loglikelihood_rolling([])
 
 
+YAML = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/capitals.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "The capital of {{{{land}}}} is"
+doc_to_target: "{{{{city}}}}"
+{fields}
+"""
+KINDS = {
+    "generate_until": ("generation_kwargs: {until: ['.'], max_gen_toks: 5}", "exact_match,none"),
+    "multiple_choice": ("doc_to_choice: [Rome, Paris]", "acc,none"),
+    "loglikelihood": ("", ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_harness_runs_its_own_tasks_from_the_cli(tiny_model, tmp_path, kind, chat):
+    (tmp_path / "capitals.jsonl").write_text('{"land": "Italy", "city": "Rome"}\n{"land": "France", "city": "Paris"}\n')
+    (tmp_path / "capitals.yaml").write_text(YAML.format(folder=tmp_path, kind=kind, fields=KINDS[kind][0]))
+    argv = ["--model", str(tiny_model("llama")), "--harness", "--tasks", str(tmp_path / "capitals.yaml")]
+    argv += ["--profile", "cpu", "--max-length", "96", "--output", str(tmp_path / "out")]
+    if kind == "loglikelihood":
+        with pytest.raises(UserError, match=r"harness task capitals: expected one that generates or chooses"):
+            main(argv)
+        return
+    assert main(argv + ["--chat-template"] * chat) == 0
+    outcome = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 <= outcome["results"]["capitals"][KINDS[kind][1]] <= 1
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples_capitals.jsonl").read_text().splitlines()]
+    assert len(samples) == 2
+    assert ("<|im_start|>user" in json.dumps(samples[0]["arguments"])) == chat
+
+
 def test_avg_at_k_draws_different_answers(engine):
     task = tasks.TASKS["aime24_chat"]
     result = evaluate(task, engine, rows_of("aime24")[0][:2])
@@ -255,6 +291,7 @@ def test_cli(tiny_model, data, tmp_path, capsys):
         (["--tasks", "gsm8k:many"], "expected a number of shots"),
         (["--tasks", "gsm8k_chat:5"], "a task that takes shots"),
         (["--tasks", "truthfulqa_mc1:5"], "a task that takes shots"),
+        (["--tasks", "gsm8k", "--chat-template"], "--chat-template: goes with --harness"),
         (["--tasks", "gsm8k", "--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--tasks", "gsm8k", "--data", "gsm8k"], "expected TASK=FOLDER with an existing folder"),
     ],
