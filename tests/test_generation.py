@@ -14,7 +14,7 @@ from spinfast.generation import transformers as generation
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
 from spinfast.ops import EAGER
 from spinfast.policy.transformers import TransformersPolicy, load_base
-from spinfast.types import Completion, Request, Sampling
+from spinfast.types import Adapter, Completion, Request, Sampling
 
 CPU = torch.device("cpu")
 FAMILIES = [("llama", False), ("qwen2", True), ("qwen3", True)]
@@ -165,6 +165,19 @@ def test_only_the_live_adapter_generates(policy):
     with TransformersGenerator(tiny) as generator:
         with pytest.raises(UserError, match=r"live adapter.*load_adapter"):
             generator.generate(requests(2), GREEDY, stale)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+def test_a_diverged_adapter_is_an_error(policy, sampling):
+    tiny = policy()
+    sound = tiny.adapter()
+    tiny.load_adapter(Adapter(sound.config, {name: t * float("nan") for name, t in sound.tensors.items()}))
+    try:
+        with TransformersGenerator(tiny) as generator:
+            with pytest.raises(UserError, match=r"prompt 0: expected finite logits, got NaN at answer token 0"):
+                next(generator.generate(requests(2), sampling, tiny.adapter()))
+    finally:
+        tiny.load_adapter(sound)
 
 
 def test_answers_stream_and_leaving_gives_everything_back(policy, monkeypatch):

@@ -110,8 +110,7 @@ class TransformersGenerator:
                     sampled = self._step(cache, active, admitted, sampling)
                 active += admitted
                 for answer, (token, logp) in zip(active, sampled, strict=True):
-                    answer.token_ids.append(int(token))
-                    answer.logp += logp
+                    answer.append(int(token), logp)
                 yield from [answer.completion(sampling) for answer in active if answer.finished(sampling)]
                 active = cache.keep(active, sampling)
         finally:
@@ -135,13 +134,12 @@ class TransformersGenerator:
 
 
 def _same(live: Adapter, given: Adapter) -> bool:
-    """Equal scaling and equal values, whatever dtype `given` was stored in."""
+    """Equal scaling and equal values, NaN too, whatever dtype `given` was stored in."""
     scalings = [adapter.config["lora_alpha"] / adapter.config["r"] for adapter in (live, given)]
-    return (
-        scalings[0] == scalings[1]
-        and live.tensors.keys() == given.tensors.keys()
-        and all(torch.equal(tensor, given.tensors[name].to(tensor)) for name, tensor in live.tensors.items())
-    )
+    if scalings[0] != scalings[1] or live.tensors.keys() != given.tensors.keys():
+        return False
+    twins = [(tensor, given.tensors[name].to(tensor)) for name, tensor in live.tensors.items()]
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in twins)
 
 
 @dataclass
@@ -156,6 +154,15 @@ class _Answer:
     def cached(self) -> int:
         """Tokens in the cache once the newest one is: all but it has been fed."""
         return len(self.request.prompt_ids) + len(self.token_ids)
+
+    def append(self, token: int, logp: float) -> None:
+        if math.isnan(logp):
+            raise UserError(
+                f"prompt {self.request.index}: expected finite logits, got NaN at answer token {len(self.token_ids)}; "
+                "the adapter has diverged (lower the learning rate) or the compute dtype overflows (use another)"
+            )
+        self.token_ids.append(token)
+        self.logp += logp
 
     def finished(self, sampling: Sampling) -> bool:
         return self.token_ids[-1] in sampling.stop_ids or len(self.token_ids) == sampling.max_tokens
@@ -291,7 +298,7 @@ def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature: float,
     """(token ids, their log-probs at temperature 1), both (S,). Greedy at temperature 0, else the inverse CDF."""
     probs_SV = torch.softmax(logits_SV, dim=-1)
     if temperature == 0:
-        token_S1 = probs_SV.argmax(-1, keepdim=True)
+        token_S1 = logits_SV.argmax(-1, keepdim=True)
     else:
         drawn_SV = probs_SV if temperature == 1 else torch.softmax(logits_SV / temperature, dim=-1)
         if top_p < 1:
@@ -313,7 +320,7 @@ def _search(weights_SK: torch.Tensor, uniform_S1: torch.Tensor) -> tuple[torch.T
     """The entry (S, 1) under which `uniform` of the total falls, never one of weight 0, and how far into it."""
     cdf_SK = weights_SK.cumsum(-1, dtype=torch.float64)
     target_S1 = (uniform_S1 * cdf_SK[:, -1:]).minimum(cdf_SK[:, -1:].nextafter(torch.zeros_like(uniform_S1)))
-    found_S1 = torch.searchsorted(cdf_SK, target_S1, right=True)
+    found_S1 = torch.searchsorted(cdf_SK, target_S1, right=True).clamp(max=cdf_SK.shape[1] - 1)  # NaN ends beyond
     weight_S1 = weights_SK.gather(1, found_S1)
     return found_S1, (target_S1 - cdf_SK.gather(1, found_S1) + weight_S1) / weight_S1
 
