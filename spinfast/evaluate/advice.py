@@ -1,6 +1,6 @@
 """Early warnings in plain words: what the rows of results.json show, and what to try.
 
-A rule sees one row (an iteration, after the base's) beside the row before it and returns a sentence or None.
+A rule sees one row beside the row before it and returns a sentence or None.
 Thresholds are judgement, not theory; those that compare two numbers ask for two standard errors between them.
 """
 
@@ -14,11 +14,11 @@ Rule = Callable[[Row, Row], str | None]
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Every rule over every iteration, in order. rows[0] is the base (or the SFT) row."""
+    """Every rule over every row, in order. The first row, the base, stands beside itself."""
     found = []
-    for previous, row in itertools.pairwise(rows):
+    for previous, row in itertools.pairwise([*rows[:1], *rows]):
         said = (rule(row, previous) for rule in RULES)
-        name = "SFT" if row["iteration"] == "sft" else f"Iteration {row['iteration']}"
+        name = {"base": "Base", "sft": "SFT"}.get(row["iteration"], f"Iteration {row['iteration']}")
         found += [f"{name}: {sentence}" for sentence in said if sentence]
     return found
 

@@ -112,7 +112,7 @@ def auc(positive: Sequence[float], negative: Sequence[float], paired: bool = Fal
         stderr = float((above + below).std(ddof=1) / math.sqrt(n))
     else:
         stderr = float(math.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n))
-    return {"value": float(above.mean()), "stderr": stderr, "n": m + n}
+    return {"value": float(above.mean()), "stderr": stderr, "n": n if paired else m + n}
 
 
 def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 
 import numpy as np
@@ -241,12 +242,11 @@ def story(run: Run) -> list[str]:
     """The run in a few sentences."""
     if not run.rows:
         return ["Nothing was evaluated yet."]
-    done = "finished" if run.finished else "not finished"
-    config = run.config
-    sentences = [
-        f"{config['model']['name']} played {config['data']['source']}; the run is {done}, "
-        f"the last row is {label(run.rows[-1]['iteration'])}."
-    ]
+    last, c = label(run.rows[-1]["iteration"]), run.config
+    seen = max((row["time"] for row in run.system if "time" in row), default=None)
+    moment = f", as of {datetime.fromtimestamp(seen, UTC):%Y-%m-%d %H:%M} UTC" if seen else ""
+    state = "finished" if run.finished else f"not finished, the last row is {last}'s{moment}"
+    sentences = [f"{c['model']['name']} played {c['data']['source']}; the run is {state}."]
     top = best_row(run)
     if top is None:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]

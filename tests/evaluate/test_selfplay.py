@@ -171,6 +171,12 @@ def test_each_fault_is_named_once(change, said):
     assert found[0].startswith("Iteration 0: ")
 
 
+def test_a_shortcut_shows_in_the_base_already():
+    (found,) = advice.warnings([row("base", **(HEALTHY | {"fresh__auc_length": (0.95, 0.01)}))])
+    assert found.startswith("Base: real and fresh answers can be told apart by their length alone")
+    assert advice.warnings([]) == []
+
+
 def test_noise_is_no_warning():
     noisy = {"heldout__real_logp_change": (-0.3, 0.4), "heldout__accuracy_strict": (0.36, 0.03)}
     assert advice.warnings([row("base", **HEALTHY), row(0, **(HEALTHY | noisy))]) == []

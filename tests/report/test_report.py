@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -182,10 +183,26 @@ def test_unfinished_run(run_copy):
         file.write('{"stage": "iter_001", "phase": "tr')  # torn by a crash
     run = read_run(run_copy)
     assert not run.finished
-    assert "not finished, the last row is SFT" in study.story(run)[0]
+    assert re.search(r"not finished, the last row is SFT's, as of 20\d\d-", study.story(run)[0])
     assert 'http-equiv="refresh" content="30"' in page([run], refresh=30)
     (run_copy / "results.json").unlink()
     assert "Nothing was evaluated yet" in page([read_run(run_copy)])
+
+
+def test_run_without_references(run_copy):
+    for path in run_copy.glob("*/heldout.jsonl"):
+        rows = [json.loads(line) | {"scores": {}, "reference": None} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = json.loads((run_copy / "results.json").read_text())
+    for row in results:
+        for metric in ("heldout/accuracy_strict", "heldout/accuracy_flexible"):
+            del row["evaluation"][metric]
+    (run_copy / "results.json").write_text(json.dumps(results))
+    run = read_run(run_copy)
+    assert "no reference results" in study.story(run)[1]
+    parsed = Page(page([run]))
+    assert parsed.json["transcript-data"][0][0]["answers"][0]["right"] is None
+    assert "heldout-accuracy_strict" not in parsed.json["plot-data"]
 
 
 def test_a_loss_that_is_not_finite_is_a_gap(run_copy):
