@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from spinfast import adapter as adapters
+from spinfast import attention
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
-from spinfast.device import DeviceProfile, profile
-from spinfast.errors import UserError
+from spinfast.device import GIB, DeviceProfile, profile
 from spinfast.generation import Generator, prompt_seed
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
 from spinfast.policy.transformers import TransformersPolicy, load_policy
@@ -88,17 +90,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     ops, why = operators.choose(config.device.kernels, device.device)
     for name, reason in {**device.reasons, "kernels": why}.items():
         log.info("%s: %s", name, reason)
-    policy = load_policy(
-        model.path,
-        model.name,
-        model.revision,
-        lora=config.lora,
-        ops=ops,
-        profile=device,
-        load_in_4bit=config.model.load_in_4bit,
-        seed=config.seed,
-    )
-    with open_generator(config, policy) as generator:
+    with open_players(config, device, model, ops) as (policy, generator):
         yield Game(
             config=config,
             run=run,
@@ -112,6 +104,59 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             generator=generator,
             microbatch_tokens=microbatch_tokens(config),
         )
+
+
+@contextmanager
+def open_players(
+    config: Config, device: DeviceProfile, model: ResolvedModel, ops: operators.Ops
+) -> Iterator[tuple[TransformersPolicy, Generator]]:
+    """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
+    settings = config.generation
+    context = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
+    new_policy = partial(
+        load_policy,
+        model.path,
+        model.name,
+        model.revision,
+        lora=config.lora,
+        ops=ops,
+        profile=device,
+        load_in_4bit=config.model.load_in_4bit,
+        seed=config.seed,
+    )
+    backend, why = choose_backend(config)
+    log.info("generation: %s: %s", backend, why)
+    if backend == "vllm":
+        from spinfast.generation.vllm import VLLMGenerator
+
+        with VLLMGenerator(
+            model.path,
+            device=device.device,
+            dtype=device.dtype,
+            max_model_len=context,
+            max_lora_rank=config.lora.r,
+            kv_cache_bytes=int(settings.kv_cache_gib * GIB),
+            batch_size=settings.batch_size,
+            seed=config.seed,
+        ) as engine:
+            yield new_policy(base=engine.shared_model(attention.NAME)), engine
+    else:
+        from spinfast.generation.transformers import TransformersGenerator
+
+        policy = new_policy()
+        with TransformersGenerator(policy, batch_size=settings.batch_size, max_model_len=context) as generator:
+            yield policy, generator
+
+
+def choose_backend(config: Config) -> tuple[str, str]:
+    """Who generates, and why."""
+    if config.generation.backend != "auto":
+        return config.generation.backend, "asked for"
+    if config.model.load_in_4bit:
+        return "transformers", "4-bit weights cannot be shared with vLLM"
+    if importlib.util.find_spec("vllm") is None:
+        return "transformers", "vLLM is not installed"
+    return "vllm", "installed; it shares its weights with the policy"
 
 
 def load_data(config: Config, renderer: Renderer) -> tuple[list[Example], list[Example]]:
@@ -145,17 +190,6 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     for warning in loaded.warnings:
         log.warning("%s: %s", name, warning)
     return loaded
-
-
-def open_generator(config: Config, policy: TransformersPolicy) -> Generator:
-    """The generator that config.generation.backend names."""
-    settings = config.generation
-    longest = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
-    if settings.backend == "vllm":
-        raise UserError("generation.backend: vllm is not wired into the loop yet; use transformers")
-    from spinfast.generation.transformers import TransformersGenerator
-
-    return TransformersGenerator(policy, batch_size=settings.batch_size, max_model_len=longest)
 
 
 def microbatch_tokens(config: Config) -> int:

@@ -18,7 +18,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]  # transformers adds the last to any Qwen2
 LINES = [
     "What is the sum of twelve and thirty? The sum of twelve and thirty is 42.\n#### 42",
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",

@@ -22,6 +22,7 @@ from spinfast import adapter as adapters
 from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.ops import Ops
+from spinfast.policy.fuse import fuse
 from spinfast.types import Adapter, PackedBatch
 
 
@@ -62,6 +63,7 @@ class TransformersPolicy:
         with _seeded(seed):
             self.model = get_peft_model(base, lora, autocast_adapter_dtype=True)
         self.model.train()
+        self.unfuse = fuse(self.model, ops)
         self.causal_lm = base
         self.decoder = base.get_decoder()
         self.device = base.device
