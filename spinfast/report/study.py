@@ -7,7 +7,7 @@ generated 1; on time bars a phase has its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -172,9 +172,8 @@ def _memory(runs: Sequence[Run]) -> Plot:
 def _seconds(run: Run, several: bool) -> Plot:
     x = [float(i) for i in range(len(run.rows))]
     series = [
-        Series(phase, slot, x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
-        for slot, phase in enumerate(PHASES)
-        if any(row["seconds"].get(phase) for row in run.rows)
+        Series(phase, _slot(slot), x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
+        for slot, phase in enumerate(_phases({phase for row in run.rows for phase in row["seconds"]}))
     ]
     ticks = tuple((float(i), label(row["iteration"]).replace("iteration ", "")) for i, row in enumerate(run.rows))
     name, title = ("time", "Time per phase")
@@ -190,7 +189,12 @@ def memory_table(run: Run) -> list[tuple[str, float, float | None]]:
         mib = row.get("memory/allocated_mib", row.get("memory/rss_mib"))
         if mib is not None:
             peaks[row["phase"]] = max(peaks.get(row["phase"], 0.0), mib)
-    return [(phase, peaks[phase], run.predicted_mib.get(phase)) for phase in PHASES if phase in peaks]
+    return [(phase, peaks[phase], run.predicted_mib.get(phase)) for phase in _phases(peaks)]
+
+
+def _phases(found: Collection[str]) -> list[str]:
+    """The known phases that occur, in their order, then any other."""
+    return [*(phase for phase in PHASES if phase in found), *sorted(set(found) - set(PHASES))]
 
 
 # Verdicts --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from spinfast.errors import UserError
 from spinfast.evaluate import tasks
 from spinfast.evaluate.benchmark import evaluate, judge_choices
 from spinfast.evaluate.cli import main, open_engine, parse
+from spinfast.types import Group, Request, Sampling
 
 N = 12
 
@@ -282,6 +283,36 @@ def test_cli(tiny_model, data, tmp_path, capsys):
     assert len(samples) == 3
     assert samples[0]["reference"] == qa(0)["answer"]
     assert "exact_match,strict-match" in capsys.readouterr().out
+
+
+def test_adapter_is_what_answers(tiny_model, tmp_path):
+    """Likelihoods of base + adapter are those of the two merged by PEFT, rank 8 on two modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(base, lora)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=random)
+    model.save_pretrained(tmp_path / "adapter")
+    prompt, answer = (3, 4, 5, 6), (7, 8, 9)
+    ids = torch.tensor([[*prompt, *answer]])
+    logps = model(ids).logits.log_softmax(-1)[0, 3:6].gather(1, torch.tensor(answer)[:, None]).sum().item()
+    found = {}
+    for adapter in ([], ["--adapter", str(tmp_path / "adapter")]):
+        words = ["--model", str(tiny_model("llama")), "--tasks", "gsm8k", "--dtype", "float32", "--profile", "cpu"]
+        with open_engine(parse([*words, *adapter])) as engine:
+            found[bool(adapter)] = engine.sequence_logps([Group(prompt, (answer,))])[0][0]
+            request = Request(0, prompt, seed=1)
+            (written,) = engine.generate([request], Sampling(0.0, 1.0, 5, ()))
+            if adapter:
+                greedy = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=5, do_sample=False)
+                assert written.token_ids == tuple(greedy[0, 4:].tolist())
+    assert found[True] == pytest.approx(logps, abs=1e-4)
+    assert abs(found[False] - logps) > 0.1
 
 
 @pytest.mark.parametrize(
