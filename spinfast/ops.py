@@ -61,4 +61,6 @@ def _obstacle(device: torch.device) -> str | None:
 
 def triton_ops() -> Ops:
     """The Triton table; importing it imports triton."""
-    raise UserError("ops: the triton table is not built yet; use ops=eager")
+    from spinfast_kernels import triton_ops as kernels
+
+    return _table("triton", kernels)

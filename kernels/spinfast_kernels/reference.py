@@ -47,7 +47,7 @@ def swept_logps(sweep, hidden_ND, weight_VD, targets_N, bias, temperature, chunk
     )
 
 
-def _logits(out, h_ND, w_BD, bias_B, temperature):
+def logits(out, h_ND, w_BD, bias_B, temperature):
     """Logits of one vocabulary block, written into `out`; scaled inside the GEMM, before rounding."""
     scale = 1.0 / temperature
     if bias_B is not None:
@@ -71,7 +71,7 @@ def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
         w_BD = weight_VD[block]
         shape = N, w_BD.shape[0]
         logits_NB = buffer[: N * shape[1]].view(shape)
-        _logits(logits_NB, h_ND, w_BD, None if bias is None else bias[block], temperature)
+        logits(logits_NB, h_ND, w_BD, None if bias is None else bias[block], temperature)
         wide_NB = wide[: N * shape[1]].view(shape)
         if wide is not buffer:
             wide_NB.copy_(logits_NB)
@@ -81,7 +81,7 @@ def _blocks(h_ND, weight_VD, targets_N, bias, temperature):
 
 
 def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
-    """(target logit z, log-sum-exp of the others L, unit gradient u or None) of one chunk of tokens."""
+    """(target logit z, z - L with L the log-sum-exp of the others, unit gradient u or None) of one chunk."""
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     N, D = h_ND.shape
     target_N1 = torch.zeros(N, 1, dtype=wide, device=h_ND.device)
@@ -99,13 +99,13 @@ def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
         torch.addcmul(p_NB.sum(1, keepdim=True), sum_N1, shrink_N1, out=sum_N1)
         if need_unit:
             mean_ND.mul_(shrink_N1).add_(torch.mm(logits_NB.copy_(p_NB), w_BD))
-    target_N, others_N = target_N1.squeeze(1), (top_N1 + sum_N1.log()).squeeze(1)
+    gap_N1 = (target_N1 - top_N1).sub_(sum_N1.log())
     if not need_unit:
-        return target_N, others_N, None
+        return target_N1.squeeze(1), gap_N1.squeeze(1), None
     mean_ND.div_(sum_N1.clamp_min(torch.finfo(wide).tiny))
-    odds_N1 = torch.sigmoid(others_N - target_N)[:, None] / temperature
+    odds_N1 = torch.sigmoid(-gap_N1) / temperature
     unit_ND = torch.sub(weight_VD[targets_N].to(wide), mean_ND).mul_(odds_N1).to(h_ND.dtype)
-    return target_N, others_N, unit_ND
+    return target_N1.squeeze(1), gap_N1.squeeze(1), unit_ND
 
 
 def _chunks(targets_N, chunk_tokens):
@@ -128,9 +128,9 @@ class _LinearLogps(torch.autograd.Function):
         lse_N = torch.zeros_like(logps_N)
         unit_ND = torch.zeros_like(hidden_ND) if needs[0] else None
         for rows in _chunks(targets_N, chunk_tokens):
-            z_C, others_C, unit_CD = sweep(hidden_ND[rows], weight_VD, targets_N[rows], bias, temperature, needs[0])
-            logps_N[rows] = logsigmoid(z_C - others_C)
-            lse_N[rows] = torch.logaddexp(z_C, others_C)
+            z_C, gap_C, unit_CD = sweep(hidden_ND[rows], weight_VD, targets_N[rows], bias, temperature, needs[0])
+            logps_N[rows] = logsigmoid(gap_C)
+            lse_N[rows] = z_C - logps_N[rows]
             if needs[0]:
                 unit_ND[rows] = unit_CD
         ctx.settings = (temperature, chunk_tokens, needs)
@@ -187,15 +187,15 @@ def pairwise_loss(logps_N, sequence_ids_N, opponent_logps_S, *, beta: float, kin
 
     SPIN, arXiv 2401.01335 Eq. 4.7, with l one of LOSSES. Sequences 2p and 2p + 1 are the real and the generated
     answer of pair p; sequence_ids_N is ascending and every sequence has at least one token. The sums are over
-    contiguous segments in a fixed order, so they are deterministic.
+    contiguous segments in a fixed order and in fp64, so they are deterministic and exact to fp32.
     """
     sequences = torch.arange(len(opponent_logps_S) + 1, device=sequence_ids_N.device)
     offsets = torch.searchsorted(sequence_ids_N, sequences)
-    sums_S = torch.segment_reduce(logps_N, "sum", offsets=offsets, unsafe=True)
+    sums_S = torch.segment_reduce(logps_N.double(), "sum", offsets=offsets, unsafe=True)
     real_P, generated_P = (sums_S - opponent_logps_S).view(-1, 2).unbind(1)
     margins_P = beta * (real_P - generated_P)
-    loss = LOSSES[kind](margins_P, beta).sum()
-    return PairwiseLoss(loss, margins_P.detach(), real_P.detach(), generated_P.detach())
+    loss = LOSSES[kind](margins_P, beta).sum().to(logps_N.dtype)
+    return PairwiseLoss(loss, *(t.detach().to(logps_N.dtype) for t in (margins_P, real_P, generated_P)))
 
 
 def _wide(x):
