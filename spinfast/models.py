@@ -202,12 +202,17 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         try:
+            fields = _gguf_header(file)
             where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+            packed, loading = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.bfloat16, output_loading_info=True
+            )
+            if missing := sorted(loading["missing_keys"]):
+                raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
         except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
             raise UserError(f"model {file}: cannot be converted: {_first_line(error)}") from error
-        _mend_gguf_tokenizer(tokenizer, file)
+        _mend_gguf_tokenizer(tokenizer, file, fields)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)
         _choose_pad_token(tokenizer, file)
         packed.config.pad_token_id = tokenizer.pad_token_id
@@ -230,17 +235,40 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     shutil.rmtree(target / "replaced", ignore_errors=True)
 
 
-def _mend_gguf_tokenizer(tokenizer, file: Path) -> None:
+def _gguf_header(file: Path) -> dict:
+    """The metadata, after checking that it agrees with the tensors: damaged sizes would build a model of any size."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+    arch = fields["general.architecture"]
+    width, heads = fields[f"{arch}.embedding_length"], fields[f"{arch}.attention.head_count"]
+    head = fields.get(f"{arch}.attention.key_length", width // heads)
+    expected = {
+        "token_embd.weight": (width, len(fields["tokenizer.ggml.tokens"])),
+        "blk.0.ffn_up.weight": (width, fields[f"{arch}.feed_forward_length"]),
+        "blk.0.attn_q.weight": (width, head * heads),
+        "blk.0.attn_k.weight": (width, head * fields[f"{arch}.attention.head_count_kv"]),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} has shape {shapes[name]}, its metadata says {shape}")
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
+    if layers != fields[f"{arch}.block_count"]:
+        raise ValueError(f"it holds {layers} layers, its metadata says {fields[f'{arch}.block_count']}")
+    return fields
+
+
+def _mend_gguf_tokenizer(tokenizer, file: Path, fields: dict) -> None:
     """Split text as the model's own tokenizer does, where transformers 5.17 does not.
 
     SmolLM's isolates digits, so that "\\n\\n1" is one token for the two line ends; the decoder that transformers
     builds for the Llama architecture is made for sentencepiece and rewrites U+2581.
     """
-    from gguf import GGUFReader
     from tokenizers import decoders, pre_tokenizers
 
-    fields = GGUFReader(file).fields
-    kind, split = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("model", "pre"))
+    kind, split = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if (kind, split) == ("gpt2", "smollm"):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         digits = pre_tokenizers.Digits(individual_digits=True)

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON, JSON lines and Parquet files, hub data sets, reasoning-gym problems.
+"""Where rows come from: JSON, JSON lines and Parquet files, hub data sets or copies of them, reasoning-gym.
 
 A Table knows its columns and length and reads rows by number, so that a sample of a large file costs only its rows.
 Every row comes with the words that find it again in an editor ("train.jsonl, line 12").
@@ -42,9 +42,9 @@ def open_table(
         if not path.is_file():
             raise UserError(f"data {source}: no such file")
         table = _parquet(path) if path.suffix == ".parquet" else _json(path)
-    elif path.exists():
+    elif path.is_file():
         raise UserError(f"data {source}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
-    elif HUB_ID.fullmatch(source):
+    elif path.is_dir() or HUB_ID.fullmatch(source):
         table = _hub(source, subset, split, revision)
     else:
         raise UserError(f"data {source}: expected a hub id, a local file or reasoning_gym:gsm_symbolic")

@@ -181,11 +181,28 @@ def test_invalid_utf8_in_parquet_names_the_row(tmp_path):
         load(tmp_path / "data.parquet")
 
 
+def test_a_directory_is_a_copy_of_a_hub_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        FORMATS["messages"],
+        *({"messages": [*MORE[:1], {"role": "assistant", "content": str(i)}]} for i in range(4)),
+    ]
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    for split, part in (("train_sft", rows), ("test_sft", rows[:1])):
+        write(tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet", part)
+    copy = tmp_path / "copy"
+    data = load(copy, split="train_sft")
+    assert data == load(copy / "data" / "train_sft-00000-of-00001.parquet")
+    assert len(load(copy, split="test_sft").examples) == 1
+    with pytest.raises(UserError, match=r"split validation: cannot be loaded.*check its name, subset and split"):
+        load(copy, split="validation")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("missing.jsonl", "no such file"),
-        (".", "expected a file ending in"),
+        (__file__, "expected a file ending in"),
         ("no such thing", "expected a hub id, a local file"),
         ("nobody/nothing", r"cannot be loaded.*HF_HUB_OFFLINE"),
         ("reasoning_gym:chain_sum", "only reasoning_gym:gsm_symbolic"),

@@ -298,9 +298,25 @@ def test_a_pad_token_is_chosen_that_ends_nothing(model_dir, pad):
     assert load_tokenizer(model_dir).pad_token == "<|pad|>"
 
 
+@pytest.mark.parametrize(
+    ("spare", "chosen"),
+    [
+        (["<|object_ref|>", "<|endoftext|>", "<|fim_pad|>"], "<|fim_pad|>"),
+        (["<|object_ref|>", "<|endoftext|>"], "<|endoftext|>"),
+        (["<|object_ref|>", "<|box|>"], "<|object_ref|>"),
+    ],
+)
+def test_which_spare_token_pads(spare, chosen):
+    tokenizer = tiny_tokenizer(CHATML + "<|pad|>" + "<|endoftext|>" * ("<|endoftext|>" not in spare))
+    tokenizer.pad_token = None
+    tokenizer.add_special_tokens({"additional_special_tokens": spare})
+    models._choose_pad_token(tokenizer, "here")
+    assert tokenizer.pad_token == chosen
+
+
 def test_without_a_spare_token_pad_must_be_set(model_dir):
     edit_json(model_dir / "tokenizer_config.json", pad_token="<|im_end|>")
-    (model_dir / "chat_template.jinja").write_text(CHATML + "<|pad|>")
+    (model_dir / "chat_template.jinja").write_text(CHATML + "".join(SPECIAL))
     with pytest.raises(UserError, match="no other special token is unused"):
         load_tokenizer(model_dir)
 
@@ -332,6 +348,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(model_dir, tmp_path, monkeypa
 def test_the_demo_model_answers(tmp_path):
     resolved = resolve_model(DEMO, cache_dir=tmp_path)
     renderer = Renderer(load_tokenizer(resolved.path))
+    assert renderer.tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
     model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=torch.float32)
     prompt = renderer.prompt_ids([{"role": "user", "content": "What is the capital of France?"}])
     output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
