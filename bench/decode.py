@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 
 import torch
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
             "prompt_tokens": sum(len(request.prompt_ids) for request in asked),
             "lora_r": policy.lora.r,
             "threads": torch.get_num_threads(),
+            "load_1m": os.getloadavg()[0],
             "tokens": tokens,
             "seconds": {name: [round(s, 2) for s in values] for name, values in seconds.items()},
             **rows.percentiles(rates["spinfast"], "tokens_per_s"),
