@@ -50,7 +50,8 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
     positions: list[int] = []
     scored: list[int] = []
     targets: list[int] = []
-    sequence_lengths: list[int] = []
+    sequence_ids: list[int] = []
+    sequences = 0
     kv_index: list[int] = []
     segments: list[tuple[int, int]] = []
     for row in rows:
@@ -64,7 +65,8 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
             positions += range(prompt, prompt + queries)
             scored += [start + prompt - 1, *range(begin, begin + queries)]
             targets += answer
-            sequence_lengths.append(len(answer))
+            sequence_ids += [sequences] * len(answer)
+            sequences += 1
             if number == 0:
                 segments.append((prompt + queries, prompt + queries))
             elif queries:
@@ -86,8 +88,8 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
         layout=layout,
         scored_N=torch.tensor(scored, dtype=torch.int64),
         targets_N=torch.tensor(targets, dtype=torch.int64),
-        sequence_ids_N=torch.repeat_interleave(torch.tensor(sequence_lengths, dtype=torch.int64)),
-        sequences=len(sequence_lengths),
+        sequence_ids_N=torch.tensor(sequence_ids, dtype=torch.int64),
+        sequences=sequences,
     )
 
 
