@@ -195,34 +195,16 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     """De-quantise beside the target and rename, so that a cache entry is whole or absent."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading a .gguf model needs the gguf package: pip install gguf")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         try:
-            fields = _gguf_header(file)
-            where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            packed, loading = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.bfloat16, output_loading_info=True
-            )
-            if missing := sorted(loading["missing_keys"]):
-                raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
+            model, tokenizer = _read_gguf(file)
+        except UserError:
+            raise
         except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
             raise UserError(f"model {file}: cannot be converted: {_first_line(error)}") from error
-        _mend_gguf_tokenizer(tokenizer, file, fields)
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(packed.config.eos_token_id)
-        _choose_pad_token(tokenizer, file)
-        packed.config.pad_token_id = tokenizer.pad_token_id
-        del packed.config.quantization_config
-        # transformers refuses to save what it loaded from GGUF; the same weights in a fresh model it does save
-        with torch.device("meta"):
-            dense = AutoModelForCausalLM.from_config(packed.config, dtype=torch.bfloat16)
-        dense.load_state_dict(packed.state_dict(), assign=True)
-        dense.tie_weights()
-        dense.save_pretrained(scratch)
+        model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         record = {"source": file.name, "source_sha256": sha256, "conversion": CONVERSION}
         record["files"] = {f.name: _sha256([f]) for f in sorted(scratch.iterdir())}
@@ -233,6 +215,30 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(target / "replaced", ignore_errors=True)
+
+
+def _read_gguf(file: Path):
+    """(model in bf16, tokenizer) with the file's own end token and a pad token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fields = _gguf_header(file)
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    _mend_gguf_tokenizer(tokenizer, file, fields)
+    loaded, loading = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.config.eos_token_id)
+    _choose_pad_token(tokenizer, file)
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    del loaded.config.quantization_config
+    # transformers refuses to save what it loaded from GGUF; the same weights in a fresh model it does save
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    return model, tokenizer
 
 
 def _gguf_header(file: Path) -> dict:
