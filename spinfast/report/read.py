@@ -65,6 +65,10 @@ def label(iteration: str | int) -> str:
     return {"base": "base", "sft": "SFT"}.get(iteration, f"iteration {iteration}")
 
 
+def stage_label(stage: str) -> str:
+    return label(int(stage.removeprefix("iter_")) if stage.startswith("iter_") else stage)
+
+
 def read_run(path: Path) -> Run:
     """Raises UserError if `path` is not a run directory."""
     if not (path / "config.yaml").is_file():

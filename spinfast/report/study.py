@@ -17,7 +17,7 @@ import numpy as np
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
 from spinfast.report.plots import COLOURS, Plot, Series
-from spinfast.report.read import Run, label, seeds_apart, stage_name
+from spinfast.report.read import Run, label, seeds_apart, stage_label, stage_name
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 LN2 = (math.log(2), "ln 2")
@@ -87,7 +87,7 @@ def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
         for stage, rows in groupby(points, key=lambda row: row["stage"]):
             rows = list(rows)
             x = [float(offset + row["step"]) for row in rows]
-            marks.setdefault(x[0], label(int(stage.removeprefix("iter_"))))
+            marks.setdefault(x[0], stage_label(stage))
             series.append(Series(run.name, _slot(position), x, [row[metric] for row in rows]))
             offset = int(x[-1])
     if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
@@ -138,7 +138,7 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
             Series(name, slot, edges.tolist(), count.tolist())
             for slot, (name, count) in enumerate(zip(("real", "generated"), counts, strict=True))
         ]
-        name, title = f"log-ratio-{stage}", label(stage if stage == "sft" else int(stage.removeprefix("iter_")))
+        name, title = f"log-ratio-{stage}", stage_label(stage)
         if several:
             name, title = f"{run.name.replace('/', '-')}-{name}", f"{run.name}: {title}"
         made.append(
@@ -161,8 +161,8 @@ def _memory(runs: Sequence[Run]) -> Plot:
         start = rows[0]["time"]
         x = [(row["time"] - start) / 60 for row in rows]
         for minute, row in zip(x, rows, strict=True):
-            if row["stage"] not in marks.values():
-                marks[minute] = row["stage"]
+            if (name := stage_label(row["stage"])) not in marks.values():
+                marks[minute] = name
         series.append(Series(run.name, _slot(position), x, [row[measure] for row in rows]))
     shown = tuple(marks.items()) if len(runs) == 1 else ()
     what = "GPU memory (allocator's peak)" if measure == "memory/allocated_mib" else "Resident memory"
@@ -256,6 +256,13 @@ def story(run: Run) -> list[str]:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
     if len(run.rows) == 1:
         return [*sentences, "Nothing can be compared with it yet."]
+    values = {row["evaluation"].get("heldout/accuracy_strict", {}).get("value") for row in run.rows} - {None}
+    if values in ({0.0}, {1.0}):
+        return [
+            *sentences,
+            f"Every stage answers {'none' if values == {0.0} else 'all'} of the held-out problems correctly (strict), so "
+            "accuracy can show neither gain nor loss; look at log p(real) and the transcripts, or change the problems.",
+        ]
     if top["iteration"] == "base":
         return [*sentences, "No stage did better than the base on held-out problems (strict accuracy)."]
     value = top["evaluation"]["heldout/accuracy_strict"]["value"]

@@ -179,6 +179,14 @@ def test_better_worse_and_noise_are_marked(judged):
     assert "better (+50.0 points" in study.story(run)[2]
 
 
+def test_accuracy_at_the_floor_is_called_so(played, judged):
+    assert "Every stage answers none of the held-out problems" in study.story(read_run(played[0]))[1]
+    for stage in ("base", "sft", "iter_000"):
+        judged(stage, [0.0, 1.0] * 10)
+    run = read_run(judged("iter_001", [0.0] * 20))
+    assert "No stage did better than the base" in study.story(run)[1]
+
+
 def test_unfinished_run(run_copy):
     results = json.loads((run_copy / "results.json").read_text())
     (run_copy / "results.json").write_text(json.dumps(results[:2]))
