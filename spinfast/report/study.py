@@ -258,10 +258,11 @@ def story(run: Run) -> list[str]:
         return [*sentences, "Nothing can be compared with it yet."]
     values = {row["evaluation"].get("heldout/accuracy_strict", {}).get("value") for row in run.rows} - {None}
     if values in ({0.0}, {1.0}):
+        share = "none" if values == {0.0} else "all"
         return [
             *sentences,
-            f"Every stage answers {'none' if values == {0.0} else 'all'} of the held-out problems correctly (strict), so "
-            "accuracy can show neither gain nor loss; look at log p(real) and the transcripts, or change the problems.",
+            f"Every stage answers {share} of the held-out problems correctly (strict), so accuracy can show neither "
+            "gain nor loss; look at log p(real) and the transcripts, or change the problems.",
         ]
     if top["iteration"] == "base":
         return [*sentences, "No stage did better than the base on held-out problems (strict accuracy)."]
