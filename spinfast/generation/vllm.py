@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinfast import adapter as adapters
+from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.generation import vllm_compat, weight_sharing
 from spinfast.types import Adapter, Completion, Request, Sampling
@@ -97,7 +98,7 @@ class VLLMGenerator:
     def engine_model(self) -> torch.nn.Module:
         return vllm_compat.model_runner(self.engine).model
 
-    def shared_model(self, attn_implementation: str) -> PreTrainedModel:
+    def shared_model(self, attn_implementation: str = attention.NAME) -> PreTrainedModel:
         """A transformers model on the engine's own tensors; valid as long as either is in use."""
         return weight_sharing.shared_model(self.model_path, self.engine_model, self.dtype, attn_implementation)
 
@@ -156,7 +157,7 @@ class VLLMGenerator:
         if self._asleep:
             vllm_compat.restore_kv_cache(engine)
             self._asleep = False
-        lora_request = self._swap(adapter)
+        lora_request = self.swap(adapter)
         engine.reset_prefix_cache()  # adapter and, where rounds are merged, base may have changed
         open_requests = {}
         for position, (prompt_ids, params) in enumerate(prompts):
@@ -171,7 +172,7 @@ class VLLMGenerator:
             if open_requests:
                 engine.abort_request(list(open_requests))
 
-    def _swap(self, adapter: Adapter | None):
+    def swap(self, adapter: Adapter | None):
         """vLLM's request for the adapter, put into the engine's slot if its content is not what stands there."""
         if adapter is None:
             return None

@@ -20,7 +20,7 @@ from spinfast.errors import UserError
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PARTS = {part: (stack, parts) for stack, parts in STACKED.items() for part in parts}
-CHUNK = 1 << 22  # elements of a checksum's step: 32 MiB of int64
+CHUNK = 1 << 20  # words of a checksum's step: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ def verify(model: PreTrainedModel, engine_model: torch.nn.Module) -> Sharing:
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """16 hex digits that change with any bit of any tensor, computed where the tensors are.
 
-    Per tensor: the sum of its elements' bits times odd position weights, modulo 2^64.
+    Per tensor: the sum of its bytes, taken as 64-bit words where they divide so, times odd position weights, modulo
+    2^64. An odd weight is invertible, so a change within one word cannot cancel.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().reshape(-1)
-        bits = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-        odd = torch.arange(min(CHUNK, len(bits)), device=bits.device).mul_(2).add_(1)
-        sums = [int((part.long() * odd[: len(part)]).sum()) for part in bits.split(CHUNK)]
+        raw = tensor.view(torch.uint8)
+        raw = raw.clone() if raw.storage_offset() % 8 else raw  # a view may start between words
+        words = raw.view(torch.int64) if len(raw) % 8 == 0 else raw
+        odd = torch.arange(min(CHUNK, len(words)), device=words.device).mul_(2).add_(1)
+        sums = [int((part * odd[: len(part)]).sum()) for part in words.split(CHUNK)]
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensor.dtype} {sums}".encode())
     return digest.hexdigest()[:16]
 

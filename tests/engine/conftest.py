@@ -50,7 +50,7 @@ def generator(smollm2):
 
 
 def new_policy(generator):
-    base, cpu = generator.shared_model("spinfast"), profile("cpu", "float32")
+    base, cpu = generator.shared_model(), profile("cpu", "float32")
     options = {"ops": EAGER, "profile": cpu, "load_in_4bit": False, "seed": 0, "base": base}
     return load_policy(generator.model_path, "smollm2", "0", lora=Lora(r=8, alpha=16), **options)
 

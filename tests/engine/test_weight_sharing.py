@@ -184,6 +184,7 @@ def test_checksum_does_not_depend_on_strides_and_sees_late_chunks(monkeypatch):
     monkeypatch.setattr(weight_sharing, "CHUNK", 8)
     tensor = torch.arange(60.0).view(6, 10)
     assert checksum({"w": tensor.T}) == checksum({"w": tensor.T.contiguous()})
+    assert checksum({"w": torch.cat([torch.ones(1), tensor.flatten()])[1:].view(6, 10)}) == checksum({"w": tensor})
     changed = tensor.clone()
     changed[5, 9] = -1
     assert checksum({"w": changed}) != checksum({"w": tensor})
