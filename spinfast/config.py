@@ -46,6 +46,8 @@ class Data(Section):
     size: int | None = Field(None, gt=0, description="examples to use, chosen by a seeded shuffle; all if null")
     seed: int = Field(0, ge=0, description="seed of the choice (reasoning_gym: of the problems themselves)")
     turns: Literal["first", "last"] = Field("first", description="which answer of a longer conversation is real")
+    columns: dict[str, str] | None = Field(None, description="recognised column name: the data's own name for it")
+    bad_rows: Literal["error", "skip"] = Field("error", description="a faulty row stops the run, or is counted")
 
 
 class Prompt(Section):

@@ -16,6 +16,7 @@ from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
 from spinfast.device import GIB, DeviceProfile, profile
 from spinfast.generation import Generator, prompt_seed
+from spinfast.generation.canary import Scorer, check_adapter, policy_logps
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
 from spinfast.policy.transformers import TransformersPolicy, load_policy
 from spinfast.progress import Display
@@ -25,6 +26,7 @@ from spinfast.train import TrainPlan
 from spinfast.types import Adapter, Example, Sampling
 
 log = logging.getLogger("spinfast")
+CANARY_TOKENS = 128
 
 
 @dataclass
@@ -77,7 +79,17 @@ class Game:
         self.policy.restore(adapters.load(previous.path("adapter")))
         if self.config.lora.init == "merge" and previous.name != "base":
             self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
-        return self.policy.adapter()
+        opponent = self.policy.adapter()
+        self.check_generator(opponent)
+        return opponent
+
+    def check_generator(self, adapter: Adapter) -> None:
+        """The canary: a generator with an engine of its own must answer as the policy does (generation/canary.py)."""
+        if isinstance(self.generator, Scorer):
+            prompt = (self.examples[0].prompt_ids + self.examples[0].real_ids)[:CANARY_TOKENS]
+            measure = policy_logps(self.policy, self.device.attention)
+            report = check_adapter(self.generator, measure, prompt, adapter, dtype=self.device.dtype)
+            log.info("canary: engine and policy differ by %.2g nats per token", report.adapter_error)
 
 
 @contextmanager
@@ -86,7 +98,8 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     device = profile(config.device.profile, config.device.dtype, config.device.attention)
     model = resolve_model(config.model.name, config.model.revision)
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
-    examples, heldout = load_data(config, renderer)
+    data = load_data(config, renderer)
+    run.remember({"model": model.revision} | {name: loaded.fingerprint for name, loaded in data.items()})
     ops, why = operators.choose(config.device.kernels, device.device)
     for name, reason in {**device.reasons, "kernels": why}.items():
         log.info("%s: %s", name, reason)
@@ -98,8 +111,8 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             device=device,
             model=model,
             renderer=renderer,
-            examples=examples,
-            heldout=heldout,
+            examples=data["data"].examples,
+            heldout=data["heldout"].examples if "heldout" in data else [],
             policy=policy,
             generator=generator,
             microbatch_tokens=microbatch_tokens(config),
@@ -159,15 +172,13 @@ def choose_backend(config: Config) -> tuple[str, str]:
     return "vllm", "installed; it shares its weights with the policy"
 
 
-def load_data(config: Config, renderer: Renderer) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; warns of rejected rows and of prompts in both sets."""
-    train = _load(config, config.data, renderer, "data")
-    if config.heldout is None:
-        return train.examples, []
-    heldout = _load(config, config.heldout, renderer, "heldout")
-    if shared := check_overlap(train.examples, heldout.examples):
-        log.warning("heldout: %d of %d prompts are in the training data too", shared, len(heldout.examples))
-    return train.examples, heldout.examples
+def load_data(config: Config, renderer: Renderer) -> dict[str, LoadedData]:
+    """The training data and, where configured, the held-out data; warns of prompts in both."""
+    sets = {name: getattr(config, name) for name in ("data", "heldout") if getattr(config, name)}
+    loaded = {name: _load(config, data, renderer, name) for name, data in sets.items()}
+    if "heldout" in loaded and (shared := check_overlap(loaded["data"].examples, loaded["heldout"].examples)):
+        log.warning("heldout: %d of %d prompts are in the training data too", shared, len(loaded["heldout"].examples))
+    return loaded
 
 
 def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedData:
@@ -179,14 +190,14 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
         size=data.size,
         seed=data.seed,
         turns=data.turns,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
         system=config.prompt.system,
         renderer=renderer,
         max_prompt_tokens=config.prompt.max_prompt_tokens,
         max_answer_tokens=config.prompt.max_answer_tokens,
     )
     log.info("%s: %d examples from %s", name, len(loaded.examples), data.source)
-    for reason, count in loaded.rejected.items():
-        log.warning("%s: %d rows rejected: %s", name, count, reason)
     for warning in loaded.warnings:
         log.warning("%s: %s", name, warning)
     return loaded

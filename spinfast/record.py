@@ -48,6 +48,17 @@ class RunDir:
     def close(self) -> None:
         self._lock.close()
 
+    def remember(self, inputs: dict[str, str]) -> None:
+        """Note the fingerprints of model and data; a resumed run must find the same."""
+        path = self.path / "inputs.json"
+        known = json.loads(path.read_text()) if path.exists() else inputs
+        changed = [name for name in inputs if known.get(name) != inputs[name]]
+        if changed:
+            raise UserError(
+                f"run directory {self.path}: {changed[0]} is not what the run started with; give another --run-dir"
+            )
+        files.write_json(path, inputs)
+
     def discard_unused(self) -> None:
         """Remove a run directory in which nothing was computed yet."""
         if not any(path.is_dir() for path in self.path.iterdir()):

@@ -116,3 +116,11 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, tiny_model, capsy
     config = write_config(tmp_path, tiny_model("llama"))
     assert "not a run of spinfast" in complaint(capsys, [config, "--run-dir", tmp_path / "home"])
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["letter.txt"]
+
+
+def test_changed_data_is_not_mixed_into_a_run(tmp_path, tiny_model, capsys):
+    play(tmp_path, tiny_model("llama"), spin={"iterations": 1}, evaluate={"problems": 0, "pairs": 1})
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"question": "What is 3 plus 4?", "answer": "7"}\n')
+    line = complaint(capsys, [tmp_path / "config.yaml", "--run-dir", tmp_path / "run"])
+    assert "data is not what the run started with" in line

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 PolicyLogps = Callable[[Sequence[int], bool], list[float]]  # (prompt ids, with the adapter?) -> len(ids) - 1 log-probs
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A generator that can also score a prompt."""
 
