@@ -16,22 +16,25 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from spinfast_kernels.blocks import Lora, Norm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from spinfast.errors import UserError
 from spinfast.ops import Ops
 
-LAYERS = (Qwen2DecoderLayer, LlamaDecoderLayer, Qwen3DecoderLayer)
+MODEL_TYPES = ("qwen2", "llama", "qwen3")
 
 
 def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
     """Make the decoder of `model` run on `ops`; the returned function undoes it."""
+    config = model.get_base_model().config
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"fused layers: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type}")
+    if config.hidden_act != "silu":
+        raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
     decoder = model.get_base_model().get_decoder()
-    for layer in decoder.layers:
-        _check(layer)
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLayer):
+            _check_lora(name, module)
     changed = [decoder.norm, *decoder.layers]
     decoder.norm.forward = partial(_norm_forward, ops, decoder.norm)
     for layer in decoder.layers:
@@ -42,17 +45,6 @@ def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
             del module.forward
 
     return unfuse
-
-
-def _check(layer: torch.nn.Module) -> None:
-    if not isinstance(layer, LAYERS):
-        names = ", ".join(kind.__name__.removesuffix("DecoderLayer") for kind in LAYERS)
-        raise UserError(f"fused layers: expected one of {names}, got {type(layer).__name__}; fuse nothing for it")
-    if layer.self_attn.config.hidden_act != "silu":
-        raise UserError(f"fused layers: expected hidden_act silu, got {layer.self_attn.config.hidden_act}")
-    for name, module in layer.named_modules():
-        if isinstance(module, LoraLayer):
-            _check_lora(name, module)
 
 
 def _check_lora(name: str, module: LoraLayer) -> None:
@@ -109,7 +101,7 @@ def _layer_forward(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The forward of LAYERS: x += o(attention(norm(x))), x += mlp(norm(x))."""
+    """The forward of all MODEL_TYPES: x += o(attention(norm(x))), x += mlp(norm(x))."""
     attention, mlp = layer.self_attn, layer.mlp
     query, key, value = ops.lora_qkv(
         hidden_states,
@@ -125,7 +117,7 @@ def _layer_forward(
     query, key, value = (t.view(heads).transpose(1, 2) for t in (query, key, value))
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, llama_attention)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     mixed, _ = interface(
         attention,
         query,
