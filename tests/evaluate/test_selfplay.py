@@ -99,7 +99,7 @@ def test_fresh_opponent_when_there_is_something_left():
 
 @pytest.mark.parametrize("factor", [3.0, 1 / 3.0])
 def test_length_shortcut_is_called_so(factor):
-    metrics = fresh(0.0, 0.0, LENGTHS, np.maximum(1, LENGTHS * factor).astype(int))
+    metrics = fresh(0.05, 0.05, LENGTHS, np.maximum(1, LENGTHS * factor).astype(int))
     assert metrics["fresh/auc_length"]["value"] > 0.9
     assert 0.4 < metrics["fresh/auc_log_ratio"]["value"] < 0.6  # per token, length gives nothing away
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from spinfast.errors import UserError
 from spinfast.evaluate import tasks
@@ -100,7 +101,7 @@ def harness_task(name, shots):
         if split := config.get(kind):
             splits[split] = datasets.Dataset.from_list(asked if split == tasks.TASKS[name].split else pool)
     task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: splits, "num_fewshot": shots})
-    task.set_fewshot_seed(tasks.FEWSHOT_SEED)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     return task
 
 
@@ -141,6 +142,13 @@ def test_choices_are_judged_as_the_harness_does(name):
         assert ours == pytest.approx({f"{metric},none": value for metric, value in verdict.items()})
         seen.add(ours["acc,none"])
     assert len(seen) > 1
+
+
+def test_acc_norm_does_not_count_the_blank_before_a_choice():
+    row = ROWS["arc_easy"][1](1)
+    verdict = judge_choices(tasks.TASKS["arc_easy"], row, [" bbb", " a"], np.array([-3.0, -1.1]))
+    assert tasks.TASKS["arc_easy"].gold(row) == 1
+    assert verdict == {"acc,none": 1.0, "acc_norm,none": 0.0}  # -1.0 per character against -1.1
 
 
 def test_mc2_is_the_probability_on_true_choices():
