@@ -110,7 +110,7 @@ def caught_launches(capability: int):
         return binary
 
     fake = SimpleNamespace(
-        get_current_device=lambda: 0,
+        get_current_device=lambda: capability,  # JITFunction caches by device: one target, one device
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
     )
