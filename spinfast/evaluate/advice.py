@@ -47,7 +47,7 @@ def _loss_at_zero(row: Row, previous: Row) -> str | None:
 
 def _length(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/length") for r in (row, previous))
-    if now and before and not 0.67 < now["value"] / before["value"] < 1.5:
+    if now and before and not 0.67 < now["value"] / before["value"] < 1.5 and _apart(now, before):
         change = "grew" if now["value"] > before["value"] else "shrank"
         return (
             f"answers {change} from {before['value']:.0f} to {now['value']:.0f} tokens in one iteration. Length has "

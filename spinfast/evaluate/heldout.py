@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from spinfast import files
+from spinfast.evaluate import stopping
 from spinfast.evaluate.answers import score_gsm8k
 from spinfast.evaluate.selfplay import (
     Metrics,
@@ -21,7 +22,7 @@ from spinfast.evaluate.selfplay import (
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
-from spinfast.record import Stage
+from spinfast.record import RunDir, Stage
 from spinfast.train import sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
@@ -142,6 +143,28 @@ def draw(game, stage: Stage, examples: Sequence[Example], sampling: Sampling) ->
             tick.advance(tokens=len(completion.token_ids))
             stop_if_asked()
     return [answers[example.index] for example in examples]
+
+
+def verdicts(stage: Stage) -> list[float]:
+    """1 or 0 per held-out problem: the strict score of the greedy answer; empty without references."""
+    path = stage.path("heldout.jsonl")
+    rows = files.read_jsonl(path) if path.exists() else []
+    return [row["scores"]["exact_match,strict-match"] for row in rows if row["scores"]]
+
+
+def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
+    """Why to play no further iteration, or None."""
+    results = [verdicts(stage) for stage in played]
+    return stopping.stop_reason(results, patience) if patience and results[0] else None
+
+
+def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
+    """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
+    results = [verdicts(stage) for stage in played]
+    position = stopping.best(results) if results[0] else len(played) - 1
+    files.write_json(
+        run.path / "best.json", {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
+    )
 
 
 def read_samples(stage: Stage) -> list[Completion]:

@@ -179,6 +179,7 @@ def test_a_shortcut_shows_in_the_base_already():
 
 def test_noise_is_no_warning():
     noisy = {"heldout__real_logp_change": (-0.3, 0.4), "heldout__accuracy_strict": (0.36, 0.03)}
+    noisy |= {"heldout__length": (60.0, 25.0)}
     assert advice.warnings([row("base", **HEALTHY), row(0, **(HEALTHY | noisy))]) == []
 
 
