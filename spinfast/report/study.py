@@ -128,7 +128,9 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
     if not changes:
         return []
     everything = np.concatenate([side for sides in changes.values() for side in sides])
-    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]), 25)
+    pairs = max(len(real) for real, _ in changes.values())
+    bins = int(np.clip(2 * pairs**0.5, 8, 24))
+    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]), bins + 1)
     if edges[0] == edges[-1]:
         return []
     made = []
