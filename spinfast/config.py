@@ -72,6 +72,9 @@ class Spin(Section):
     beta: PerIteration = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
     mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
+    stop_patience: int = Field(
+        0, ge=0, description="stop after so many iterations without a significant held-out gain; 0 plays all"
+    )
 
 
 class Generation(Section):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+ADDED_LATER = "README.md"  # an adapter's model card, written once its evaluation is known
 
 
 def sha256(path: Path) -> str:
@@ -88,7 +89,7 @@ def damage(path: Path) -> str | None:
         return f"{path.name} has no readable {MANIFEST}"
     if not isinstance(sums, dict):
         return f"{path.name} has no readable {MANIFEST}"
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST, ADDED_LATER}
     if present != set(sums):
         return f"{path.name} holds other files than its manifest names ({', '.join(sorted(present ^ set(sums)))})"
     changed = [name for name, expected in sums.items() if sha256(path / name) != expected]

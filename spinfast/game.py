@@ -157,7 +157,9 @@ def open_players(
         from spinfast.generation.transformers import TransformersGenerator
 
         policy = new_policy()
-        with TransformersGenerator(policy, batch_size=settings.batch_size, max_model_len=context) as generator:
+        with TransformersGenerator(
+            policy, batch_size=settings.batch_size, max_model_len=context, attention=device.attention
+        ) as generator:
             yield policy, generator
 
 

@@ -33,6 +33,7 @@ from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin, loss_at_zero_margin
 from spinfast.pairs import make_pairs, read_pairs, write_pairs
 from spinfast.record import Stage, whole_lines
+from spinfast.report.card import write_card
 from spinfast.train import TrainPlan, score, start_training, train
 from spinfast.types import Adapter, Completion, Group, Request
 
@@ -43,12 +44,13 @@ def self_play(game: Game) -> Iterator[dict]:
     """Play the configured iterations, yielding each row of results.json: the base's, the SFT stage's, then each t."""
     previous = base_stage(game)
     yield conclude(game, previous, "base", previous, game.policy.adapter())
+    played = [previous]
     if game.config.sft.epochs:
         stage = game.run.stage("sft")
         opponent = game.become_opponent(previous)
         warm_up(game, stage)
         yield conclude(game, stage, "sft", previous, opponent)
-        previous = stage
+        played.append(previous := stage)
     for iteration in range(game.config.spin.iterations):
         stage = game.run.stage(f"iter_{iteration:03d}")
         opponent = game.become_opponent(previous)
@@ -57,7 +59,11 @@ def self_play(game: Game) -> Iterator[dict]:
         score_opponent(game, stage, iteration)
         train_policy(game, stage, iteration)
         yield conclude(game, stage, iteration, previous, opponent)
-        previous = stage
+        played.append(previous := stage)
+        if reason := heldout.stop_reason(played, game.config.spin.stop_patience):
+            log.info("the game is over: %s", reason)
+            break
+    heldout.keep_best(game.run, played)
 
 
 def base_stage(game: Game) -> Stage:
@@ -221,6 +227,7 @@ def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, oppone
         "seconds": stage.seconds(),
     }
     game.run.result(row)
+    write_card(stage.path("adapter"), game.run.path, label)
     return row
 
 

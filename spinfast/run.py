@@ -1,5 +1,7 @@
 """`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run]`
 
+Also `spinfast eval`, `spinfast report`, `spinfast doctor`.
+
 Without a config one is picked by device. The same command continues an interrupted run of the same config.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 import time
@@ -16,14 +19,18 @@ from pathlib import Path
 from spinfast.config import Config, load_config
 from spinfast.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+HERE = Path(__file__).parent
+CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # wheel, checkout
+COMMANDS = {"eval": "spinfast.evaluate.cli", "report": "spinfast.report.cli", "doctor": "spinfast.doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run(*arguments)
+        if argv and argv[0] in COMMANDS:
+            return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+        return run(*parse(argv))
     except UserError as error:
         return _complain(str(error))
     except OSError as error:
@@ -63,6 +70,7 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
     """Open the run directory and play."""
     # imported late, so that a wrong config is told at once
     from spinfast.environment import describe
+    from spinfast.evaluate.advice import warnings
     from spinfast.game import open_game
     from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
     from spinfast.loop import log, self_play
@@ -79,6 +87,8 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
             for row in self_play(game):
                 log.info("iteration %s done", row["iteration"])
         display.table(record.results())
+        for sentence in warnings(record.results()):
+            log.warning(sentence)
         log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
         return 0
     except UserError:

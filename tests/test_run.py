@@ -66,7 +66,7 @@ def train_rows(run_dir):
 
 def fingerprints(run_dir):
     """sha256 of all that a run computes; clocks and machine are left out."""
-    timed = {"system.jsonl", "log.txt", "environment.json", "results.json", "phases.json", "lock"}
+    timed = {"system.jsonl", "log.txt", "environment.json", "results.json", "phases.json", "lock", "README.md"}
     return {
         str(path.relative_to(run_dir)): files.sha256(path)
         for path in sorted(run_dir.rglob("*"))
