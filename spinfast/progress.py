@@ -25,7 +25,9 @@ class Display:
 
     def __init__(self, console: Console | None = None):
         console = console or Console(highlight=False)
-        self.console = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
+        self.console = (
+            console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
+        )
 
     def log_to(self, path: Path) -> None:
         """Send the spinfast logger to this console and append it to `path`."""
