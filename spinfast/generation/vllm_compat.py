@@ -17,6 +17,7 @@ from importlib import metadata
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from spinfast.errors import UserError
 from spinfast.types import Adapter
@@ -146,7 +147,16 @@ def undisturbed() -> Iterator[None]:
 
 
 def _keep_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
+    layer.cpu_linear = plain_linear
+
+
+def plain_linear(x_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None = None) -> torch.Tensor:
+    """x W' + b. For a decoding batch in 16 bit W stands on the left, where oneDNN reads it as it lies; on the right
+    it is reordered at every call (1.2 to 2.7 times the time for 4 to 64 rows)."""
+    if len(x_TD) > 64 or weight_VD.dtype == torch.float32:
+        return F.linear(x_TD, weight_VD, bias_V)
+    y_TV = (weight_VD @ x_TD.T).T.contiguous()
+    return y_TV if bias_V is None else y_TV.add_(bias_V)
 
 
 def single_adapter(*args, **kwargs):

