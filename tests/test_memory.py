@@ -1,0 +1,164 @@
+"""The ledger against real steps, the simulation against the ledger, checkpointing and offloading against neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_cases import make_groups, tiny_policy
+from transformers import AutoConfig
+
+from spinfast import ops
+from spinfast.config import Lora
+from spinfast.device import DeviceProfile
+from spinfast.memory import Nf4Weight, Simulation, apply_checkpointing, counting, settled
+from spinfast.objectives.spin import Spin
+from spinfast.packing import pack
+from spinfast.train import TrainPlan, batch_sequence_logps, train_step
+
+SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def cpu(dtype):
+    return DeviceProfile("cpu", torch.device("cpu"), None, 0, dtype, "sdpa", False, {})
+
+
+def simulated(path, dtype=FP32, profile=None, **options):
+    return Simulation(AutoConfig.from_pretrained(path), profile or cpu(dtype), Lora(r=4, alpha=8), ops.EAGER, **options)
+
+
+def real_step(policy, groups, optimizer="adamw"):
+    """What a real step holds, by the same ledger, and the adapter's gradients."""
+    opponent = torch.zeros(len(groups), 2)
+    plan = TrainPlan(len(groups), 10_000, 1, 0, "sdpa", lr=0.0, max_grad_norm=1e9)
+    state = settled(policy, optimizer)
+    gradients = {}
+    state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: p.grad.clone() for name, p in policy.trainable_parameters().items()})
+    )
+    objective = Spin(opponent, beta=0.1, kind="logistic", ops=policy.ops)
+    with counting(policy, state) as ledger:
+        train_step(policy, groups, range(len(groups)), objective, plan, state, scaled=False)
+    return ledger, gradients
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layers):
+    """The same peak, byte for byte and kind for kind."""
+    path, groups = tiny_model(arch, layers=3), make_groups(SHAPE)
+    policy, simulation = tiny_policy(path, dtype), simulated(path, dtype)
+    for each in (policy, simulation.policy):
+        apply_checkpointing(each, layers, offload=False)
+    ledger, _ = real_step(policy, groups)
+    assert simulation.spin(groups, "adamw", "logistic", more_microbatches=False).usage == ledger.usage
+    assert ledger.usage.by_kind.get("checkpoints", 0) > 0 or layers == 0
+
+
+def test_simulated_scoring_equals_the_real_one(tiny_model):
+    path, groups = tiny_model("qwen2"), make_groups(SHAPE)
+    policy, simulation = tiny_policy(path), simulated(path)
+    with counting(policy) as ledger:
+        batch_sequence_logps(policy, pack(groups, range(len(groups))))
+    assert simulation.score(groups) == ledger.usage
+
+
+def test_ledger_of_known_tensors(tiny_model):
+    policy = tiny_policy(tiny_model("qwen2"))
+    with counting(policy) as ledger:
+        before = ledger.live.total()
+        a = torch.empty(1000, dtype=torch.float32)
+        view = a[10:]  # no bytes of its own
+        assert ledger.live.total() == before + 4000
+        with ledger.allocating("head"):
+            b = torch.empty(10, dtype=torch.float64)
+        assert ledger.live["head"] == 80
+        del a
+        assert ledger.live.total() == before + 4080, "the view holds the storage"
+        del view, b
+    assert ledger.live.total() == before
+    assert ledger.usage.peak == before + 4080
+    weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in policy.model.parameters()}
+    buffers = sum(b.untyped_storage().nbytes() for b in policy.model.buffers())
+    assert ledger.live["weights"] + ledger.live["adapters"] == sum(weights.values()) + buffers
+
+
+def test_ledger_agrees_with_the_allocator(tiny_model):
+    """An independent witness: the bytes torch's CPU allocator reports while the same step runs.
+
+    It also sees what an operator takes and gives back inside, which no dispatch mode can.
+    """
+    policy, groups = tiny_policy(tiny_model("qwen2", layers=3, hidden=128)), make_groups(SHAPE * 2)
+    ledger, _ = real_step(policy, groups)
+    static = sum(ledger.live[kind] for kind in ("weights", "adapters", "optimizer"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        real_step(policy, groups)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    predicted = ledger.usage.peak - static
+    moments = ledger.live["optimizer"]  # made inside the profile, before it
+    assert predicted <= peak <= 1.1 * (predicted + moments)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_checkpointing_changes_no_gradient(tiny_model, layers, offload):
+    path, groups = tiny_model("qwen2", layers=3), make_groups(SHAPE)
+    policy = tiny_policy(path)
+    plain, expected = real_step(policy, groups)
+    apply_checkpointing(policy, layers, offload)
+    ledger, gradients = real_step(policy, groups)
+    assert ledger.usage.peak < plain.usage.peak
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_offloaded_checkpoints_leave_the_device(tiny_model):
+    groups = make_groups(SHAPE)
+    profile = DeviceProfile("t4", torch.device("cuda"), (7, 5), 0, torch.float16, "aten_efficient", False, {})
+    simulation = simulated(tiny_model("qwen2", layers=3), profile=profile)
+    usages = []
+    for offload in (False, True):
+        apply_checkpointing(simulation.policy, 3, offload)
+        usages.append(simulation.spin(groups, "adamw", "logistic", more_microbatches=True).usage)
+    kept, offloaded = usages
+    tokens = pack(groups, range(len(groups))).tokens
+    assert kept.host == 0
+    assert offloaded.host == 3 * tokens * 64 * 2  # layers x tokens x D x bytes: the layers' inputs
+    assert offloaded.peak < kept.peak
+
+
+def test_nf4_weights(tiny_model):
+    """4.127 bits per weight at rest; head, embedding and norms stay as they are."""
+    weight = Nf4Weight(torch.empty(896, 4864, dtype=torch.float16, device="meta"))
+    bits = 8 * sum(part.numel() for part in weight.packed) / (896 * 4864)
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)
+    path, groups = tiny_model("qwen2"), make_groups(SHAPE)
+    dense, packed = (simulated(path, load_in_4bit=four).score(groups) for four in (False, True))
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)  # layers x (q, o, k, v, mlp) weights of the tiny model
+    saved = dense.by_kind["weights"] - packed.by_kind["weights"]
+    assert saved == pytest.approx(linears * (4 - 4.127 / 8), rel=0.02)
+
+
+def test_simulation_takes_seconds(tiny_model):
+    """24 layers of Qwen2.5-0.5B as a T4 holds them: no weights, no GPU, and the Triton functions' own host code."""
+    pytest.importorskip("triton")
+    import time
+
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    profile = DeviceProfile("t4", torch.device("cuda"), (7, 5), 0, torch.float16, "aten_efficient", False, {})
+    started = time.process_time()
+    simulation = Simulation(config, profile, Lora(r=4, alpha=8), ops.choose("triton", "cuda")[0])
+    usage = simulation.spin(make_groups([(256, (256, 256))] * 4), "adamw", "logistic", more_microbatches=True).usage
+    assert time.process_time() - started < 20
+    assert usage.by_kind["weights"] == pytest.approx(494_032_768 * 2, rel=1e-3)  # the model card's 0.49 B, tied
+    assert "head" in usage.by_kind
