@@ -57,15 +57,22 @@ class DeviceProfile:
         return self.dtype == torch.float16
 
 
-def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto") -> DeviceProfile:
-    """Look at the machine. Raises UserError where the machine cannot be what was asked for."""
+def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", plan_only: bool = False) -> DeviceProfile:
+    """Look at the machine. Raises UserError where the machine cannot be what was asked for.
+
+    With plan_only a named GPU that is not there is taken from its published figures; nothing can run on it.
+    """
     reasons: dict[str, str] = {}
     wants_gpu = name in GPUS or (name == "auto" and torch.cuda.is_available())
     if name not in ("auto", "cpu", *GPUS):
         raise UserError(f"device.profile: expected auto, cpu or one of {', '.join(GPUS)}, got {name!r}")
-    if wants_gpu and not torch.cuda.is_available():
+    absent = wants_gpu and not torch.cuda.is_available()
+    if absent and not plan_only:
         raise UserError(f"device.profile: {name} needs a CUDA GPU and none is visible; use cpu (or --dry-run to plan)")
-    if not wants_gpu:
+    if absent:
+        capability, memory, rehearsal, found = GPUS[name].capability, GPUS[name].memory, False, name
+        reasons["device"] = f"{name} by its published figures: no CUDA GPU is visible, this is a plan only"
+    elif not wants_gpu:
         capability, rehearsal, found = None, False, "cpu"
         memory = psutil.virtual_memory().available
         reasons["device"] = "no CUDA GPU is visible" if name == "auto" else "asked for"

@@ -17,7 +17,9 @@ from spinfast.data import LoadedData, check_overlap, load_examples
 from spinfast.device import GIB, DeviceProfile, profile
 from spinfast.generation import Generator, prompt_seed
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
+from spinfast.memory import apply_checkpointing
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
+from spinfast.planner import plan
 from spinfast.policy.transformers import TransformersPolicy, load_policy
 from spinfast.progress import Display
 from spinfast.record import RunDir, Stage
@@ -61,6 +63,7 @@ class Game:
         return TrainPlan(
             groups_per_step=groups_per_step,
             microbatch_tokens=self.microbatch_tokens,
+            shrunk=self._shrink,
             epochs=epochs,
             seed=self.config.seed * 1009 + round_number,
             attention=self.device.attention,
@@ -70,6 +73,10 @@ class Game:
             max_grad_norm=settings.max_grad_norm,
             max_overflows=settings.max_overflows,
         )
+
+    def _shrink(self, tokens: int) -> None:
+        """Memory ran out: smaller microbatches for the rest of the run, with room for the longest possible pair."""
+        self.microbatch_tokens = max(tokens, min(self.microbatch_tokens, longest_pair(self.config)))
 
     def become_opponent(self, previous: Stage) -> Adapter:
         """Put the policy where a round starts, the previous round's result, and return its adapter there.
@@ -115,7 +122,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             heldout=data["heldout"].examples if "heldout" in data else [],
             policy=policy,
             generator=generator,
-            microbatch_tokens=microbatch_tokens(config),
+            microbatch_tokens=adopt_plan(config, device, ops, policy, data["data"].examples),
         )
 
 
@@ -205,9 +212,25 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     return loaded
 
 
-def microbatch_tokens(config: Config) -> int:
-    """Packed tokens of one microbatch: the config's, or room for the longest possible pair and at least 4,096."""
-    if config.train.microbatch_tokens != "auto":
-        return config.train.microbatch_tokens
-    longest = config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens + config.generation.max_tokens
-    return max(4096, longest)
+def longest_pair(config: Config) -> int:
+    """Packed tokens of the longest pair that the config admits."""
+    return config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens + config.generation.max_tokens
+
+
+def adopt_plan(
+    config: Config,
+    device: DeviceProfile,
+    ops: operators.Ops,
+    policy: TransformersPolicy,
+    examples: list[Example],
+) -> int:
+    """Plan the memory where the config leaves it open; set the policy's checkpointing, return the microbatch tokens."""
+    settings = config.train
+    if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
+        apply_checkpointing(policy, len(policy.decoder.layers) if settings.checkpointing else 0, offload=False)
+        return settings.microbatch_tokens
+    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
+    planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
+    log.info("memory: %s", planned)
+    apply_checkpointing(policy, planned.checkpoint_layers, planned.offload)
+    return planned.microbatch_tokens

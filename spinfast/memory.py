@@ -240,8 +240,10 @@ class Simulation:
     """A policy without weights, as `profile` would hold it, and the phases of an iteration run on it."""
 
     def __init__(self, model: PretrainedConfig, profile: DeviceProfile, lora, ops: Ops, load_in_4bit: bool = False):
-        self.profile = profile
         self.on_cuda = profile.device.type == "cuda"
+        if profile.attention == "xformers":  # its kernel is aten's
+            profile = replace(profile, attention="aten_efficient")
+        self.profile = profile
         with META:
             base = AutoModelForCausalLM.from_config(model, dtype=profile.dtype, attn_implementation=attention.NAME)
             self.policy = load_policy(

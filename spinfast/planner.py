@@ -1,0 +1,233 @@
+"""The fastest way through a step that fits the device: microbatch, checkpointed layers, offloading; or a refusal.
+
+    seconds = FLOPs / rate * (1 + half/T) + host copies,    FLOPs = tokens * W * (4 + 2 c/L) + answers * 4 V D
+
+for T tokens a microbatch, c of L layers checkpointed and W linear weights (the base gets no gradient). `half` is a
+rule of thumb for how many tokens a GEMM of this size needs to run at half its rate. Two simulations place all
+candidates (bytes grow in proportion to T, fall in proportion to c); the one that is chosen has been simulated in
+full. Among plans within 2 % of the fastest the one with the least memory wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from spinfast.config import Config
+from spinfast.device import GIB, GPUS, DeviceProfile
+from spinfast.errors import UserError
+from spinfast.memory import Simulation, Usage, apply_checkpointing
+from spinfast.objectives.sft import Sft
+from spinfast.ops import Ops
+from spinfast.packing import bins, packed_length
+from spinfast.types import Group
+
+CONTEXT = {"cpu": 0, "cuda": 512 * 2**20}  # CUDA context and cuBLAS workspaces; a CPU's is already spent
+FRAGMENTATION = 0.05  # of the peak
+HALF_RATE_TOKENS = {"cpu": 32, "cuda": 256}
+CPU_RATE = 2e11  # FLOP/s where nothing was measured; only ratios matter to the choice
+HOST_COPY = 6e9  # bytes/s to pinned memory, PCIe 3.0 x16 with half to spare
+LARGEST_MICROBATCH = 16384
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will do, and the bytes that it was predicted to need."""
+
+    microbatch_tokens: int
+    checkpoint_layers: int
+    layers: int
+    offload: bool
+    kv_cache_bytes: int  # the engine's, resident through all phases; 0 where the cache goes with its phase
+    phases: dict[str, Usage]
+    reserve: int
+    budget: int
+    step_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The fullest phase, cache and reserve included."""
+        return max(usage.peak for usage in self.phases.values()) + self.kv_cache_bytes + self.reserve
+
+    def __str__(self) -> str:
+        layers = f"{self.checkpoint_layers} of {self.layers} layers checkpointed" + ", offloaded" * self.offload
+        return (
+            f"microbatches of {self.microbatch_tokens} tokens, {layers}; "
+            f"peak {self.peak / GIB:.2f} GiB predicted, {self.budget / GIB:.2f} GiB available"
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    tokens: int
+    layers: int
+    offload: bool
+    seconds: float
+    estimate: int = 0
+
+
+def plan(
+    config: Config,
+    profile: DeviceProfile,
+    model: PretrainedConfig,
+    ops: Ops,
+    engine: str = "transformers",
+    lengths: Sequence[tuple[int, int]] = (),
+) -> Plan:
+    """`lengths` are the data's (prompt, real answer) token counts; without them the config's limits are assumed.
+
+    Raises UserError if nothing fits, saying what would.
+    """
+    groups = heaviest(config, lengths)
+    simulation = Simulation(model, profile, config.lora, ops, config.model.load_in_4bit)
+    kv_cache = engine_cache(config, model, profile) if engine == "vllm" else 0
+    several = sum(map(packed_length, groups))
+
+    def usage(tokens, layers, offload):
+        apply_checkpointing(simulation.policy, layers, offload)
+        batch = worst_batch(groups, tokens)
+        more = several > sum(map(packed_length, batch))
+        return simulation.spin(batch, config.train.optimizer, config.spin.loss, more).usage
+
+    def room(peak):
+        return profile.memory - kv_cache - reserve(profile, peak) - peak
+
+    longest = max(map(packed_length, groups))
+    options = [
+        Candidate(tokens, layers, offload, seconds(profile, model, groups, tokens, layers, offload))
+        for tokens in microbatches(config, longest, several)
+        for layers in checkpointed(config, model.num_hidden_layers)
+        for offload in ([False, True] if layers and profile.device.type == "cuda" else [False])
+    ]
+    probe = min(max(longest, 4096), max(option.tokens for option in options))
+    anchors = {key: usage(probe, *key) for key in {(o.layers and model.num_hidden_layers, o.offload) for o in options}}
+    ranked = sorted(
+        (estimated(option, anchors, probe, model.num_hidden_layers) for option in options),
+        key=lambda option: (round(math.log(option.seconds) / 0.02), option.estimate),
+    )
+    for option in ranked:
+        if room(0.97 * option.estimate) < 0:
+            continue
+        train = usage(option.tokens, option.layers, option.offload)
+        if room(train.peak) < 0:
+            continue
+        phases = {"train": train, **other_phases(config, simulation, groups, option.tokens, engine)}
+        result = Plan(
+            option.tokens, option.layers, model.num_hidden_layers, option.offload, kv_cache, phases,
+            reserve(profile, max(phase.peak for phase in phases.values())), profile.memory, option.seconds,
+        )  # fmt: skip
+        _refuse_phases(result)
+        return result
+    smallest = min(ranked, key=lambda option: option.estimate)
+    raise UserError(_refusal(smallest, profile, kv_cache, usage(longest, smallest.layers, smallest.offload), longest))
+
+
+def heaviest(config: Config, lengths: Sequence[tuple[int, int]]) -> list[Group]:
+    """The pairs of the worst step: as many of the longest as a step has, every generated answer at its limit."""
+    prompt = config.prompt
+    known = sorted(lengths, key=sum, reverse=True)[: config.train.pairs_per_step]
+    shapes = known or [(prompt.max_prompt_tokens, prompt.max_answer_tokens)] * config.train.pairs_per_step
+    return [Group((0,) * p, ((0,) * r, (0,) * config.generation.max_tokens)) for p, r in shapes]
+
+
+def worst_batch(groups: Sequence[Group], tokens: int) -> list[Group]:
+    """The fullest microbatch: most tokens plus keys, with the generated answers long, or short and so more of them."""
+    short = [Group(group.prompt_ids, (group.answers[0], (0,))) for group in groups]
+    batches = [[chosen[i] for i in rows] for chosen in (groups, short) for rows in bins(chosen, tokens)]
+    return max(batches, key=lambda batch: sum(packed_length(g) + len(g.prompt_ids) for g in batch))
+
+
+def microbatches(config: Config, longest: int, step: int) -> list[int]:
+    if config.train.microbatch_tokens != "auto":
+        return [config.train.microbatch_tokens]
+    powers = [2**i for i in range(10, 15) if longest < 2**i <= LARGEST_MICROBATCH]
+    return [longest, *(tokens for tokens in powers if tokens < step), *([step] if step <= LARGEST_MICROBATCH else [])]
+
+
+def checkpointed(config: Config, layers: int) -> list[int]:
+    asked = config.train.checkpointing
+    return list(range(layers + 1)) if asked == "auto" else [layers if asked else 0]
+
+
+def reserve(profile: DeviceProfile, peak: float) -> int:
+    """What no simulation sees: the context, workspaces inside operators, memory lost between allocations."""
+    return int(CONTEXT[profile.device.type] + FRAGMENTATION * peak)
+
+
+def engine_cache(config: Config, model: PretrainedConfig, profile: DeviceProfile) -> int:
+    """vLLM's KV budget: what the config grants, and not more than a full batch at full length can use."""
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * head * profile.dtype.itemsize
+    useful = per_token * config.generation.batch_size * (config.prompt.max_prompt_tokens + config.generation.max_tokens)
+    return min(int(config.generation.kv_cache_gib * GIB), useful)
+
+
+def linear_weights(model: PretrainedConfig) -> int:
+    """Weights of the decoder's linear layers."""
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = 2 * (model.num_attention_heads + model.num_key_value_heads)
+    return model.num_hidden_layers * model.hidden_size * (heads * head + 3 * model.intermediate_size)
+
+
+def seconds(profile: DeviceProfile, model, groups: Sequence[Group], tokens: int, layers: int, offload: bool) -> float:
+    """A step's time by the roofline above."""
+    rate = GPUS[profile.name].flops if profile.name in GPUS else CPU_RATE
+    total = sum(map(packed_length, groups))
+    scored = sum(len(answer) for group in groups for answer in group.answers)
+    passes = 4 + 2 * layers / model.num_hidden_layers
+    flops = total * linear_weights(model) * passes + scored * 4 * model.vocab_size * model.hidden_size
+    copied = 2 * layers * total * model.hidden_size * profile.dtype.itemsize if offload else 0
+    return flops / rate * (1 + HALF_RATE_TOKENS[profile.device.type] / tokens) + copied / HOST_COPY
+
+
+def estimated(option: Candidate, anchors: dict, probe: int, layers: int) -> Candidate:
+    """Bytes beside the static ones in proportion to tokens; between no layer and all checkpointed, a straight line."""
+    none, full = anchors.get((0, False)), anchors.get((layers, option.offload))
+    share = option.layers / layers
+    ends = (none or full, full or none)
+    static = sum(ends[0].by_kind.get(kind, 0) for kind in ("weights", "adapters", "optimizer", "gradients"))
+    dynamic = (1 - share) * (ends[0].peak - static) + share * (ends[1].peak - static)
+    bytes_ = static + dynamic * option.tokens / probe
+    return Candidate(option.tokens, option.layers, option.offload, option.seconds, int(bytes_))
+
+
+def other_phases(config: Config, simulation: Simulation, groups, tokens: int, engine: str) -> dict[str, Usage]:
+    """Scoring, the SFT stage where there is one, and generation where the policy's own module does it."""
+    phases = {"score": simulation.score(worst_batch(groups, tokens))}
+    if config.sft.epochs:
+        alone = [Group(group.prompt_ids, group.answers[:1]) for group in groups]
+        batch = max(([alone[i] for i in rows] for rows in bins(alone, tokens)), key=len)
+        phases["sft"] = simulation.train(batch, Sft(), config.train.optimizer, True).usage
+    if engine == "transformers":
+        longest = config.prompt.max_prompt_tokens + config.generation.max_tokens
+        phases["generate"] = simulation.generate(config.generation.batch_size, longest, config.generation.top_p)
+    return phases
+
+
+def _refuse_phases(result: Plan) -> None:
+    if result.peak > result.budget:
+        name = max(result.phases, key=lambda phase: result.phases[phase].peak)
+        raise UserError(
+            f"memory: the {name} phase needs {result.peak / GIB:.2f} GiB with reserve, {result.budget / GIB:.2f} GiB "
+            f"are available; {'lower generation.batch_size' if name == 'generate' else 'lower train.microbatch_tokens'}"
+        )
+
+
+def _refusal(smallest: Candidate, profile: DeviceProfile, kv_cache: int, usage: Usage, longest: int) -> str:
+    need = usage.peak + reserve(profile, usage.peak) + kv_cache
+    static = sum(usage.by_kind.get(kind, 0) for kind in ("weights", "adapters", "optimizer", "gradients"))
+    left = (profile.memory - kv_cache - reserve(profile, 0)) / (1 + FRAGMENTATION) - static
+    fitting = int(longest * left / max(1, usage.peak - static))
+    limits = "prompt.max_prompt_tokens + prompt.max_answer_tokens + generation.max_tokens"
+    advice = (
+        f"a pair of {fitting} tokens would fit ({limits})"
+        if fitting > 64
+        else "not even the weights do; use a smaller model, model.load_in_4bit, or less generation.kv_cache_gib"
+    )
+    return (
+        f"memory: one pair of {longest} tokens needs {need / GIB:.2f} GiB with {smallest.layers} layers checkpointed, "
+        f"{profile.memory / GIB:.2f} GiB are available; {advice}"
+    )
