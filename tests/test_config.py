@@ -90,3 +90,7 @@ def test_every_key_is_described():
     lines = reference_table().splitlines()[2:]
     assert len(lines) > 50
     assert not [line for line in lines if line.endswith("| None |") or "|  |" in line]
+
+
+def test_the_printed_reference_is_in_the_docs():
+    assert reference_table() in (Path(__file__).parent.parent / "docs" / "config.md").read_text()
