@@ -119,22 +119,19 @@ def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
 
 
 def _log_ratios(run: Run, several: bool) -> list[Plot]:
-    """For each round the log-ratio of policy to opponent, of the real answers and of the opponent's."""
+    """For each round the log-ratio of policy to opponent, of the real answers and of the opponent's.
+
+    Iterations share their bins; SFT, which moves much further, has its own.
+    """
     changes = {
         stage: [arrays[f"policy.{side}"] - arrays[f"opponent.{side}"] for side in ("real", "rival")]
         for stage, arrays in run.logps.items()
         if stage != "base"
     }
-    if not changes:
-        return []
-    everything = np.concatenate([side for sides in changes.values() for side in sides])
-    pairs = max(len(real) for real, _ in changes.values())
-    bins = int(np.clip(2 * pairs**0.5, 8, 24))
-    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]), bins + 1)
-    if edges[0] == edges[-1]:
-        return []
     made = []
     for stage, sides in changes.items():
+        alike = [members for other, members in changes.items() if (other == "sft") == (stage == "sft")]
+        edges = _bins(np.concatenate([side for members in alike for side in members]), len(sides[0]))
         counts = [np.histogram(np.clip(side, edges[0], edges[-1]), edges)[0] for side in sides]
         series = [
             Series(name, slot, edges.tolist(), count.tolist())
@@ -147,6 +144,14 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
             Plot(name, title, "log p(policy) − log p(opponent), nats", "answers", "steps", series, group="ratios")
         )
     return made
+
+
+def _bins(values: np.ndarray, pairs: int) -> np.ndarray:
+    """Edges over all but the outer 1 % of the values, more of them for more pairs."""
+    low, high = np.quantile(values, [0.005, 0.995])
+    if low == high:  # nothing moved
+        low, high = low - 1.0, high + 1.0
+    return np.linspace(low, high, int(np.clip(2 * pairs**0.5, 8, 24)) + 1)
 
 
 def _memory(runs: Sequence[Run]) -> Plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import subprocess
@@ -23,9 +24,10 @@ class Browser:
         to_child, self._out = os.pipe()
         self._in, from_child = os.pipe()
 
-        def place():  # in the child, where the pipes' own numbers may be 3 and 4 already
-            spare_to, spare_from = os.dup(to_child), os.dup(from_child)
-            os.dup2(spare_to, 3), os.dup2(spare_from, 4)
+        def place():  # in the child, where 3 and 4 may be these pipes' own numbers, or each other's
+            spare = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_child, from_child)]
+            for number, end in zip((3, 4), spare, strict=True):
+                os.dup2(end, number)
 
         self._process = subprocess.Popen(
             [binary, *FLAGS, f"--user-data-dir={profile}"],

@@ -58,6 +58,7 @@ def test_log_ratios_count_every_held_out_pair(made):
     for name in ("log-ratio-sft", "log-ratio-iter_000", "log-ratio-iter_001"):
         assert [sum(s.y) for s in made[name].series] == [8, 8]
         assert [s.label for s in made[name].series] == ["real", "generated"]
+    assert made["log-ratio-iter_000"].series[0].x == made["log-ratio-iter_001"].series[0].x
 
 
 def test_time_adds_up(made, played):
