@@ -164,14 +164,18 @@ def single_adapter(*args, **kwargs):
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     class SingleAdapter(PunicaWrapperCPU):
-        def add_lora_linear(
-            self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs
-        ) -> None:
-            if self.no_lora:
-                return
+        def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs) -> None:
             start = 0
             for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                y[:, start : start + width].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+                self._add(y[:, start : start + width], x, a, b, scale)
                 start += width
+
+        def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs) -> None:
+            self._add(y, x, lora_a_stacked, lora_b_stacked, scale)
+
+        def _add(self, y_TV, x_TD, a, b, scale) -> None:
+            if not self.no_lora:
+                width = min(y_TV.shape[1], b.shape[2])  # vocabulary and adapter may be padded differently
+                y_TV[:, :width].addmm_(x_TD @ a[0, 0].T, b[0, 0, :width].T, alpha=scale)
 
     return SingleAdapter(*args, **kwargs)
