@@ -38,7 +38,7 @@ class Spin:
             result.loss,
             {
                 "train/margin": margins_P.sum(),
-                "train/pair_accuracy": (margins_P > 0).float().sum(),
+                "train/pair_accuracy": 0.5 * (1 + margins_P.sign()).sum(),  # a tie is half a win
                 "train/real_logp_change": result.real_logratio_P.detach().sum(),
                 "train/generated_logp_change": result.generated_logratio_P.detach().sum(),
             },
