@@ -13,11 +13,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-torch.set_num_threads(1)  # tiny models on several threads mostly wait for one another
-
 from fixtures import tiny_model_dir
 from hypothesis import settings
 
+torch.set_num_threads(1)  # tiny models on several threads mostly wait for one another
 settings.register_profile("shared-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("shared-machine")
 
