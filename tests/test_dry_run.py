@@ -1,0 +1,138 @@
+"""--dry-run on a machine without the GPU it plans for, and the planner's choices and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import Qwen2Config
+
+from spinfast import ops
+from spinfast.config import parse_config
+from spinfast.device import GIB, profile
+from spinfast.dry_run import dry_run
+from spinfast.errors import UserError
+from spinfast.packing import packed_length
+from spinfast.planner import heaviest, plan, worst_batch
+from spinfast.run import main
+
+MIDDLING = Qwen2Config(
+    vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def config(**changes):
+    tree = {
+        "model": {"name": "none"},
+        "data": {"source": "none.jsonl"},
+        "generation": {"backend": "transformers", "batch_size": 4, "max_tokens": 128},
+        "prompt": {"max_prompt_tokens": 128, "max_answer_tokens": 128},
+        "train": {"pairs_per_step": 8},
+    }
+    for section, values in changes.items():
+        tree[section] = tree.get(section, {}) | values
+    return parse_config(tree)
+
+
+def planned(memory, **changes):
+    device = replace(profile("t4", plan_only=True), memory=int(memory))
+    return plan(config(**changes), device, MIDDLING, ops.EAGER)
+
+
+def test_less_memory_means_smaller_microbatches_then_checkpointing():
+    plans = [planned(memory * GIB) for memory in (8, 0.58, 0.55)]
+    assert plans[0].checkpoint_layers == 0
+    seconds = [each.step_seconds for each in plans]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[-1]
+    assert plans[-1].microbatch_tokens < plans[0].microbatch_tokens
+    for each in plans:
+        assert each.peak <= each.budget
+        assert each.peak == max(usage.peak for usage in each.phases.values()) + each.reserve
+    tight = planned(0.7 * GIB, prompt={"max_prompt_tokens": 8192})
+    assert tight.checkpoint_layers > 0
+    assert tight.peak <= tight.budget
+
+
+def test_what_the_config_fixes_stays():
+    fixed = planned(8 * GIB, train={"microbatch_tokens": 1024, "checkpointing": True})
+    assert (fixed.microbatch_tokens, fixed.checkpoint_layers) == (1024, 6)
+
+
+def test_refusal_says_what_would_fit():
+    with pytest.raises(UserError, match=r"one pair of 382 tokens needs 0\.\d\d GiB with 6 layers checkpointed, 0\.50"):
+        planned(0.5 * GIB)
+    with pytest.raises(UserError, match=r"a pair of \d+ tokens would fit .*max_prompt_tokens"):
+        planned(0.6 * GIB, prompt={"max_prompt_tokens": 8192})
+
+
+def test_generation_that_does_not_fit_is_named():
+    with pytest.raises(UserError, match=r"the generate phase needs .* lower generation.batch_size"):
+        planned(0.75 * GIB, generation={"batch_size": 1500})
+
+
+def test_a_vllm_cache_is_resident_and_not_larger_than_useful():
+    device = profile("t4", plan_only=True)
+    result = plan(config(generation={"backend": "vllm", "kv_cache_gib": 4.0}), device, MIDDLING, ops.EAGER, "vllm")
+    assert result.kv_cache_bytes == 2 * 6 * 2 * 32 * 2 * 4 * 256  # k and v, layers, heads, dim, fp16, slots, tokens
+    assert "generate" not in result.phases
+
+
+def test_worst_batch_is_the_fullest_the_data_can_make():
+    groups = heaviest(config(), [(100, 20), (10, 120), (128, 128)])
+    assert [len(group.prompt_ids) for group in groups] == [128, 10, 100]
+    batch = worst_batch(groups, 400)
+    assert sum(map(packed_length, batch)) <= 400
+    assert any(len(group.prompt_ids) == 128 for group in batch)
+
+
+@pytest.fixture
+def run_config(tiny_model, tmp_path):
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"The sum is {2 * i}.\n#### {2 * i}"} for i in range(12)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"name": str(tiny_model("qwen2"))},
+        "data": {"source": str(data)},
+        "generation": {"backend": "transformers", "batch_size": 4, "max_tokens": 32},
+        "train": {"pairs_per_step": 4},
+    }
+
+
+@pytest.mark.parametrize("name", ["t4", "cpu"])
+def test_dry_run_shows_everything(run_config, name):
+    console = Console(record=True, width=160, force_terminal=True)
+    result = dry_run(parse_config(run_config | {"device": {"profile": name}}), console)
+    text = console.export_text()
+    assert "pairs_per_step: 4" in text
+    assert f"microbatches of {result.microbatch_tokens} tokens" in text
+    assert "12 pairs" in text
+    assert "3 steps in iteration 0, 6 in each later one" in text
+    assert "The sum is" in text
+    assert ("published figures" in text) == (name == "t4")
+    for phase in ("train", "score", "generate"):
+        assert phase in text
+
+
+def test_trained_tokens_are_coloured(run_config):
+    console = Console(record=True, width=160, force_terminal=True)
+    dry_run(parse_config(run_config | {"device": {"profile": "t4"}}), console)
+    coloured = console.export_text(styles=True)
+    green = [part.split("\x1b[0m")[0] for part in coloured.split("\x1b[1;32m")[1:]]
+    assert any("The sum is" in part for part in green)
+    assert not any("What is" in part for part in green)
+
+
+def test_command_line(run_config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(run_config))
+    assert main([str(path), "device.profile=t4", "--dry-run"]) == 0
+    assert "MiB at the fullest moment" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    if not torch.cuda.is_available():
+        assert main([str(path), "device.profile=t4"]) == 2
+        assert "needs a CUDA GPU" in capsys.readouterr().err
