@@ -225,7 +225,7 @@ def _refusal(smallest: Candidate, profile: DeviceProfile, kv_cache: int, usage: 
     advice = (
         f"a pair of {fitting} tokens would fit ({limits})"
         if fitting > 64
-        else "weights and CUDA context alone do not; use a smaller model, model.load_in_4bit, or less generation.kv_cache_gib"
+        else "weights and context alone do not; use a smaller model, model.load_in_4bit or less generation.kv_cache_gib"
     )
     return (
         f"memory: one pair of {longest} tokens needs {need / GIB:.2f} GiB with {smallest.layers} layers checkpointed, "
