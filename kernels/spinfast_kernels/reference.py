@@ -98,7 +98,8 @@ def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
         p_NB = wide_NB.sub_(top_N1).exp_()
         torch.addcmul(p_NB.sum(1, keepdim=True), sum_N1, shrink_N1, out=sum_N1)
         if need_unit:
-            mean_ND.mul_(shrink_N1).add_(torch.mm(logits_NB.copy_(p_NB), w_BD))
+            part_ND = torch.mm(logits_NB.copy_(p_NB), w_BD).to(wide)
+            torch.addcmul(part_ND, mean_ND, shrink_N1, out=mean_ND)
     gap_N1 = (target_N1 - top_N1).sub_(sum_N1.log())
     if not need_unit:
         return target_N1.squeeze(1), gap_N1.squeeze(1), None
