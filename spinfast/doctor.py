@@ -165,12 +165,10 @@ def nearest_set(installed: dict[str, str]) -> tuple[str, list[str]]:
 def backend_findings() -> list[Finding]:
     """Every backend that a config can name: does it run here, and if not, why."""
     device = profile().device
-    imports = {name: _start_import(name) for name in ("vllm", "unsloth", "xformers") if _installed(name)}
+    imports = {name: _start_import(name) for name in ("vllm", "xformers") if _installed(name)}
     obstacles = {
         "generation.backend: transformers": None,
         "generation.backend: vllm": _vllm_obstacle(device) or _import_obstacle(imports.get("vllm")),
-        "model.backend: transformers": None,
-        "model.backend: unsloth": _missing("unsloth") or _import_obstacle(imports.get("unsloth")),
         "model.load_in_4bit: true": _four_bit_obstacle(device),
         "device.kernels: eager": None,
         "device.kernels: triton": _refusal(lambda: choose("triton", device)),
@@ -245,7 +243,6 @@ def config_problems(config: Config, backends: Sequence[Finding]) -> list[str]:
     settings = config.device
     wanted = {
         "generation.backend": config.generation.backend,
-        "model.backend": config.model.backend,
         "device.kernels": settings.kernels,
         "device.attention": settings.attention,
         "model.load_in_4bit": "true" if config.model.load_in_4bit else "auto",
