@@ -32,3 +32,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench iteration
+
+rehearse-t4: setup
+	$(BIN)/python -m bench rehearse

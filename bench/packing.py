@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import time
 from dataclasses import replace
 
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
                 "what": kind, "pairs": len(groups), "dtype": str(device.dtype), "gradient_difference": difference,
                 "tokens_per_content": computed["packed"] / content,
                 "padded_tokens_per_content": round(computed["padded"] / content, 3),
-                "step_ratio_p50": round(ratios[len(ratios) // 2], 3), "target": 1.4 if "gsm8k" in kind else 1.5,
+                "step_ratio_p50": round(statistics.median(ratios), 3), "target": 1.4 if "gsm8k" in kind else 1.5,
                 **{f"{name}_{key}": value for name, times in samples.items()
                    for key, value in rows.percentiles(times, "ms").items()},
             },

@@ -65,7 +65,9 @@ def load_tokenizer(path: Path | str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
     except Exception as error:  # the parsers of tokenizer files raise whatever they meet
         raise UserError(f"tokenizer {path}: cannot be read: {_first_line(error)}") from error
     if not tokenizer.chat_template:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from spinfast.config import Config, load_config
 from spinfast.errors import UserError
 
@@ -33,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(*parse(argv))
     except UserError as error:
         return _complain(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not _disk_is_full(error):
             raise
-        return _complain(f"no space left for {error.filename}: make room and run the same command again to go on")
+        return _complain("no space left for the run's files: make room and run the same command again to go on")
 
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool]:
@@ -77,6 +79,7 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
     from spinfast.progress import Display
     from spinfast.record import RunDir
 
+    quiet_libraries()
     started = time.monotonic()
     display, record = Display(), RunDir(run_dir, config)
     try:
@@ -101,6 +104,16 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
         record.close()
 
 
+def quiet_libraries() -> None:
+    """Only spinfast speaks: no progress bars of loaders, no notes of libraries to their own developers."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def default_config() -> tuple[Path, str]:
     """The config for this machine and why it was chosen."""
     import torch
@@ -108,6 +121,12 @@ def default_config() -> tuple[Path, str]:
     if torch.cuda.is_available():
         return CONFIGS / "qwen2.5-0.5b-t4.yaml", "no config given; a CUDA GPU is visible"
     return CONFIGS / "smollm2-135m-cpu.yaml", "no config given; no CUDA GPU is visible"
+
+
+def _disk_is_full(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error)  # safetensors' writer has no errno
 
 
 def _complain(message: str) -> int:

@@ -121,3 +121,24 @@ def test_checkpoints_fall_back_to_the_newest_whole_one(tmp_path, model, monkeypa
     assert "checkpoint passed over: step_000002" in (tmp_path / "run" / "log.txt").read_text()
     whole = play(tmp_path, model, name="whole", train={"save_every_steps": 1}, spin={"iterations": 1})
     assert fingerprints(tmp_path / "run") == fingerprints(whole)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, model, monkeypatch, capsys):
+    """/dev/full answers every write with ENOSPC."""
+    expected = fingerprints(play(tmp_path, model, name="whole", spin={"iterations": 1}))
+    arguments = [str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]
+    advance = Tick.advance
+
+    def advance_and_fill(tick, *args, **kwargs):
+        advance(tick, *args, **kwargs)
+        if tick.name == "iter_000 train" and tick.done == 2:
+            (tmp_path / "run" / "system.jsonl").unlink()
+            (tmp_path / "run" / "system.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(Tick, "advance", advance_and_fill)
+    assert main(arguments) == 2
+    assert "no space left" in capsys.readouterr().err
+    monkeypatch.setattr(Tick, "advance", advance)
+    (tmp_path / "run" / "system.jsonl").unlink()
+    assert main(arguments) == 0
+    assert fingerprints(tmp_path / "run") == expected

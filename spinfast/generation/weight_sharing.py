@@ -47,7 +47,8 @@ def shared_model(
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(view, requires_grad=False))
     model.tie_weights()
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config, device=model.device)
+    with model.device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"tensors without a value: {left}"
     model.eval()
