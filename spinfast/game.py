@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from spinfast import adapter as adapters
-from spinfast import attention
+from spinfast import attention, files
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
@@ -122,7 +123,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             heldout=data["heldout"].examples if "heldout" in data else [],
             policy=policy,
             generator=generator,
-            microbatch_tokens=adopt_plan(config, device, ops, policy, data["data"].examples),
+            microbatch_tokens=adopt_plan(config, run, device, ops, policy, data["data"].examples),
         )
 
 
@@ -219,18 +220,28 @@ def longest_pair(config: Config) -> int:
 
 def adopt_plan(
     config: Config,
+    run: RunDir,
     device: DeviceProfile,
     ops: operators.Ops,
     policy: TransformersPolicy,
     examples: list[Example],
 ) -> int:
-    """Plan the memory where the config leaves it open; set the policy's checkpointing, return the microbatch tokens."""
+    """Plan the memory where the config leaves it open; set the policy's checkpointing, return the microbatch tokens.
+
+    A resumed run keeps the plan it started with (plan.json), so that its batches stay the same.
+    """
     settings = config.train
     if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
         apply_checkpointing(policy, len(policy.decoder.layers) if settings.checkpointing else 0, offload=False)
         return settings.microbatch_tokens
-    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
-    planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
-    log.info("memory: %s", planned)
-    apply_checkpointing(policy, planned.checkpoint_layers, planned.offload)
-    return planned.microbatch_tokens
+    path = run.path / "plan.json"
+    if path.exists():
+        chosen = json.loads(path.read_text())
+    else:
+        lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
+        planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
+        log.info("memory: %s", planned)
+        chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
+        files.write_json(path, chosen)
+    apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
+    return chosen["microbatch_tokens"]

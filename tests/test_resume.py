@@ -1,5 +1,6 @@
 """A run stopped in any phase goes on where it was, and ends as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
@@ -142,3 +143,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, model, monk
     (tmp_path / "run" / "system.jsonl").unlink()
     assert main(arguments) == 0
     assert fingerprints(tmp_path / "run") == expected
+
+
+def test_a_resumed_run_keeps_its_memory_plan(tmp_path, model):
+    automatic = {"train": {"microbatch_tokens": "auto", "checkpointing": "auto"}, "spin": {"iterations": 1}}
+    run_dir = play(tmp_path, model, **automatic)
+    planned = json.loads((run_dir / "plan.json").read_text())
+    assert planned["microbatch_tokens"] >= 512
+    (run_dir / "plan.json").write_text(json.dumps(planned | {"microbatch_tokens": 600}))
+    shutil.rmtree(run_dir / "iter_000")
+    play(tmp_path, model, **automatic)
+    assert json.loads((run_dir / "plan.json").read_text())["microbatch_tokens"] == 600
