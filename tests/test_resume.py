@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_its_memory_plan(tmp_path, model):
     automatic = {"train": {"microbatch_tokens": "auto", "checkpointing": "auto"}, "spin": {"iterations": 1}}
     run_dir = play(tmp_path, model, **automatic)
     planned = json.loads((run_dir / "plan.json").read_text())
-    assert planned["microbatch_tokens"] >= 512
+    assert 600 != planned["microbatch_tokens"] > 0
     (run_dir / "plan.json").write_text(json.dumps(planned | {"microbatch_tokens": 600}))
     shutil.rmtree(run_dir / "iter_000")
     play(tmp_path, model, **automatic)
