@@ -7,7 +7,6 @@ data, model, engine) is what the wall time of a fresh run has beyond its phases.
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ def main(argv: list[str]) -> int:
             return code
         wall = time.monotonic() - started
         results = json.loads((run_dir / "results.json").read_text())
+        clocks = [json.loads(line) for line in (run_dir / "system.jsonl").read_text().splitlines()]
         tokens = phase_tokens(run_dir)
     phases = {f"{row['iteration']}.{name}": s for row in results for name, s in row["seconds"].items()}
     for name, seconds in phases.items():
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             "phases_s": round(sum(phases.values()), 1),
             "phase_s": phases,
             "tokens_per_second": {name: round(tokens[name] / phases[name], 1) for name in tokens},
-            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_rss_mib": max(row["memory/rss_mib"] for row in clocks),
             **({"peak_allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1)} if device == "cuda" else {}),
         },
         device,
