@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+
+import torch
 
 from spinfast import adapter as adapters
 from spinfast import attention, files
@@ -104,6 +107,9 @@ class Game:
 def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     """Load data and model, start the generator; leaving gives the generator's memory back."""
     device = profile(config.device.profile, config.device.dtype, config.device.attention)
+    if config.device.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
     model = resolve_model(config.model.name, config.model.revision)
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
     data = load_data(config, renderer)
