@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from spinfast.errors import UserError
 from spinfast.types import Adapter, Completion, Request, Sampling
 
 
@@ -31,3 +32,15 @@ def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train
     """A 63-bit seed for one prompt, independent of batch size and order (BLAKE2b of its coordinates)."""
     key = f"{run_seed}/{iteration}/{purpose}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def check_fits(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:
+    """Raise UserError for the first prompt that leaves no room for max_tokens in the context."""
+    for request in requests:
+        needed = len(request.prompt_ids) + sampling.max_tokens
+        if needed > max_model_len:
+            raise UserError(
+                f"prompt {request.index}: {len(request.prompt_ids)} prompt tokens + max_tokens "
+                f"{sampling.max_tokens} = {needed} do not fit the context of {max_model_len}; "
+                "drop the prompt or lower max_tokens"
+            )

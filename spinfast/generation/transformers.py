@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
+from spinfast.generation import check_fits
 from spinfast.policy.transformers import TransformersPolicy
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
@@ -74,14 +75,7 @@ class TransformersGenerator:
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
-        for request in requests:
-            needed = len(request.prompt_ids) + sampling.max_tokens
-            if needed > self.max_model_len:
-                raise UserError(
-                    f"prompt {request.index}: {len(request.prompt_ids)} prompt tokens + max_tokens "
-                    f"{sampling.max_tokens} = {needed} do not fit the context of {self.max_model_len}; "
-                    "drop the prompt or lower max_tokens"
-                )
+        check_fits(requests, sampling, self.max_model_len)
         if adapter is not None:
             self._check_live(adapter)
         stream = self._stream(deque(requests), sampling, adapter)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from spinfast import adapter as adapters
 from spinfast import attention
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat, weight_sharing
+from spinfast.generation import check_fits, vllm_compat, weight_sharing
 from spinfast.types import Adapter, Completion, Request, Sampling
 
 
@@ -119,14 +119,7 @@ class VLLMGenerator:
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
-        for request in requests:
-            needed = len(request.prompt_ids) + sampling.max_tokens
-            if needed > self.max_model_len:
-                raise UserError(
-                    f"prompt {request.index}: {len(request.prompt_ids)} prompt tokens + max_tokens "
-                    f"{sampling.max_tokens} = {needed} do not fit the context of {self.max_model_len}; "
-                    "drop the prompt or lower max_tokens"
-                )
+        check_fits(requests, sampling, self.max_model_len)
         return self._completions(requests, sampling, adapter)
 
     def prompt_logps(self, prompt_ids: Sequence[int], adapter: Adapter | None) -> list[float]:
