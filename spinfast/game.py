@@ -248,6 +248,7 @@ def adopt_plan(
         planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
         log.info("memory: %s", planned)
         chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
+        chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
         files.write_json(path, chosen)
     apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
     return chosen["microbatch_tokens"]

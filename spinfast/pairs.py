@@ -51,15 +51,14 @@ def make_pairs(
 
 def write_pairs(path: Path, pairs: Sequence[Pair], examples: Sequence[Example], text: Callable) -> None:
     """One row per pair; `text` turns token ids into text, special tokens left out."""
-    messages = {example.index: example for example in examples}
+    messages = {example.index: example.messages for example in examples}
 
     def row(pair: Pair) -> dict:
-        example = messages[pair.index]
-        prompt = list(example.messages)
+        prompt = list(messages[pair.index])
         return {
             "index": pair.index,
             "iteration": pair.iteration,
-            "real": [*prompt, {"role": "assistant", "content": example.answer}],
+            "real": [*prompt, {"role": "assistant", "content": text(pair.real_ids)}],
             "generated": [*prompt, {"role": "assistant", "content": text(pair.generated_ids)}],
             "prompt_ids": pair.prompt_ids,
             "real_ids": pair.real_ids,

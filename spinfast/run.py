@@ -1,4 +1,4 @@
-"""`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run]`
+"""`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run] [--controls]`
 
 Also `spinfast eval`, `spinfast report`, `spinfast doctor`.
 
@@ -41,20 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("no space left for the run's files: make room and run the same command again to go on")
 
 
-def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool]:
+def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
     parser = argparse.ArgumentParser(prog="spinfast", description="Low-rank self-play fine-tuning (SPIN).")
     parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
+    parser.add_argument("--controls", action="store_true", help="then play the controls too, see controls.py")
     arguments = parser.parse_args(argv)
     paths = [Path(word) for word in arguments.config if "=" not in word]
     if len(paths) > 1:
         parser.error(f"expected one config file, got {', '.join(map(str, paths))}")
     overrides = [word for word in arguments.config if "=" in word]
-    return (paths[0] if paths else None), overrides, arguments.run_dir, arguments.dry_run
+    return (paths[0] if paths else None), overrides, arguments.run_dir, arguments.dry_run, arguments.controls
 
 
-def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dry_run: bool) -> int:
+def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dry_run: bool, controls: bool) -> int:
     why = "asked for"
     if config_path is None:
         config_path, why = default_config()
@@ -65,12 +66,13 @@ def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dr
 
         plan_only(config)
         return 0
-    return play(config, run_dir, f"{config_path} ({why})")
+    return play(config, run_dir, f"{config_path} ({why})", controls)
 
 
-def play(config: Config, run_dir: Path, chosen: str) -> int:
-    """Open the run directory and play."""
+def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> int:
+    """Open the run directory and play, the controls too where asked for."""
     # imported late, so that a wrong config is told at once
+    from spinfast.controls import play_controls
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
     from spinfast.game import open_game
@@ -89,6 +91,8 @@ def play(config: Config, run_dir: Path, chosen: str) -> int:
         with catching_signals(), open_game(config, record, display) as game:
             for row in self_play(game):
                 log.info("iteration %s done", row["iteration"])
+            for name, row in play_controls(game) if controls else ():
+                log.info("control %s: iteration %s done", name, row["iteration"])
         display.table(record.results())
         for sentence in warnings(record.results()):
             log.warning(sentence)

@@ -24,6 +24,13 @@ SHOWN = {  # metric -> (name, digits, factor)
     "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
 }
 
+METHODS = {  # control -> how its adapters were made
+    None: "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
+    "sft": "supervised fine-tuning on the real answers",
+    "shuffled": "a control of self-play fine-tuning, not a model to use: generated answers belong to other prompts",
+    "coin": "a control of self-play fine-tuning, not a model to use: a coin said which answer counts as real",
+}
+
 
 def write_card(adapter_dir: Path, run_dir: Path, iteration: str | int) -> Path:
     """Write adapter_dir/README.md for the adapter that `iteration` ("base", "sft", 0, 1, ...) of the run made."""
@@ -40,11 +47,7 @@ def card(run: Run, iteration: str | int, adapter_config: dict) -> str:
     front = {"library_name": "peft", "tags": ["lora", "spin", "self-play", "spinfast"]}
     if not base.startswith(("package:", "/", ".")):
         front["base_model"] = base
-    method = (
-        "supervised fine-tuning on the real answers"
-        if iteration == "sft"
-        else "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own"
-    )
+    method = METHODS["sft" if iteration == "sft" else run.control]
     facts = {
         "base model": f"{base}, revision {revision}",
         "training data": _data(c["data"]),

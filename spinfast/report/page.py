@@ -103,19 +103,25 @@ def _story(runs: Sequence[Run]) -> str:
     if comparisons := study.run_comparisons(runs):
         parts.append("<h3>Run against run</h3>")
         parts += [f"<p>{escape(comparison.sentence())}.</p>" for comparison in comparisons]
-    if seeds := study.seed_table(runs):
-        rows = [
-            f"<tr><td>{escape(names)}</td><td>{escape(name)}</td><td>{escape(metric)}</td>"
-            f"<td>{value['value']:+.3f} ± {value['stderr']:.3f}</td><td>{value['n']}</td></tr>"
-            for names, name, metric, value in seeds
-        ]
-        parts.append(
-            "<h3>Over seeds</h3><p class='soft'>Change from the base; ± is the standard error between runs.</p>"
-            "<div class='scroll'><table>"
-            "<tr><th>runs</th><th>iteration</th><th>metric</th><th>change</th><th>seeds</th></tr>"
-            f"{''.join(rows)}</table></div>"
-        )
+    parts.append(_over_seeds("Over seeds", "Change from the base", "runs", study.seed_table(runs)))
+    parts.append(_over_seeds("Against controls", "Run minus control", "control", study.control_table(runs)))
     return "".join(parts) + "</section>"
+
+
+def _over_seeds(title: str, what: str, column: str, table: Sequence[tuple]) -> str:
+    """A table of study.seed_table's form, or nothing."""
+    rows = [
+        f"<tr><td>{escape(names)}</td><td>{escape(name)}</td><td>{escape(metric)}</td>"
+        f"<td>{value['value']:+.3f} ± {value['stderr']:.3f}</td><td>{value['n']}</td></tr>"
+        for names, name, metric, value in table
+    ]
+    if not rows:
+        return ""
+    return (
+        f"<h3>{title}</h3><p class='soft'>{what}; ± is the standard error between seeds.</p><div class='scroll'><table>"
+        f"<tr><th>{column}</th><th>iteration</th><th>metric</th><th>change</th><th>seeds</th></tr>"
+        f"{''.join(rows)}</table></div>"
+    )
 
 
 def _iterations(runs: Sequence[Run]) -> str:
@@ -216,7 +222,9 @@ def _memory_table(run: Run, several: bool) -> str:
             line.append("" if predicted is None else f"{predicted:,.0f}")
     lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body]
     heads = "".join(f"<th>{cell}</th>" for cell in head)
-    return f"<div class='scroll'>{name}<table><tr>{heads}</tr>{''.join(lines)}</table></div>"
+    note = "Predicted: a phase's tensors. Measured without a GPU: the whole process, Python and libraries included."
+    note = f"<p class='soft'>{note}</p>" if run.predicted_mib else ""
+    return f"<div class='scroll'>{name}{note}<table><tr>{heads}</tr>{''.join(lines)}</table></div>"
 
 
 def _transcripts(runs: Sequence[Run]) -> str:

@@ -23,12 +23,18 @@ class Run:
 
     path: Path
     name: str
+    control: str | None  # which control of its run this is (controls.py), None for a run of its own
     config: dict
     environment: dict
     rows: list[dict]  # results.json: base, sft, 0, 1, ...
     steps: list[dict]  # metrics.jsonl
     system: list[dict]  # system.jsonl
     predicted_mib: dict[str, float]  # phase -> peak that was simulated before the run, where it was
+
+    @property
+    def played(self) -> Path:
+        """The run's directory, for a control that of the run it belongs to."""
+        return self.path.parent.parent if self.control else self.path
 
     @property
     def finished(self) -> bool:
@@ -50,6 +56,13 @@ class Run:
         """stage -> {"policy.real", "policy.rival", "opponent.real", ...} -> one value per held-out pair."""
         paths = {stage: self.path / stage / "heldout_logps.safetensors" for stage in self.stages}
         return {stage: load_file(path) for stage, path in paths.items() if path.exists()}
+
+    def real_logps(self, stage: str) -> dict[str, float]:
+        """log p(real) by problem under the stage's policy; model and problem are part of the key."""
+        values = self.logps.get(stage, {}).get("policy.real", ())
+        rows = self.transcripts.get(stage, [])
+        model = self.config["model"]["name"]
+        return {f"{row['prompt']} {model}": float(value) for row, value in zip(rows, values, strict=False)}
 
     def scores(self, stage: str, metric: str) -> dict[str, float]:
         """Verdicts by problem; the problem's text is part of the key, so that runs on other data share none."""
@@ -74,36 +87,39 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file():
         raise UserError(f"report {path}: expected a run directory with config.yaml and results.json")
 
+    path = path.resolve()
+    control = path.name if path.parent.name == "controls" else None
+
     def lines(name: str) -> list[dict]:
         return whole_lines(path / name) if (path / name).exists() else []
 
     return Run(
         path=path,
-        name=path.resolve().name,
+        name=f"{path.parent.parent.name}/{control}" if control else path.name,
+        control=control,
         config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
         environment=_json(path / "environment.json", {}),
         rows=_json(path / "results.json", []),
         steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
         system=lines("system.jsonl"),
-        predicted_mib=_json(path / "memory.json", {}).get("predicted_mib", {}),
+        predicted_mib=_json(path / "plan.json", {}).get("predicted_mib", {}),
     )
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs with distinct names: the directory's, with its parent's where two would be equal."""
-    runs = [read_run(path) for path in paths]
+    """Runs and their controls, with distinct names: the directory's, with its parent's where two would be equal."""
+    runs = [read_run(each) for path in paths for each in (path, *sorted(path.glob("controls/*/")))]
     names = [run.name for run in runs]
     return [
-        run if names.count(run.name) == 1 else replace(run, name="/".join(run.path.resolve().parts[-2:]))
-        for run in runs
+        run if names.count(run.name) == 1 else replace(run, name=f"{run.played.parent.name}/{run.name}") for run in runs
     ]
 
 
 def seeds_apart(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs grouped by config, the seed aside; groups in the order of their first run."""
-    groups: dict[str, list[Run]] = {}
+    """Runs grouped by control and config, the seed aside; groups in the order of their first run."""
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(run.config | {"seed": None}, sort_keys=True), []).append(run)
+        groups.setdefault((run.control, json.dumps(run.config | {"seed": None}, sort_keys=True)), []).append(run)
     return list(groups.values())
 
 

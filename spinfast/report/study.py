@@ -6,6 +6,7 @@ generated 1; on time bars a phase has its own.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,16 @@ HELDOUT = {
     "heldout/repeated_4grams": ("Repeated 4-grams", None),
 }
 PHASES = ("generate", "pair", "score", "train", "evaluate", "save")
+OVER_SEEDS = (
+    "heldout/accuracy_strict",
+    "heldout/accuracy_flexible",
+    "heldout/real_logp_per_token",
+    "heldout/perplexity",
+)
+MEASURES = {  # what two runs are compared by -> (run, stage) -> value by held-out item
+    "accuracy strict": lambda run, stage: run.scores(stage, STRICT),
+    "log p(real)": Run.real_logps,
+}
 SHARES = (  # of 0/1 items: Wilson's interval, which holds at 0 % and 100 % too
     *("heldout/accuracy_strict", "heldout/accuracy_flexible"),
     *("heldout/pair_accuracy", "heldout/eos_rate"),
@@ -218,9 +229,11 @@ class Change:
 
     def sentence(self) -> str:
         o = self.outcome
+        factor, unit = (100, "points") if self.measure.startswith("accuracy") else (1, "nats per answer")
+        difference, low, high = (factor * o[name] for name in ("difference", "low", "high"))
         return (
-            f"{self.name} against {self.against}, {self.measure}: {o['verdict']} ({100 * o['difference']:+.1f} points, "
-            f"95 % interval {100 * o['low']:+.1f} to {100 * o['high']:+.1f}, p = {o['p']:.3g}, {o['n']} items)"
+            f"{self.name} against {self.against}, {self.measure}: {o['verdict']} ({difference:+.1f} {unit}, "
+            f"95 % interval {low:+.1f} to {high:+.1f}, p = {o['p']:.3g}, {o['n']} items)"
         )
 
 
@@ -282,22 +295,50 @@ def story(run: Run) -> list[str]:
 
 
 def run_comparisons(runs: Sequence[Run]) -> list[Change]:
-    """Each further run's last row against the first run's last row, where they share held-out items."""
-    if len(runs) < 2 or not all(run.rows for run in runs):
-        return []
-    first, *others = runs
-    before = first.scores(first.stages[-1], STRICT)
-    found = [
-        change(
-            f"{run.name} ({label(run.rows[-1]['iteration'])})",
-            run.scores(run.stages[-1], STRICT),
-            f"{first.name} ({label(first.rows[-1]['iteration'])})",
-            before,
-            "accuracy strict",
+    """Each run's last row against its rival's last row, where they share held-out items.
+
+    A control's rival is its own run, any other's the first.
+    """
+    played = [run for run in runs if run.rows]
+    found = []
+    for run in played[1:]:
+        rival = next(
+            (r for r in played if run.control and r.path.resolve() == run.path.resolve().parents[1]), played[0]
         )
-        for run in others
-    ]
+        sides = [(f"{r.name} ({label(r.rows[-1]['iteration'])})", r, r.stages[-1]) for r in (run, rival)]
+        for measure, read in MEASURES.items():
+            (name, *_), (against, *_) = sides
+            after, before = (read(side, stage) for _, side, stage in sides)
+            found.append(change(name, after, against, before, measure))
     return [comparison for comparison in found if comparison]
+
+
+def control_table(runs: Sequence[Run]) -> list[tuple[str, str, str, Estimate]]:
+    """(control, iteration, metric, run minus control) over seeds, for configs that ran with several seeds."""
+    groups = {
+        (group[0].control, json.dumps(group[0].config | {"seed": None}, sort_keys=True)): {
+            run.config["seed"]: run for run in group
+        }
+        for group in seeds_apart(runs)
+    }
+    table = []
+    for (control, config), seeds in groups.items():
+        played = groups.get((None, config), {})
+        shared = sorted(seeds.keys() & played.keys())
+        if control is None or len(shared) < 2:
+            continue
+        for metric in OVER_SEEDS:
+            series = [(_by_label(played[seed], metric), _by_label(seeds[seed], metric)) for seed in shared]
+            for name in series[0][0]:
+                values = [run[name] - other[name] for run, other in series if name in run and name in other]
+                if len(values) == len(shared) and name not in ("base", "SFT"):
+                    table.append((control, name, metric, over_seeds(values)))
+    return table
+
+
+def _by_label(run: Run, metric: str) -> dict[str, float]:
+    rows = ((label(row["iteration"]), row["evaluation"].get(metric)) for row in run.rows)
+    return {name: estimate["value"] for name, estimate in rows if estimate}
 
 
 def seed_table(runs: Sequence[Run]) -> list[tuple[str, str, str, Estimate]]:
@@ -307,12 +348,10 @@ def seed_table(runs: Sequence[Run]) -> list[tuple[str, str, str, Estimate]]:
         if len(group) < 2:
             continue
         names = " + ".join(run.name for run in group)
-        for metric in ("heldout/accuracy_strict", "heldout/accuracy_flexible", "heldout/real_logp_vs_base"):
-            by_label: dict[str, list[float]] = {}
-            for run in group:
-                values = {label(row["iteration"]): row["evaluation"].get(metric) for row in run.rows}
-                for name, value in values.items():
-                    if value and name != "base" and values.get("base"):
-                        by_label.setdefault(name, []).append(value["value"] - values["base"]["value"])
-            table += [(names, name, metric, over_seeds(v)) for name, v in by_label.items() if len(v) == len(group)]
+        for metric in OVER_SEEDS:
+            series = [_by_label(run, metric) for run in group]
+            for name in series[0]:
+                values = [values[name] - values["base"] for values in series if name in values and "base" in values]
+                if len(values) == len(group) and name != "base":
+                    table.append((names, name, metric, over_seeds(values)))
     return table

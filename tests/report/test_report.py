@@ -229,8 +229,10 @@ def test_a_loss_that_is_not_finite_is_a_gap(run_copy):
 
 
 def test_predicted_memory_stands_beside_the_measured(run_copy):
+    assert "predicted, MiB" in page([read_run(run_copy)])  # as the run's own plan has it
+    (run_copy / "plan.json").unlink()
     assert "predicted, MiB" not in page([read_run(run_copy)])
-    (run_copy / "memory.json").write_text('{"predicted_mib": {"train": 1234.4}}')
+    (run_copy / "plan.json").write_text('{"predicted_mib": {"train": 1234.4}}')
     text = page([read_run(run_copy)])
     assert "predicted, MiB" in text
     assert "<td>1,234</td>" in text
@@ -258,7 +260,7 @@ def test_runs_of_one_name_are_told_apart(run_copy, tmp_path, played):
 
 
 def test_runs_on_other_problems_are_not_compared(played, run_copy):
-    assert len(study.run_comparisons(read_runs(played))) == 1
+    assert len(study.run_comparisons(read_runs(played))) == 2  # accuracy, log p(real)
     for path in run_copy.glob("*/heldout.jsonl"):
         path.write_text(path.read_text().replace("What is", "How much is"))
     assert study.run_comparisons(read_runs([played[1], run_copy])) == []
