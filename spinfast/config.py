@@ -135,6 +135,9 @@ class Config(Section):
     sft: Sft = Sft()
     evaluate: Evaluate = Evaluate()
     device: Device = Device()
+    report_to: tuple[Literal["wandb", "trackio"], ...] = Field(
+        (), description="services that get the metrics too; TensorBoard files are always written"
+    )
     seed: int = Field(0, ge=0, description="seeds adapter, order and sampling")
 
     def hash(self) -> str:

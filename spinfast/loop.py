@@ -28,6 +28,7 @@ from spinfast.evaluate import heldout
 from spinfast.game import Game
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
+from spinfast.names import stage_name
 from spinfast.objectives import Objective
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin, loss_at_zero_margin
@@ -52,7 +53,7 @@ def self_play(game: Game) -> Iterator[dict]:
         yield conclude(game, stage, "sft", previous, opponent)
         played.append(previous := stage)
     for iteration in range(game.config.spin.iterations):
-        stage = game.run.stage(f"iter_{iteration:03d}")
+        stage = game.run.stage(stage_name(iteration))
         opponent = game.become_opponent(previous)
         generate(game, stage, iteration)
         pair(game, stage, iteration)
@@ -122,7 +123,7 @@ def pair(game: Game, stage: Stage, iteration: int) -> None:
         ]
         pairs, rejected = make_pairs(game.examples, completions, iteration)
         if iteration > 0 and game.config.spin.mix_previous:
-            before = read_pairs(game.run.stage(f"iter_{iteration - 1:03d}").path("pairs.parquet"))
+            before = read_pairs(game.run.stage(stage_name(iteration - 1)).path("pairs.parquet"))
             pairs += [pair for pair in before if pair.iteration == iteration - 1]
         with files.replacing(stage.path("pairs.parquet")) as path:
             write_pairs(path, pairs, game.examples, game.renderer.text)

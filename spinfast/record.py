@@ -4,12 +4,14 @@
     RUN/base/ sft/ iter_000/ ...    one stage each, with its files and phases.json
 
 metrics.jsonl holds what the run computed and is the same for every undisturbed or resumed run; system.jsonl holds
-clocks and memory. A phase is finished when phases.json names its outputs and their sha256 sums still hold.
+clocks and memory. A phase is finished when phases.json names its outputs, their sha256 sums still hold, and so do
+those of everything it was made from: the phases before it and the stage before its own.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -17,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -26,6 +29,7 @@ import yaml
 from spinfast import files
 from spinfast.config import Config
 from spinfast.errors import UserError
+from spinfast.trackers import Trackers, check_installed
 
 log = logging.getLogger("spinfast")
 
@@ -35,77 +39,94 @@ class RunDir:
 
     def __init__(self, path: Path, config: Config):
         self.path = path
-        _check_config(path, config)
+        _check_ours(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+            _check_config(path, config)
+            files.write_text(path / "config.yaml", config.dump())
+        except BlockingIOError:
+            self.close()
             raise UserError(f"run directory {path}: another process is running in it") from None
-        files.write_text(path / "config.yaml", config.dump())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
+        if "trackers" in self.__dict__:
+            self.trackers.close()
         self._lock.close()
+
+    @cached_property
+    def trackers(self) -> Trackers:
+        """Opened by the first figure there is to show."""
+        return Trackers(self.path, self.config.model_dump(mode="json"), self._steps(), self.results())
 
     def remember(self, inputs: dict[str, str]) -> None:
         """Note the fingerprints of model and data; a resumed run must find the same."""
         path = self.path / "inputs.json"
-        known = json.loads(path.read_text()) if path.exists() else inputs
+        known = files.read_sealed(path, "inputs") or inputs
         changed = [name for name in inputs if known.get(name) != inputs[name]]
         if changed:
             raise UserError(
                 f"run directory {self.path}: {changed[0]} is not what the run started with; give another --run-dir"
             )
-        files.write_json(path, inputs)
+        files.write_sealed(path, inputs, "inputs")
 
     def discard_unused(self) -> None:
         """Remove a run directory in which nothing was computed yet."""
         if not any(path.is_dir() for path in self.path.iterdir()):
             shutil.rmtree(self.path)
 
-    def stage(self, name: str) -> Stage:
-        return Stage(self, name)
+    def stage(self, name: str, after: Stage | None = None) -> Stage:
+        return Stage(self, name, after)
 
-    def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> None:
-        """One line of what was computed; non-finite values stand as "nan" or "inf"."""
+    def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
+        """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
         row = {"stage": stage, "phase": phase, "step": step}
-        _append(self.path / "metrics.jsonl", row | {name: _finite(value) for name, value in values.items()})
+        row |= {name: _finite(value) for name, value in values.items()}
+        _append(self.path / "metrics.jsonl", row)
+        return row
+
+    def restore_metrics(self, stage: str, rows: list[dict]) -> None:
+        """Make `rows` the lines of this stage: what came after a checkpoint, a crash or damage goes."""
+        path = self.path / "metrics.jsonl"
+        present = whole_lines(path) if path.exists() else []
+        others = [row for row in present if row["stage"] != stage]
+        lines = sorted(others + rows, key=lambda row: (row["stage"] != "sft", row["stage"], row["step"]))
+        text = _jsonl(lines)
+        if not path.exists() or path.read_bytes() != text.encode():
+            files.write_text(path, text)
 
     def system(self, stage: str, phase: str, values: dict[str, float]) -> None:
         """One line of clocks and memory."""
         row = {"time": round(time.time(), 3), "stage": stage, "phase": phase}
         _append(self.path / "system.jsonl", row | values | memory_now())
 
-    def forget_metrics(self, stage: str, phase: str, after_step: int) -> None:
-        """Drop the lines of steps that will be made again, and a line torn by a crash."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = [
-            row
-            for row in whole_lines(path)
-            if (row["stage"], row["phase"]) != (stage, phase) or row["step"] <= after_step
-        ]
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
     def result(self, row: dict) -> None:
         """Add or replace the row of one iteration in results.json."""
-        path = self.path / "results.json"
-        rows = json.loads(path.read_text()) if path.exists() else []
-        rows = [old for old in rows if old["iteration"] != row["iteration"]]
-        files.write_json(path, [*rows, row])
+        rows = [old for old in self.results() if old["iteration"] != row["iteration"]]
+        files.write_json(self.path / "results.json", [*rows, row])
 
     def results(self) -> list[dict]:
+        """The rows so far. Each process writes every row anew, so what is unreadable is left out."""
         path = self.path / "results.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        try:
+            rows = json.loads(path.read_bytes()) if path.exists() else []
+        except (ValueError, RecursionError):
+            rows = None
+        if isinstance(rows, list) and all(isinstance(row, dict) and "iteration" in row for row in rows):
+            return rows
+        log.warning("%s is not as it was written; its rows are made again", path)
+        return []
 
 
 class Stage:
     """One stage's directory and its finished phases."""
 
-    def __init__(self, run: RunDir, name: str):
-        self.run, self.name, self.directory = run, name, run.path / name
+    def __init__(self, run: RunDir, name: str, after: Stage | None = None):
+        self.run, self.name, self.after, self.directory = run, name, after, run.path / name
         self.directory.mkdir(exist_ok=True)
 
     @property
@@ -122,11 +143,14 @@ class Stage:
         return self.directory / name
 
     def finished(self, phase: str) -> bool:
-        """True if the phase's outputs are all there as they were written."""
-        outputs = self._phases().get(phase)
-        if outputs is None:
+        """True if the phase's outputs are all there as they were written, and made from what is there now."""
+        entry = self._phases().get(phase)
+        if entry is None:
             return False
-        changed = [name for name, digest in outputs["files"].items() if _digest(self.path(name)) != digest]
+        if entry["basis"] != self.basis(phase):
+            log.warning("%s: what %s was made from was made again; doing %s again", self.name, phase, phase)
+            return False
+        changed = [name for name, digest in entry["files"].items() if _digest(self.path(name)) != digest]
         if changed:
             log.warning("%s: %s is not as it was written; doing %s again", self.name, changed[0], phase)
         return not changed
@@ -141,20 +165,28 @@ class Stage:
         phases[phase] = {
             "seconds": round(seconds, 3),
             "files": {name: _digest(self.path(name)) for name in outputs},
+            "basis": self.basis(phase),
         }
-        files.write_json(self.path("phases.json"), phases)
+        files.write_sealed(self.path("phases.json"), phases, self.name)
         self.run.system(self.name, phase, {"phase/seconds": round(seconds, 3)})
+
+    def basis(self, phase: str) -> str:
+        """Names what a phase is made from: the outputs of this stage's earlier phases and of the stage before."""
+        before = self.after.outputs() if self.after else {}
+        digests = json.dumps([before, self.outputs(until=phase)], sort_keys=True)
+        return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+
+    def outputs(self, until: str | None = None) -> dict[str, dict[str, str]]:
+        """Phase -> file -> digest, of all phases or of those made before `until`."""
+        phases = self._phases()
+        names = list(phases)
+        return {name: phases[name]["files"] for name in names[: names.index(until) if until in names else None]}
 
     def seconds(self) -> dict[str, float]:
         return {phase: entry["seconds"] for phase, entry in self._phases().items()}
 
     def _phases(self) -> dict:
-        path = self.path("phases.json")
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
-            log.warning("%s: phases.json is damaged; doing the stage again", self.name)
-            return {}
+        return files.read_sealed(self.path("phases.json"), self.name) or {}
 
 
 def memory_now() -> dict[str, float]:
@@ -180,7 +212,11 @@ def whole_lines(path: Path) -> list[dict]:
 
 def _append(path: Path, row: dict) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_jsonl([row]))
+
+
+def _jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _finite(value: float) -> float | str:
@@ -193,15 +229,27 @@ def _digest(path: Path) -> str | None:
     return files.sha256(path) if path.is_file() else None
 
 
-def _check_config(path: Path, config: Config) -> None:
+def _check_ours(path: Path) -> None:
+    """Nothing of anybody else's is touched: the directory is new, empty or a run's."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: a file of that name exists")
-    existing = path / "config.yaml"
-    if existing.exists():
-        if yaml.safe_load(existing.read_text()) != yaml.safe_load(config.dump()):
-            raise UserError(
-                f"run directory {path}: made by another config (see its config.yaml); "
-                "give the same config to resume it, or another --run-dir"
-            )
-    elif path.is_dir() and any(path.iterdir()):
+    begun = {"lock", ".config.yaml.partial"}  # all that a run killed in its first instant leaves
+    if path.is_dir() and not (path / "config.yaml").exists() and {entry.name for entry in path.iterdir()} - begun:
         raise UserError(f"run directory {path}: not empty and not a run of spinfast; give another --run-dir")
+
+
+def _check_config(path: Path, config: Config) -> None:
+    existing = path / "config.yaml"
+    if not existing.exists():
+        return
+    try:
+        stored = yaml.safe_load(existing.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError):
+        raise UserError(
+            f"{existing}: damaged, so the run cannot be told from another config's; give another --run-dir"
+        ) from None
+    if stored != yaml.safe_load(config.dump()):
+        raise UserError(
+            f"run directory {path}: made by another config (see its config.yaml); "
+            "give the same config to resume it, or another --run-dir"
+        )

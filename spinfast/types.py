@@ -5,7 +5,6 @@ Shape suffixes: T packed tokens, N scored tokens, S sequences (answers), K gathe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,19 +135,3 @@ class Adapter:
 
     config: dict  # the content of adapter_config.json
     tensors: dict[str, torch.Tensor]  # "base_model.model.<module>.lora_A.weight" (r, in), "...lora_B.weight" (out, r)
-
-
-@dataclass(frozen=True)
-class IterationResult:
-    """What one iteration of self-play left behind."""
-
-    iteration: int
-    pairs: int
-    rejected: dict[str, int]  # reason -> count
-    train: dict[str, float]
-    evaluation: dict[str, dict[str, float]]  # metric -> {"value", "stderr"}
-    seconds: dict[str, float]  # phase -> wall time
-    adapter_dir: str
-
-
-Groups = Sequence[Group]

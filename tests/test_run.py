@@ -70,7 +70,7 @@ def fingerprints(run_dir):
     return {
         str(path.relative_to(run_dir)): files.sha256(path)
         for path in sorted(run_dir.rglob("*"))
-        if path.is_file() and path.name not in timed
+        if path.is_file() and path.name not in timed and path.parent.name != "tensorboard"
     }
 
 

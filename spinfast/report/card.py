@@ -10,8 +10,9 @@ import yaml
 
 from spinfast import files
 from spinfast.evaluate.advice import warnings
+from spinfast.names import label, stage_name
 from spinfast.report import study
-from spinfast.report.read import Run, label, read_run, stage_name
+from spinfast.report.read import Run, read_run
 
 SHOWN = {  # metric -> (name, digits, factor)
     "heldout/accuracy_strict": ("accuracy, strict (%)", 1, 100),

@@ -12,10 +12,11 @@ from importlib.resources import files as package_files
 import yaml
 
 from spinfast.evaluate.advice import warnings
+from spinfast.names import label
 from spinfast.report import plots as plotting
 from spinfast.report import study
 from spinfast.report.plots import Plot
-from spinfast.report.read import Run, label
+from spinfast.report.read import Run
 
 MAX_TRANSCRIPTS = 300  # problems shown per run, so that the file stays small
 COLUMNS = {  # metric -> (heading, digits, factor)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from spinfast import files
 from spinfast.errors import UserError
+from spinfast.names import control_of, run_name, stage_name
 from spinfast.record import whole_lines
 
 
@@ -34,7 +35,7 @@ class Run:
     @property
     def played(self) -> Path:
         """The run's directory, for a control that of the run it belongs to."""
-        return self.path.parent.parent if self.control else self.path
+        return control_of(self.path) or self.path
 
     @property
     def finished(self) -> bool:
@@ -70,33 +71,18 @@ class Run:
         return {f"{row['index']} {row['prompt']}": row["scores"][metric] for row in rows if metric in row["scores"]}
 
 
-def stage_name(iteration: str | int) -> str:
-    return iteration if isinstance(iteration, str) else f"iter_{iteration:03d}"
-
-
-def label(iteration: str | int) -> str:
-    return {"base": "base", "sft": "SFT"}.get(iteration, f"iteration {iteration}")
-
-
-def stage_label(stage: str) -> str:
-    return label(int(stage.removeprefix("iter_")) if stage.startswith("iter_") else stage)
-
-
 def read_run(path: Path) -> Run:
     """Raises UserError if `path` is not a run directory."""
     if not (path / "config.yaml").is_file():
         raise UserError(f"report {path}: expected a run directory with config.yaml and results.json")
 
-    path = path.resolve()
-    control = path.name if path.parent.name == "controls" else None
-
     def lines(name: str) -> list[dict]:
         return whole_lines(path / name) if (path / name).exists() else []
 
     return Run(
-        path=path,
-        name=f"{path.parent.parent.name}/{control}" if control else path.name,
-        control=control,
+        path=path.resolve(),
+        name=run_name(path),
+        control=path.name if control_of(path) else None,
         config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
         environment=_json(path / "environment.json", {}),
         rows=_json(path / "results.json", []),

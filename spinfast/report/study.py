@@ -17,8 +17,9 @@ import numpy as np
 
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
+from spinfast.names import label, stage_label, stage_name
 from spinfast.report.plots import COLOURS, Plot, Series
-from spinfast.report.read import Run, label, seeds_apart, stage_label, stage_name
+from spinfast.report.read import Run, seeds_apart
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 LN2 = (math.log(2), "ln 2")
