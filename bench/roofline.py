@@ -1,0 +1,123 @@
+"""What the device can do, and what a SPIN step asks of it: GEMM rates at the model's own shapes, stream bandwidth,
+FLOPs and bytes of an iteration.
+
+    limit_s = max(FLOPs / best GEMM rate, bytes / bandwidth)
+
+FLOPs per token and weight: 2 to score, 4 to train (no weight gradient for a frozen base), the head on answer tokens
+only, rank-r products and attention included. Bytes: the weights once per pass of a microbatch, and what a layer's
+backward must keep (its input, q, k, v, attention's output, gate, up), written and read. A reachable limit, lower
+than this one's, is the peer "bare GEMMs" of `python -m bench peers`: the same products with nothing in between.
+
+    python -m bench roofline [--model MODEL] [--tokens 1536]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from bench import rows
+from spinfast.device import profile
+from spinfast.types import PackedBatch
+
+RANK = 16
+
+
+def projections(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """name -> (inputs, outputs) of a layer's seven linear weights."""
+    D, F = config.hidden_size, config.intermediate_size
+    d = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    return {
+        "q_proj": (D, q), "k_proj": (D, kv), "v_proj": (D, kv), "o_proj": (q, D),
+        "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D),
+    }  # fmt: skip
+
+
+def work_of(config: PretrainedConfig, batches: list[PackedBatch], itemsize: int) -> dict[str, dict[str, float]]:
+    """{"score": {"flop", "bytes"}, "train": ...} for these microbatches."""
+    shapes = projections(config).values()
+    layers, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    weights = layers * sum(i * o for i, o in shapes)
+    low_rank = layers * sum(RANK * (i + o) for i, o in shapes)
+    q = projections(config)["o_proj"][0]
+    kept = layers * (sum(o for _, o in shapes) + q)  # both inputs, q, k, v, attention's output, gate, up
+    tokens, scored = sum(b.tokens for b in batches), sum(len(b.targets_N) for b in batches)
+    seen = sum(q * kv - q * (q - 1) // 2 for b in batches for q, kv in b.layout.segments)
+    attention = 4 * layers * q * seen  # two products forward, five backward
+    head, passes = 2 * scored * V * D, len(batches) * (weights + V * D) * itemsize
+    return {
+        "score": {"flop": 2 * tokens * (weights + low_rank) + attention + head, "bytes": passes},
+        "train": {
+            "flop": 4 * tokens * weights + 6 * tokens * low_rank + 3.5 * attention + 2 * head,
+            "bytes": 2 * passes + 2 * tokens * kept * itemsize,
+        },
+    }
+
+
+def gemm_gflops(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Rate of y = x W^T for each of the model's shapes and the head (a block of its vocabulary), median of many."""
+    shapes = projections(config) | {"head": (config.hidden_size, min(config.vocab_size, 4096))}
+    rates = {}
+    for name, (i, o) in shapes.items():
+        x, w = (torch.randn(n, i, dtype=dtype, device=device) for n in (tokens, o))
+        y = torch.empty(tokens, o, dtype=dtype, device=device)
+        rates[name] = 2e-9 * tokens * i * o / seconds(lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y), device)
+    return rates
+
+
+def bandwidth_gbs(device: str, mib: int = 512) -> float:
+    """Bytes read plus written per second by a copy too large for any cache."""
+    source = torch.ones(mib * 2**18, device=device)
+    target = torch.empty_like(source)
+    return 2e-9 * mib * 2**20 / seconds(lambda: target.copy_(source), device)
+
+
+def seconds(call, device: str, least: float = 0.15) -> float:
+    """Median time of a call, after a warm-up, over at least five calls and `least` seconds."""
+    call()
+    samples: list[float] = []
+    while len(samples) < 5 or sum(samples) < least:
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv: list[str]) -> int:
+    from bench.peers.work import RANDOM
+    from spinfast.models import resolve_model
+
+    parser = argparse.ArgumentParser("python -m bench roofline", description=__doc__)
+    parser.add_argument("--model", default="random:SmolLM2-135M", help="a model, or random:NAME for a shape alone")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1536])
+    arguments = parser.parse_args(argv)
+    device = profile()
+    if arguments.model.startswith("random:"):
+        config = RANDOM[arguments.model.removeprefix("random:")]()
+    else:
+        config = AutoConfig.from_pretrained(resolve_model(arguments.model).path)
+    bandwidth = bandwidth_gbs(device.device.type)
+    for tokens in arguments.tokens:
+        rates = gemm_gflops(config, tokens, device.dtype, device.device.type)
+        rows.write(
+            "roofline",
+            {
+                "model": arguments.model, "dtype": str(device.dtype).removeprefix("torch."), "tokens": tokens,
+                "threads": torch.get_num_threads(), "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
+                "best_gflops": round(max(rates.values()), 1), "copy_gb_per_s": round(bandwidth, 2),
+            },
+            device.device.type,
+        )  # fmt: skip
+    return 0
