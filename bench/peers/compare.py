@@ -1,0 +1,228 @@
+"""spinfast beside its peers: one whole iteration's training, opponent scoring included, on identical work.
+
+Same base weights, pairs (as token ids), adapter, precision, pairs per optimizer step and order, same AdamW; each peer
+in a process of its own, in turn, for some rounds (A B C, A B C: what drifts, drifts for all). The gate first: on a
+small random model in fp32 every peer's first loss is ln 2 and its adapter gradients point where TRL's do, cosine
+>= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products alone.
+
+    python -m bench peers [--device cpu|cuda] [--model MODEL|random:SHAPE] [--pairs FILE.parquet|.jsonl]
+                          [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
+    python -m bench peers --end-to-end        the iteration against a script of TRL + vLLM, processes included
+    python -m bench peers --limits 14.7       largest batch and longest answers within so many GiB
+
+TRL 1.15's DPO head runs on GPUs only; 1.16 also has it in plain torch. `--trl DIR` names a directory with another
+TRL than the installed one: pip install --no-deps --target DIR trl==1.16.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bench import rows
+from bench.peers import work as given
+from bench.peers.child import PEERS
+from spinfast.device import profile
+from spinfast.errors import UserError
+
+FLOOR, REFERENCE = "bare GEMMs", "trl"
+LEAST_COSINE, LOSS_BOUND = 0.999, 1e-5
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench peers", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default=given.SMOLLM2, help="a model, or random:SHAPE")
+    parser.add_argument("--pairs", type=Path, help="pairs.parquet, or .jsonl with prompt, real, generated")
+    parser.add_argument("--count", type=int, default=32, help="pairs of the iteration")
+    parser.add_argument("--pairs-per-step", type=int, default=4)
+    parser.add_argument("--rows-at-once", type=int, help="pairs of a microbatch; default: a whole step's")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for every peer")
+    parser.add_argument("--only", help=f"of {','.join(PEERS)}")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--trl", type=Path, help="directory of another TRL than the installed one")
+    parser.add_argument("--end-to-end", action="store_true")
+    parser.add_argument("--limits", type=float, metavar="GIB")
+    arguments = parser.parse_args(argv)
+    if arguments.end_to_end:
+        from bench.peers.end_to_end import compare
+
+        return compare(arguments)
+    if arguments.limits:
+        from bench.peers.limits import limits
+
+        return limits(arguments)
+    names = contestants(arguments)
+    with tempfile.TemporaryDirectory(prefix="spinfast-peers-") as scratch:
+        cosines = gate([n for n in names if n != FLOOR], arguments, Path(scratch) / "gate")
+        work = prepare(arguments, Path(scratch) / "work")
+        results: dict[str, list[dict]] = {name: [] for name in names}
+        for _ in range(arguments.rounds):
+            for name in names:
+                results[name].append(child(name, work, arguments.trl))
+                shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
+                print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
+        for row in table(results, given.facts(work.groups())):
+            facts = {"model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds, **recipe(work)}
+            if row["peer"] in cosines:
+                row["gate_cosine"] = cosines[row["peer"]]
+            rows.write("peers", {"what": "training iteration", **row, **facts}, arguments.device)
+    return 0
+
+
+def prepare(arguments, scratch: Path, **changes) -> given.Work:
+    dtype = profile("cpu" if arguments.device == "cpu" else "auto", dtype=arguments.dtype).dtype
+    settings = {
+        "device": arguments.device, "dtype": str(dtype).removeprefix("torch."),
+        "pairs_per_step": arguments.pairs_per_step, "rows_at_once": arguments.rows_at_once or arguments.pairs_per_step,
+        "gradient_checkpointing": arguments.checkpointing,
+    }  # fmt: skip
+    if settings["pairs_per_step"] % settings["rows_at_once"]:
+        raise UserError("--rows-at-once: expected a divisor of --pairs-per-step, so that every microbatch is full")
+    return given.prepare(scratch, arguments.model, arguments.pairs, arguments.count, **settings | changes)
+
+
+def recipe(work: given.Work) -> dict:
+    names = ("pairs_per_step", "rows_at_once", "lr", "beta", "gradient_checkpointing")
+    return {"config": {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}}
+
+
+def contestants(arguments) -> list[str]:
+    """The peers that can run here; those that cannot are named with the reason."""
+    asked = arguments.only.split(",") if arguments.only else list(PEERS)
+    if strangers := [name for name in asked if name not in PEERS]:
+        raise UserError(f"--only: expected names of {', '.join(PEERS)}, got {', '.join(strangers)}")
+    obstacles = {name: obstacle(name, arguments) for name in asked}
+    for name, reason in obstacles.items():
+        if reason:
+            print(f"{name}: not measured, {reason}", file=sys.stderr)
+    if arguments.only and any(obstacles.values()):
+        raise UserError("--only: a peer that was asked for cannot run here")
+    return [name for name, reason in obstacles.items() if not reason]
+
+
+def obstacle(name: str, arguments) -> str | None:
+    _, packages, cuda_only = PEERS[name]
+    if cuda_only and arguments.device != "cuda":
+        return "it needs a CUDA GPU"
+    own_trl = {"trl"} if arguments.trl else set()
+    if missing := [p for p in packages if p not in own_trl and importlib.util.find_spec(p) is None]:
+        return f"not installed: {', '.join(missing)}"
+    if "trl" in packages and arguments.device == "cpu" and not arguments.trl:
+        version = tuple(int(part) for part in metadata.version("trl").split(".")[:2])
+        if version == (1, 15):
+            return "TRL 1.15's head runs on GPUs only; name another with --trl"
+    return None
+
+
+def child(name: str, work: given.Work, trl: Path | None, *arguments: str) -> dict:
+    """One peer's iteration in its own process."""
+    command = [sys.executable, "-m", "bench.peers.child", name, work.scratch, *arguments]
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if trl and "trl" in PEERS[name][1]:
+        environment["PYTHONPATH"] = os.pathsep.join([str(trl), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+
+
+# The gate ----------------------------------------------------------------------------------------------------------
+
+
+def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
+    """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
+    work = given.prepare(
+        scratch, "random:tiny", None, 4, device=arguments.device, dtype="float32", pairs_per_step=4, rows_at_once=4,
+        max_grad_norm=1e9,
+    )  # fmt: skip
+    reference = REFERENCE if REFERENCE in names else "eager"
+    found = {}
+    for name in dict.fromkeys([reference, *names]):
+        child(name, work, arguments.trl, str(scratch / f"{name}.safetensors"))
+        found[name] = load_file(scratch / f"{name}.safetensors")
+    losses = {name: child(name, work, arguments.trl)["losses"][0] for name in found}
+    cosines = {name: cosine(gradients, found[reference]) for name, gradients in found.items()}
+    check_gate(cosines, losses)
+    print(f"gate: cosines with {reference} {cosines}, first losses {losses}", flush=True)
+    return cosines
+
+
+def check_gate(cosines: dict[str, float], losses: dict[str, float]) -> None:
+    wrong = [f"{name}: gradient cosine {value:.6f}" for name, value in cosines.items() if not value >= LEAST_COSINE]
+    wrong += [f"{n}: first loss {v:.6f}" for n, v in losses.items() if not abs(v - math.log(2)) <= LOSS_BOUND]
+    if wrong:
+        raise SystemExit(
+            f"bench peers: the gate is red ({'; '.join(wrong)}); expected cosine >= {LEAST_COSINE} and first loss "
+            f"ln 2 = {math.log(2):.6f}; no number without a green gate"
+        )
+
+
+def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of all tensors as one vector; they must have the same names."""
+    if a.keys() != b.keys():
+        raise SystemExit(f"bench peers: gradients of different parameters: {sorted(a.keys() ^ b.keys())[:4]}")
+    flat = [torch.cat([t[name].flatten() for name in sorted(a)]).double() for t in (a, b)]
+    return torch.nn.functional.cosine_similarity(*flat, dim=0).item()
+
+
+# The table ---------------------------------------------------------------------------------------------------------
+
+
+def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
+    """A row per peer: rates of the whole iteration, memory above the model, spinfast's ratios to it round by round."""
+    seconds = {name: [sum(r["seconds"].values()) for r in runs] for name, runs in results.items()}
+    lines = []
+    for name, runs in results.items():
+        rate = rows.percentiles([facts["pairs"] / s for s in seconds[name]], "pairs_per_s")
+        row = {
+            "peer": name, **facts, **{k: round(v, 4) for k, v in rate.items()},
+            "p50_tokens_per_s": round(facts["tokens"] / statistics.median(seconds[name]), 1),
+            "score_s": [round(r["seconds"].get("score", 0.0), 2) for r in runs],
+            "train_s": [round(r["seconds"]["train"], 2) for r in runs],
+            "threads": runs[0]["threads"], "load_1m": round(os.getloadavg()[0], 2),
+        }  # fmt: skip
+        if name != FLOOR:
+            row |= {k: round(statistics.median(r[k] for r in runs), 1) for k in runs[0] if k.endswith("_mib")}
+        if "trl" in runs[0]:
+            row["trl"] = runs[0]["trl"]
+        if runs[0]["steps_s"]:
+            row["first_step_s"] = round(statistics.median(r["steps_s"][0] for r in runs), 3)
+            row["steady_step_s"] = round(statistics.median(s for r in runs for s in r["steps_s"][1:]), 3)
+            row["losses"] = [round(loss, 5) for loss in runs[0]["losses"]]
+        if "spinfast" in results and name not in ("spinfast", FLOOR):
+            ours = results["spinfast"]
+            row["spinfast_speedup"] = _median_ratio(seconds[name], seconds["spinfast"])
+            above = [[r["above_model_mib"] for r in side] for side in (ours, runs)]
+            row["spinfast_memory_ratio"] = _median_ratio(*above)
+        if FLOOR in results and name != FLOOR:
+            row["share_of_bare_gemms"] = _median_ratio(seconds[FLOOR], seconds[name])
+            row["share_of_roofline"] = _median_ratio([roofline_s(r) for r in results[FLOOR]], seconds[name])
+        if name == FLOOR:
+            row["roofline_pairs_per_s"] = round(facts["pairs"] / statistics.median(map(roofline_s, runs)), 3)
+            row |= {key: runs[0][key] for key in ("work", "gemm_gflops", "copy_gb_per_s")}
+        lines.append(row)
+    return lines
+
+
+def roofline_s(floor: dict) -> float:
+    """Seconds below which no iteration can be, by this run's own best GEMM rate and bandwidth."""
+    best, bandwidth = max(floor["gemm_gflops"].values()) * 1e9, floor["copy_gb_per_s"] * 1e9
+    return sum(max(phase["flop"] / best, phase["bytes"] / bandwidth) for phase in floor["work"].values())
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
