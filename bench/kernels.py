@@ -1,70 +1,57 @@
-"""Operators, blocks and the whole step: time and memory against their floor and against eager.
+"""Operators, blocks and the whole step: time and memory against their floor and against their rivals.
 
-    linear_logps      floor: its two bare GEMMs                       rivals: plain eager, torch.compile of it
-    lora_qkv, _mlp    floor: the frozen projections' forward + dX     rival: the same as PEFT writes it
-    element-wise      floor: bytes moved / measured copy bandwidth    rival: transformers' expressions
-    layer             bytes kept for the backward, per token          rival: stock transformers + PEFT
-    train step        tokens/s                                        rival: stock PEFT + log_softmax
+    operators    each of operators.py by pytest-benchmark (test_operators.py), some laps of the whole table
+    layer        bytes that a decoder layer keeps for the backward, per token, beside stock transformers + PEFT's
+    step         tokens/s of the whole train step, beside stock PEFT + log_softmax; contestants in turn
+    memory       the head's peak bytes at a T4's shapes, on tensors without data
 
-The gate first: tests/kernels must be green, or nothing is measured. Contestants run in turn within each round, so
-that a ratio compares neighbours in time; ratios are of p20. Rows carry the load average of a shared machine.
-With a GPU the Triton table is measured beside the twins; "memory" counts the head's peak bytes at a T4's
-shapes on tensors without data, anywhere.
+The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. Rows carry the
+load average of a shared machine. With a GPU the Triton table is measured beside the twins.
 
-    python -m bench kernels [--rounds 5] [--only head,blocks,elementwise,layer,step,memory] [--compile]
+    python -m bench kernels [--rounds 5] [--laps 3] [--only operators,layer,step,memory] [--operators "rope or swiglu"]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-import weakref
+from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from spinfast_kernels import reference
-from spinfast_kernels.blocks import Lora
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from bench import rows
+from bench.operators import DEVICE, DTYPE, QWEN, RANK, TABLES, Peak, plain_logps, randn
 from spinfast import attention, ops
 from spinfast.packing import pack
 from spinfast.policy.fuse import fuse
 from spinfast.types import Group
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float16 if DEVICE == "cuda" else torch.bfloat16
-TABLES = {"eager twin": ops.EAGER} | ({"triton": ops.triton_ops()} if DEVICE == "cuda" else {})
-QWEN = {"D": 896, "F": 4864, "kv": 128, "V": 151_936}  # Qwen2.5-0.5B
-RANK, SCALING = 16, 2.0
-
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m bench kernels", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="head,blocks,elementwise,layer,step,memory")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the plain head as well")
+    parser.add_argument("--laps", type=int, default=3, help="times that the whole table of operators is run")
+    parser.add_argument("--only", default="operators,layer,step,memory")
+    parser.add_argument("--operators", default="test_operator", help="pytest's -k over the operators' cases")
     arguments = parser.parse_args(argv)
     gate = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels", "-k", "not every_kernel_fits"]
     if subprocess.run(gate, stdout=sys.stderr).returncode:
         raise SystemExit("bench kernels: tests/kernels is red; no number without a green gate")
-    parts = {"head": head, "blocks": lora_blocks, "elementwise": elementwise, "layer": layer, "step": step}
-    parts["memory"] = head_memory
+    parts = {"operators": operators, "layer": layer, "step": step, "memory": head_memory}
     for name in arguments.only.split(","):
         for row in parts[name](arguments):
             rows.write("kernels", row | {"dtype": str(DTYPE), "load_average": os.getloadavg()[0]}, DEVICE)
-
-
-def randn(*shape, grad=False, dtype=DTYPE, scale=1.0):
-    return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_(grad)
 
 
 def race(contestants: dict, rounds: int) -> dict[str, dict]:
@@ -86,76 +73,39 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
-def against(floor: str, times: dict[str, dict], **facts):
-    """A row per contestant, with its ratio to the floor."""
-    for name, percentiles in times.items():
-        ratio = percentiles["p20_ms"] / times[floor]["p20_ms"]
-        yield facts | {"what": name, **percentiles, "floor": floor, "times_floor": round(ratio, 3)}
+# Operators ---------------------------------------------------------------------------------------------------------
 
 
-# The head --------------------------------------------------------------------------------------------------------
+def operators(arguments):
+    """A row per contestant of test_operators.py, with its ratio to the floor; the laps' samples together."""
+    times, facts = {}, {}
+    for _ in range(arguments.laps):
+        for measured in operator_lap(arguments):
+            info = measured["extra_info"]
+            key = (info["op"], info["pass"], info["what"])
+            facts[key] = info
+            times.setdefault(key, []).extend(1e3 * seconds for seconds in measured["stats"]["data"])
+    for (op, passes, what), samples in times.items():
+        percentiles = rows.percentiles(samples, "ms")
+        floor = rows.percentiles(times[op, passes, "floor"], "ms")
+        ratio = percentiles["p20_ms"] / floor["p20_ms"]
+        yield (
+            facts[op, passes, what] | percentiles | {"times_floor": round(ratio, 3), "of_roofline": round(1 / ratio, 3)}
+        )
 
 
-def plain_logps(hidden, weight, targets):
-    return (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+def operator_lap(arguments) -> list[dict]:
+    """One run of test_operators.py by pytest-benchmark, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lap.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "bench/test_operators.py", "-k", arguments.operators]
+        command += [f"--benchmark-json={path}", f"--benchmark-min-rounds={arguments.rounds}", "--benchmark-quiet"]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise SystemExit("bench kernels: bench/test_operators.py failed")
+        return json.loads(path.read_text())["benchmarks"]
 
 
-def head(arguments):
-    N, D, V = 1024, QWEN["D"], QWEN["V"]
-    hidden, weight = randn(N, D, grad=True), randn(V, D, scale=D**-0.5)
-    targets = torch.randint(V, (N,), device=DEVICE)
-    logits = torch.empty(N, V, dtype=DTYPE, device=DEVICE)
-    forms = {"plain eager": plain_logps} | {name: table.linear_logps for name, table in TABLES.items()}
-    if arguments.compile:
-        forms["torch.compile"] = torch.compile(plain_logps)
-
-    def gemms():
-        torch.mm(hidden.detach(), weight.t(), out=logits)
-        torch.mm(logits, weight)
-
-    def both(form):
-        hidden.grad = None
-        form(hidden, weight, targets).sum().backward()
-
-    contestants = {"two bare GEMMs": gemms} | {name: lambda form=form: both(form) for name, form in forms.items()}
-    facts = {"op": "linear_logps", "pass": "forward+backward", "N": N, "D": D, "V": V, "gemm_gflop": 4e-9 * N * D * V}
-    yield from against("two bare GEMMs", race(contestants, arguments.rounds), **facts)
-    contestants = {"one bare GEMM": lambda: torch.mm(hidden.detach(), weight.t(), out=logits)}
-    contestants |= {name: lambda form=form: form(hidden.detach(), weight, targets) for name, form in forms.items()}
-    facts |= {"pass": "forward, no grad", "gemm_gflop": 2e-9 * N * D * V}
-    yield from against("one bare GEMM", race(contestants, arguments.rounds), **facts)
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of storages made within that ever lived at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: dict[int, weakref.finalize] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def watch(self, *tensors):
-        """Count these as given, not as made within."""
-        for tensor in tensors:
-            self.seen[tensor.untyped_storage()._cdata] = None
-
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            self.seen[key] = weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key, size):
-        self.live -= size
-        del self.seen[key]
+# Memory ---------------------------------------------------------------------------------------------------------
 
 
 def head_memory(arguments):
@@ -178,106 +128,6 @@ def head_memory(arguments):
             form(hidden, weight, targets).sum().backward()
         facts = {"op": "linear_logps", "pass": "forward+backward", "N": N, "D": D, "V": V, "simulated": "fp16"}
         yield facts | {"what": name, "peak_extra_mib": round((peak.peak - given) / 2**20, 1)}
-
-
-# Blocks of a layer -------------------------------------------------------------------------------------------------
-
-
-def lora(D, O, bias=False):
-    a = randn(RANK, D, grad=True, dtype=torch.float32, scale=D**-0.5)
-    b = randn(O, RANK, grad=True, dtype=torch.float32, scale=RANK**-0.5)
-    return Lora(randn(O, D, scale=D**-0.5), randn(O) if bias else None, a, b, SCALING)
-
-
-def peft_linear(x, p):
-    """What PEFT computes: an fp32 low-rank branch from an upcast input."""
-    y = F.linear(x, p.weight, p.bias)
-    return (y + F.linear(F.linear(x.float(), p.lora_A), p.lora_B) * p.scaling).to(y.dtype)
-
-
-def frozen_linear(x, p):
-    return F.linear(x, p.weight, p.bias)
-
-
-def lora_blocks(arguments):
-    T, D, kv, features = 2048, QWEN["D"], QWEN["kv"], QWEN["F"]
-    x = randn(T, D, grad=True)
-    qkv = [lora(D, O, True) for O in (D, kv, kv)]
-    gate, up, down = lora(D, features), lora(D, features), lora(features, D)
-
-    def plain_qkv(linear):
-        return sum(linear(x, p).sum() for p in qkv)
-
-    def plain_mlp(linear):
-        return linear(F.silu(linear(x, gate)) * linear(x, up), down).sum()
-
-    def gemms(projections):
-        """Forward and dX of the projections alone."""
-        for p in projections:
-            y = torch.mm(inputs[p.weight.shape[1]], p.weight.t())
-            torch.mm(y, p.weight)
-
-    inputs = {D: randn(T, D), features: randn(T, features)}
-    cases = {
-        "lora_linear": ([gate], lambda f: f(x, gate).sum(), lambda t: t.lora_linear(x, *gate).sum()),
-        "lora_qkv": (qkv, plain_qkv, lambda t: sum(y.sum() for y in t.lora_qkv(x, *qkv))),
-        "lora_mlp": ([gate, up, down], plain_mlp, lambda t: t.lora_mlp(x, gate, up, down).sum()),
-    }
-    for op, (projections, plain, fused) in cases.items():
-        contestants = {
-            "frozen forward + dX": lambda plain=plain: plain(frozen_linear).backward(),
-            "bare GEMMs of both": lambda projections=projections: gemms(projections),
-            "PEFT eager": lambda plain=plain: plain(peft_linear).backward(),
-        }
-        for name, table in TABLES.items():
-            contestants[name] = lambda fused=fused, table=table: fused(table).backward()
-        facts = {"op": op, "pass": "forward+backward", "T": T, "D": D, "F": features, "rank": RANK}
-        yield from against("frozen forward + dX", race(contestants, arguments.rounds), **facts)
-
-
-def elementwise(arguments):
-    T, D, features = 2048, QWEN["D"], QWEN["F"]
-    gate, up, x = randn(T, features, grad=True), randn(T, features, grad=True), randn(T, D, grad=True)
-    weight, angle = randn(D), torch.randn(T, 64, device=DEVICE)
-    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    big = randn(T, features)
-
-    def plain_norm(x):
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(DTYPE)
-
-    def plain_rope(q):
-        heads = q.view(T, -1, 64)
-        a, b = heads.chunk(2, -1)
-        return heads * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
-
-    def both(form, *leaves):
-        out = form(*leaves)
-        torch.autograd.backward(out, torch.ones_like(out))
-
-    size = DTYPE.itemsize
-    cases = {  # op: (bytes read and written forward + backward at the least, plain, fused)
-        "rms_norm": (5 * T * D * size, lambda: both(plain_norm, x), lambda t: both(t.rms_norm, x, weight, 1e-6)),
-        "swiglu": (
-            8 * T * features * size,
-            lambda: both(lambda g, u: F.silu(g) * u, gate, up),
-            lambda t: both(t.swiglu, gate, up),
-        ),
-        "rope": (
-            4 * T * D * size,
-            lambda: both(lambda q: plain_rope(q * 1), x),
-            lambda t: both(lambda q: t.rope(q * 1, q[:, :64] * 1, cos, sin)[0], x),
-        ),
-    }
-    for op, (moved, plain, fused) in cases.items():
-        contestants = {"copy": big.clone, "transformers eager": plain}
-        contestants |= {name: lambda fused=fused, table=table: fused(table) for name, table in TABLES.items()}
-        times = race(contestants, arguments.rounds)
-        copy_rate = 2 * big.numel() * size / times.pop("copy")["p20_ms"]  # bytes per ms
-        for name, percentiles in times.items():
-            share = moved / copy_rate / percentiles["p20_ms"]
-            facts = {"op": op, "pass": "forward+backward", "T": T, "D": D, "F": features, "what": name}
-            yield facts | percentiles | {"bytes_moved": moved, "share_of_copy_roofline": round(share, 3)}
 
 
 # A layer and a step ------------------------------------------------------------------------------------------------
