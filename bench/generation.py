@@ -147,7 +147,7 @@ def spinfast_vllm(arguments) -> dict:
             generator.swap(Adapter(adapter.config, tensors))
             swaps.append(time.perf_counter() - start)
         start = time.perf_counter()
-        generator.base_checksum()
+        policy.base_checksum()
         checksum_s = time.perf_counter() - start
         return {
             "tokens_per_s": _rates(generator, arguments),

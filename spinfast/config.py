@@ -34,6 +34,9 @@ PerIteration = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_
 class Model(Section):
     name: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE.gguf")
     revision: str | None = Field(None, description="commit of a hub model; the resolved one is recorded")
+    backend: Literal["transformers", "unsloth"] = Field(
+        "transformers", description="who loads the model and runs its layers"
+    )
     load_in_4bit: bool = Field(False, description="NF4 base weights (bitsandbytes; CUDA only)")
 
 

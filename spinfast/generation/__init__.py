@@ -27,6 +27,9 @@ class Generator(Protocol):
         adapter None means the base alone. Each prompt must leave room for max_tokens in the context.
         """
 
+    def rest(self) -> None:
+        """Give back what the next generate() can make again, for the phases that need the memory."""
+
 
 def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train") -> int:
     """A 63-bit seed for one prompt, independent of batch size and order (BLAKE2b of its coordinates)."""

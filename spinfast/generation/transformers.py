@@ -71,6 +71,9 @@ class TransformersGenerator:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def rest(self) -> None:
+        """Nothing to give back: the cache lives as long as the stream of answers."""
+
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:

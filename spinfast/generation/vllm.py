@@ -42,8 +42,9 @@ class VLLMGenerator:
         batch_size: int = 64,
         seed: int = 0,
         enforce_eager: bool = False,
-        sleep_mode: bool = False,
+        engine=None,
     ):
+        """`engine` is an LLM that holds the weights already (Unsloth's); then kv_cache_bytes and batch_size are its."""
         self.model_path = Path(model_path)
         self.device = device
         self.dtype = dtype
@@ -55,14 +56,18 @@ class VLLMGenerator:
             "seed": seed,
             "enforce_eager": enforce_eager,
         }
-        self._sleep_mode = sleep_mode
+        self._made = engine
+        self._sleeps = engine is None and vllm_compat.can_sleep(device)
         self._asleep = False
         self._engine = None
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> VLLMGenerator:
-        device_arguments = vllm_compat.arguments(self.device, self.max_model_len, self._sleep_mode)
+        if self._made is not None:
+            self._engine = self._made.llm_engine
+            return self
+        device_arguments = vllm_compat.arguments(self.device, self.max_model_len, self._sleeps)
         vllm_compat.prepare(self.device)
         from vllm import EngineArgs, LLMEngine
 
@@ -102,16 +107,11 @@ class VLLMGenerator:
         """A transformers model on the engine's own tensors; valid as long as either is in use."""
         return weight_sharing.shared_model(self.model_path, self.engine_model, self.dtype, attn_implementation)
 
-    def base_checksum(self) -> str:
-        """Changes with any bit of the base's weights (adapter slots excluded)."""
-        return weight_sharing.checksum(dict(self.engine_model.named_parameters()))
-
-    def release_kv_cache(self) -> None:
-        """Free the K/V cache until the next call to `generate`. Needs sleep_mode."""
-        if not self._sleep_mode:
-            raise RuntimeError("release_kv_cache needs VLLMGenerator(sleep_mode=True)")
-        vllm_compat.release_kv_cache(self.engine)
-        self._asleep = True
+    def rest(self) -> None:
+        """Free the K/V cache until the next answer, where vLLM can free it alone; elsewhere it keeps its bytes."""
+        if self._sleeps and not self._asleep:
+            vllm_compat.release_kv_cache(self.engine)
+            self._asleep = True
 
     # Generation ------------------------------------------------------------------------------------------------
 

@@ -57,13 +57,13 @@ def prepare(device: torch.device) -> None:
     type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.single_adapter")
 
 
+def can_sleep(device: torch.device) -> bool:
+    """Can the K/V cache be freed and the weights, which training uses, stay mapped?"""
+    return device.type == "cuda" and version() >= (0, 31)
+
+
 def arguments(device: torch.device, max_model_len: int, sleep_mode: bool) -> dict:
     """Engine arguments that depend on the device and the version."""
-    if sleep_mode and (device.type == "cpu" or version() < (0, 31)):
-        raise UserError(
-            f"sleep_mode: needs CUDA and vLLM >= 0.31, got {device.type} and {'.'.join(map(str, version()))}; "
-            "leave it off: the KV cache then keeps its kv_cache_bytes while training"
-        )
     if device.type == "cpu":
         # A prompt cut in two would rewind its sampler's generator, which a CPU generator cannot.
         return {

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import torch
 
+from spinfast.errors import UserError
+from spinfast.models import default_cache
 from spinfast.types import Adapter, PackedBatch
 
 
@@ -39,3 +46,20 @@ class Policy(Protocol):
 
     def save_adapter(self, path: Path) -> None:
         """Plain PEFT layout: adapter_model.safetensors and adapter_config.json."""
+
+
+def import_unsloth() -> ModuleType:
+    """policy/unsloth.py, imported on use: Unsloth changes transformers when it is imported."""
+    if find_spec("unsloth") is None:
+        raise UserError(
+            "model.backend: unsloth is not installed; pip install the set of requirements/, or use transformers"
+        )
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(default_cache() / "unsloth"))
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Unsloth should be imported before")
+            return importlib.import_module("spinfast.policy.unsloth")
+    except (ImportError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.backend: unsloth cannot run here ({reason}); use transformers") from error

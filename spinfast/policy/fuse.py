@@ -26,15 +26,7 @@ MODEL_TYPES = ("qwen2", "llama", "qwen3")
 
 def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
     """Make the decoder of `model` run on `ops`; the returned function undoes it."""
-    config = model.get_base_model().config
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"fused layers: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type}")
-    if config.hidden_act != "silu":
-        raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
-    decoder = model.get_base_model().get_decoder()
-    for name, module in decoder.named_modules():
-        if isinstance(module, LoraLayer):
-            _check_lora(name, module)
+    decoder = check(model)
     changed = [decoder.norm, *decoder.layers]
     decoder.norm.forward = partial(_norm_forward, ops, decoder.norm)
     for layer in decoder.layers:
@@ -45,6 +37,20 @@ def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
             del module.forward
 
     return unfuse
+
+
+def check(model: PeftModel) -> torch.nn.Module:
+    """The decoder of `model`, if the fused functions compute what its layers do; else UserError."""
+    config = model.get_base_model().config
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"fused layers: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type}")
+    if config.hidden_act != "silu":
+        raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
+    decoder = model.get_base_model().get_decoder()
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLayer):
+            _check_lora(name, module)
+    return decoder
 
 
 def _check_lora(name: str, module: LoraLayer) -> None:
@@ -58,7 +64,7 @@ def _check_lora(name: str, module: LoraLayer) -> None:
             raise UserError(f"fused layers: expected lora_dropout 0, {name} has a dropout; set lora_dropout to 0")
 
 
-def _projection(module: torch.nn.Module) -> Lora:
+def projection(module: torch.nn.Module) -> Lora:
     """What PEFT would compute for this linear layer right now."""
     if not isinstance(module, LoraLayer):
         return Lora(_weight(module), module.bias)
@@ -82,12 +88,12 @@ def _weight(linear: torch.nn.Linear) -> torch.Tensor | Callable[[], torch.Tensor
     return partial(dequantize_4bit, weight.data, state)
 
 
-def _norm(module: torch.nn.Module) -> Norm:
+def norm(module: torch.nn.Module) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
 def _norm_forward(ops: Ops, module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return ops.rms_norm(hidden_states, *_norm(module))
+    return ops.rms_norm(hidden_states, *norm(module))
 
 
 def _layer_forward(
@@ -105,13 +111,13 @@ def _layer_forward(
     attention, mlp = layer.self_attn, layer.mlp
     query, key, value = ops.lora_qkv(
         hidden_states,
-        *map(_projection, (attention.q_proj, attention.k_proj, attention.v_proj)),
-        norm=_norm(layer.input_layernorm),
+        *map(projection, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        norm=norm(layer.input_layernorm),
     )
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
-        query = ops.rms_norm(query.view(heads), *_norm(attention.q_norm))
-        key = ops.rms_norm(key.view(heads), *_norm(attention.k_norm))
+        query = ops.rms_norm(query.view(heads), *norm(attention.q_norm))
+        key = ops.rms_norm(key.view(heads), *norm(attention.k_norm))
     cos, sin = (t.expand(*hidden_states.shape[:-1], -1) for t in position_embeddings)
     query, key = ops.rope(query, key, cos, sin)
     query, key, value = (t.view(heads).transpose(1, 2) for t in (query, key, value))
@@ -132,10 +138,10 @@ def _layer_forward(
         **kwargs,
     )
     mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
-    hidden_states = ops.lora_linear(mixed, *_projection(attention.o_proj), residual=hidden_states)
+    hidden_states = ops.lora_linear(mixed, *projection(attention.o_proj), residual=hidden_states)
     return ops.lora_mlp(
         hidden_states,
-        *map(_projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
-        norm=_norm(layer.post_attention_layernorm),
+        *map(projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+        norm=norm(layer.post_attention_layernorm),
         residual=True,
     )

@@ -7,7 +7,7 @@ The forward goes through the decoder stack alone: the head is applied to the sco
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spinfast import adapter as adapters
 from spinfast import attention
 from spinfast.errors import UserError
+from spinfast.generation.weight_sharing import checksum
 from spinfast.ops import Ops
 from spinfast.policy.fuse import fuse
 from spinfast.types import Adapter, PackedBatch
@@ -52,9 +53,12 @@ def load_base(path: Path, dtype: torch.dtype, device: torch.device, load_in_4bit
 
 
 class TransformersPolicy:
-    """Implements spinfast.policy.Policy. Parameters of `base` may be views of a generation engine's tensors."""
+    """Implements spinfast.policy.Policy. Parameters of `base` may be views of a generation engine's tensors.
 
-    def __init__(self, base: PreTrainedModel, lora: LoraConfig, ops: Ops, seed: int):
+    `fuse` installs the operators on the layers: those of fuse.py, or of unsloth.py where Unsloth made the model.
+    """
+
+    def __init__(self, base: PreTrainedModel, lora: LoraConfig, ops: Ops, seed: int, fuse: Callable = fuse):
         self.ops = ops
         self.lora = lora
         self.folded: list[Adapter] = []  # adapters merged into the base, oldest first
@@ -87,6 +91,10 @@ class TransformersPolicy:
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def base_checksum(self) -> str:
+        """Changes with any bit of the frozen weights, which an engine may hold."""
+        return checksum({name: p for name, p in self.model.named_parameters() if not p.requires_grad})
 
     def checkpoint_layers(self, layers: int) -> None:
         """Recompute the activations of the first `layers` decoder layers in the backward."""
@@ -185,9 +193,19 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def load_policy(
-    path: Path, name: str, revision: str, *, lora, ops: Ops, profile, load_in_4bit: bool, seed: int, base=None
+    path: Path,
+    name: str,
+    revision: str,
+    *,
+    lora,
+    ops: Ops,
+    profile,
+    load_in_4bit: bool,
+    seed: int,
+    base=None,
+    fuse=fuse,
 ) -> TransformersPolicy:
-    """Build the policy from local files, or around `base`, a model whose weights an engine already holds."""
+    """Build the policy from local files, or around `base`, a model that Unsloth or a generation engine has made."""
     base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
     base.name_or_path = name  # what PEFT writes into the adapter's config
     config = LoraConfig(
@@ -199,4 +217,4 @@ def load_policy(
         base_model_name_or_path=name,
         revision=revision,
     )
-    return TransformersPolicy(base, config, ops, seed)
+    return TransformersPolicy(base, config, ops, seed, fuse)
