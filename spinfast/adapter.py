@@ -32,16 +32,52 @@ def save(adapter: Adapter, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
-def load(directory: Path) -> Adapter:
-    """Read PEFT's two files. Raises UserError if they are missing, torn or not LoRA."""
+def load(directory: Path, base: str | None = None) -> Adapter:
+    """Read PEFT's two files. Raises UserError if they are missing, torn, not LoRA, or made on another base.
+
+    `base` is the revision of the model it is meant for: a hub commit or a sha256, as its config records it.
+    """
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSOR_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {directory}: cannot be read ({' '.join(str(error).split())})") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {directory}: cannot be read ({' '.join(str(error).split())[:200]}); expected {CONFIG_FILE} and "
+            f"{TENSOR_FILE}; pickled adapters (.bin) are never loaded"
+        ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"adapter {directory}: expected peft_type LORA in {CONFIG_FILE}")
+    for name, (holds, expected) in FIELDS.items():
+        if not holds(config.get(name)):
+            raise UserError(
+                f"adapter {directory}: {name} in {CONFIG_FILE} is {config.get(name)!r}, expected {expected}"
+            )
+    made_on = config.get("revision")
+    if base and isinstance(made_on, str) and len(made_on) == len(base) and made_on != base:
+        raise UserError(
+            f"adapter {directory}: made on base {config.get('base_model_name_or_path')} of revision {made_on[:12]}, "
+            f"this base has {base[:12]}; use the base that it was trained on"
+        )
     return Adapter(config, tensors)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+FIELDS = {  # of adapter_config.json -> (what it must be, in words)
+    "r": (lambda v: isinstance(v, int) and _is_number(v), "a positive integer"),
+    "lora_alpha": (_is_number, "a positive number"),
+    "target_modules": (
+        lambda v: isinstance(v, str) or (isinstance(v, list) and v and all(isinstance(m, str) for m in v)),
+        "module names",
+    ),
+    "use_dora": (lambda v: not v, "false; DoRA is not supported"),
+    "use_rslora": (lambda v: not v, "false; rank-stabilised scaling is not supported"),
+    "modules_to_save": (lambda v: not v, "none; only LoRA tensors are supported"),
+    "rank_pattern": (lambda v: not v, "none; one rank for all modules is supported"),
+    "alpha_pattern": (lambda v: not v, "none; one alpha for all modules is supported"),
+}
 
 
 def fingerprint(adapter: Adapter) -> str:

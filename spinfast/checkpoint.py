@@ -1,7 +1,8 @@
 """Training checkpoints: safetensors and JSON only, whole or absent, the newest whole one is loaded.
 
-A checkpoint directory holds the trainable adapter, the optimizer's tensors and state.json; training draws no random
-numbers (no dropout), so the step number restores the data order.
+A checkpoint directory holds the trainable adapter, the optimizer's tensors, the counters in state.json and the stage's
+lines of metrics.jsonl so far. Training draws no random numbers (there is no dropout) and the data order is a function
+of seed and step number, so there is no generator's state to keep.
 """
 
 from __future__ import annotations
@@ -14,28 +15,35 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from spinfast import adapter as adapters
-from spinfast import files
+from spinfast import files, room
 from spinfast.policy import Policy
 from spinfast.train import TrainState
 
 log = logging.getLogger("spinfast")
 KEPT = 2
-COUNTERS = ("step", "loss_scale", "good_steps", "overflows", "overflows_in_a_row")
+COUNTERS = ("step", "loss_scale", "good_steps", "overflows", "overflows_in_a_row", "recent_norms")
+READ = {".safetensors", ".json", ".jsonl"}
 
 
-def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str]) -> Path:
-    """Write directory/step_NNNNNN and keep the two newest. `identity` names what the state belongs to."""
+def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str], rows: list[dict]) -> Path:
+    """Write directory/step_NNNNNN and keep the two newest. `identity` names what the state belongs to.
+
+    `rows` are the stage's lines of metrics.jsonl.
+    """
+    adapter = policy.adapter()
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in zip(state.names, state.optimizer.param_groups[0]["params"], strict=True)
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
+    room.check(directory, room.of([*adapter.tensors.values(), *tensors.values()]), "a checkpoint")
 
     def fill(path: Path) -> None:
-        adapters.save(policy.adapter(), path)
-        tensors = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in zip(state.names, state.optimizer.param_groups[0]["params"], strict=True)
-            for key, value in state.optimizer.state.get(parameter, {}).items()
-        }
+        adapters.save(adapter, path)
         save_file(tensors, path / "optimizer.safetensors")
         counters = {name: getattr(state, name) for name in COUNTERS}
         (path / "state.json").write_text(json.dumps(counters | {"identity": identity}, indent=2) + "\n")
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     target = directory / f"step_{state.step:06d}"
     files.write_directory(target, fill)
@@ -44,10 +52,13 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
     return target
 
 
-def load_latest(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str]) -> bool:
-    """Load the newest whole checkpoint that belongs to `identity` into policy and state; False if there is none."""
+def load_latest(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str]) -> list[dict]:
+    """Load the newest whole checkpoint that belongs to `identity` into policy and state, if there is one.
+
+    Returns the stage's lines of metrics.jsonl up to there.
+    """
     for path in sorted(directory.glob("step_*"), reverse=True):
-        reason = files.damage(path) or _foreign(path, identity)
+        reason = _unreadable(path) or files.damage(path) or _foreign(path, identity)
         if reason:
             log.warning("checkpoint passed over: %s", reason)
             continue
@@ -61,8 +72,14 @@ def load_latest(directory: Path, policy: Policy, state: TrainState, identity: di
             state.optimizer.state[parameter] = {
                 key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in entries.items()
             }
-        return True
-    return False
+        return files.read_jsonl(path / "metrics.jsonl")
+    return []
+
+
+def _unreadable(path: Path) -> str | None:
+    """Pickles run code when they are read, so a directory with anything but tensors and JSON is not touched."""
+    strangers = [file.name for file in path.rglob("*") if file.suffix not in READ]
+    return f"{path.name} holds {strangers[0]}; only safetensors and JSON are read" if strangers else None
 
 
 def _foreign(path: Path, identity: dict[str, str]) -> str | None:

@@ -1,6 +1,9 @@
 """Files that are whole or absent: write beside, fsync, rename, fsync the directory; sha256 to tell later.
 
 Everything that a run leaves goes through here, so a crash or a full disk at any instant leaves what was there.
+Three ways to tell that a file is as it was written: a directory has a manifest, a JSON file that the run goes by
+carries its own sum, and so does each line of a file that grows. A sum covers an `owner` too, the name of what the
+file belongs to, so that a file put in another's place is found out.
 """
 
 from __future__ import annotations
@@ -8,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+log = logging.getLogger("spinfast")
 MANIFEST = "manifest.json"
 ADDED_LATER = "README.md"  # an adapter's model card, written once its evaluation is known
 
@@ -57,6 +62,52 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def seal(value: dict, owner: str) -> dict:
+    """`value` with a sum over itself and its owner's name under "seal"."""
+    content = json.dumps(value, sort_keys=True)
+    return value | {"seal": hashlib.blake2b(f"{owner}\n{content}".encode(), digest_size=16).hexdigest()}
+
+
+def unseal(text: str, owner: str) -> dict | None:
+    """The value that was sealed for this owner, or None if the text is anything else."""
+    try:
+        sealed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(sealed, dict):
+        return None
+    value = {name: item for name, item in sealed.items() if name != "seal"}
+    return value if seal(value, owner) == sealed else None
+
+
+def write_sealed(path: Path, value: dict, owner: str) -> None:
+    write_json(path, seal(value, owner))
+
+
+def read_sealed(path: Path, owner: str) -> dict | None:
+    """What write_sealed wrote; None if there is no such file or, with a warning, if it is not as it was written."""
+    if not path.exists():
+        return None
+    value = unseal(path.read_bytes().decode("utf-8", errors="replace"), owner)
+    if value is None:
+        log.warning("%s is not as it was written; it is not used", path)
+    return value
+
+
+def sealed_lines(path: Path, owner: str) -> list[dict]:
+    """The lines of an append-only file up to the first that is not as it was written."""
+    rows = []
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                row = unseal(line, owner)
+                if row is None:
+                    log.warning("%s: line %d is not as it was written; cut there", path, len(rows) + 1)
+                    break
+                rows.append(row)
+    return rows
+
+
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """`fill` a directory beside, add a manifest of sha256 sums last, and give it the name `path`."""
     beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
@@ -85,7 +136,7 @@ def damage(path: Path) -> str | None:
     """Why the directory is not whole, or None: its manifest is missing, or names a file that is not as written."""
     try:
         sums = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{path.name} has no readable {MANIFEST}"
     if not isinstance(sums, dict):
         return f"{path.name} has no readable {MANIFEST}"

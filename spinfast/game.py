@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from functools import partial
 import torch
 
 from spinfast import adapter as adapters
-from spinfast import attention, files
+from spinfast import attention, files, room
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
@@ -87,7 +86,7 @@ class Game:
 
         With lora.init: merge that result moves into the base and a fresh adapter starts, B zero.
         """
-        self.policy.restore(adapters.load(previous.path("adapter")))
+        self.policy.restore(adapters.load(previous.path("adapter"), self.model.revision))
         if self.config.lora.init == "merge" and previous.name != "base":
             self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
         opponent = self.policy.adapter()
@@ -109,7 +108,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     device = profile(config.device.profile, config.device.dtype, config.device.attention)
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(config.device.deterministic)
     model = resolve_model(config.model.name, config.model.revision)
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
     data = load_data(config, renderer)
@@ -118,6 +117,8 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     for name, reason in {**device.reasons, "kernels": why}.items():
         log.info("%s: %s", name, reason)
     with open_players(config, device, model, ops) as (policy, generator):
+        needed = room.of_run(config, room.of(policy.trainable_parameters().values()), len(data["data"].examples))
+        room.check(run.path, needed - room.taken(run.path), "the run")
         yield Game(
             config=config,
             run=run,
@@ -241,14 +242,13 @@ def adopt_plan(
         apply_checkpointing(policy, len(policy.decoder.layers) if settings.checkpointing else 0, offload=False)
         return settings.microbatch_tokens
     path = run.path / "plan.json"
-    if path.exists():
-        chosen = json.loads(path.read_text())
-    else:
+    chosen = files.read_sealed(path, "plan")
+    if chosen is None:
         lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
         planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
         log.info("memory: %s", planned)
         chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
         chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
-        files.write_json(path, chosen)
+        files.write_sealed(path, chosen, "plan")
     apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
     return chosen["microbatch_tokens"]

@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT: finish the unit of work, save, say how to go on. A second signal leaves at once."""
+"""SIGTERM and SIGINT: save, say how to go on, leave with a code of its own. A second signal leaves at once.
+
+Everything a run writes is whole or append-only, so most work may be left at any instant: there the first signal
+raises Stopped where it arrives. Training says `finishing_steps` instead and asks between two steps.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +13,45 @@ from contextlib import contextmanager
 
 EXIT_CODE = 75  # EX_TEMPFAIL: not done, run again to go on
 _asked = False
+_finishing = False
 
 
-class Stopped(Exception):
-    """Raised between two units of work after a signal; what was done is saved."""
+class Stopped(BaseException):
+    """A signal came; what was done is saved. No Exception, so that nobody takes it for a fault of its own."""
 
 
 @contextmanager
 def catching_signals() -> Iterator[None]:
-    """Turn the first signal into a request to stop, for the duration of the block."""
+    """Turn the first signal into Stopped, for the duration of the block."""
     global _asked
     _asked = False
 
-    def ask(signum, frame):
+    def stop(signum, frame):
         global _asked
         if _asked:
             os._exit(128 + signum)
         _asked = True
+        if not _finishing:
+            raise Stopped
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def finishing_steps() -> Iterator[None]:
+    """Inside the block a signal waits for the next stop_if_asked, or for the block's end."""
+    global _finishing
+    _finishing = True
+    try:
+        yield
+    finally:
+        _finishing = False
+    stop_if_asked()
 
 
 def stop_if_asked(save: Callable[[], object] = lambda: None) -> None:

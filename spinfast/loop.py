@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -22,20 +23,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spinfast import adapter as adapters
-from spinfast import checkpoint, files
+from spinfast import checkpoint, failed_step, files
 from spinfast.config import at
+from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.game import Game
 from spinfast.generation import prompt_seed
-from spinfast.interrupt import stop_if_asked
+from spinfast.interrupt import finishing_steps, stop_if_asked
 from spinfast.names import stage_name
 from spinfast.objectives import Objective
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin, loss_at_zero_margin
 from spinfast.pairs import make_pairs, read_pairs, write_pairs
-from spinfast.record import Stage, whole_lines
+from spinfast.record import Stage
 from spinfast.report.card import write_card
-from spinfast.train import TrainPlan, score, start_training, train
+from spinfast.train import NonFinite, TrainPlan, score, start_training, train
 from spinfast.types import Adapter, Completion, Group, Request
 
 log = logging.getLogger("spinfast")
@@ -47,13 +49,13 @@ def self_play(game: Game) -> Iterator[dict]:
     yield conclude(game, previous, "base", previous, game.policy.adapter())
     played = [previous]
     if game.config.sft.epochs:
-        stage = game.run.stage("sft")
+        stage = game.run.stage("sft", previous)
         opponent = game.become_opponent(previous)
         warm_up(game, stage)
         yield conclude(game, stage, "sft", previous, opponent)
         played.append(previous := stage)
     for iteration in range(game.config.spin.iterations):
-        stage = game.run.stage(stage_name(iteration))
+        stage = game.run.stage(stage_name(iteration), previous)
         opponent = game.become_opponent(previous)
         generate(game, stage, iteration)
         pair(game, stage, iteration)
@@ -80,8 +82,9 @@ def generate(game: Game, stage: Stage, iteration: int) -> None:
     """The opponent answers every training prompt; answers are appended as they come, sorted at the end."""
     if stage.finished("generate"):
         return
-    path = stage.path("completions.jsonl")
-    rows = {row["index"]: row for row in whole_lines(path)} if path.exists() else {}
+    path, adapter = stage.path("completions.jsonl"), game.policy.adapter()
+    owner = f"{stage.name} {game.config.seed} {adapters.fingerprint(adapter)}"
+    rows = {row["index"]: files.seal(row, owner) for row in files.sealed_lines(path, owner)}
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
     requests = [
         Request(example.index, example.prompt_ids, prompt_seed(game.config.seed, iteration, example.index))
@@ -90,20 +93,21 @@ def generate(game: Game, stage: Stage, iteration: int) -> None:
     ]
     settings = game.config.generation
     sampling = game.sampling(settings.temperature, settings.max_tokens)
-    answers = game.generator.generate(requests, sampling, game.policy.adapter())
+    answers = game.generator.generate(requests, sampling, adapter)
     with (
         stage.phase("generate", path.name),
         game.display.phase(f"{stage.name} generate", len(requests), "answers") as tick,
     ):
         with path.open("a", encoding="utf-8") as file:
             for answer in answers:
-                rows[answer.index] = {
+                row = {
                     "index": answer.index,
                     "token_ids": answer.token_ids,
                     "finish_reason": answer.finish_reason,
                     "logp": answer.logp,
                     "text": game.renderer.text(answer.token_ids),
                 }
+                rows[answer.index] = files.seal(row, owner)
                 file.write(json.dumps(rows[answer.index]) + "\n")
                 file.flush()
                 tick.advance(tokens=len(answer.token_ids))
@@ -138,6 +142,12 @@ def score_opponent(game: Game, stage: Stage, iteration: int) -> None:
     with stage.phase("score", "opponent_logps.safetensors"):
         with game.display.phase(f"{stage.name} score", len(groups), "pairs") as tick:
             logps_P2 = score(game.policy, groups, game.spin_plan(iteration), tick.advance)
+        if not logps_P2.isfinite().all():
+            first = int((~logps_P2.isfinite().all(1)).nonzero()[0])
+            raise UserError(
+                f"{stage.name}: pair {first} has log-probs {logps_P2[first].tolist()} under the opponent, expected "
+                "finite ones; the adapter has diverged (lower train.lr) or the base's weights are damaged"
+            )
         opponent = {"adapter": adapters.fingerprint(game.policy.adapter())}
         with files.replacing(stage.path("opponent_logps.safetensors")) as path:
             save_file({"logps": logps_P2}, path, metadata=opponent)
@@ -171,36 +181,51 @@ def optimise(
 ) -> None:
     """Train the adapter from the newest checkpoint to the end and save it; one metrics line per step."""
     settings, scaled = game.config.train, game.device.scaled_loss
-    identity = identity | {"config": game.config.hash(), "model": game.model.revision}
+    game.generator.rest()
+    identity = identity | {"stage": stage.name, "basis": stage.basis("train")}
+    identity |= {"config": game.config.hash(), "model": game.model.revision}
     saves, policy = stage.path("checkpoints"), game.policy
     state = start_training(policy, settings.optimizer, settings.weight_decay, scaled)
-    if checkpoint.load_latest(saves, policy, state, identity):
+    rows = checkpoint.load_latest(saves, policy, state, identity)
+    game.run.restore_metrics(stage.name, rows)
+    if state.step:
         log.info("%s: training continues after step %d", stage.name, state.step)
-    game.run.forget_metrics(stage.name, "train", after_step=state.step)
-    saved_at = time.monotonic()
+    saved, saved_at = state.step, time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        if saved < state.step:
+            checkpoint.save(saves, policy, state, identity, rows)
+        saved, saved_at = state.step, time.monotonic()
+
     with (
-        stage.phase("train", "adapter", "train.json"),
+        finishing_steps(),
+        stage.phase("train", "adapter", "train.json", "metrics.jsonl"),
         game.display.phase(f"{stage.name} train", plan.steps(len(groups)), "steps") as tick,
     ):
         tick.advance(state.step)
-        for metrics in train(policy, groups, objective, plan, state, scaled):
-            if state.step == 1 and isinstance(objective, Spin):
-                check_first_loss(metrics, objective, game.device.dtype)
-            game.run.metrics(stage.name, "train", state.step, metrics)
-            tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
-            game.run.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
-            due = state.step % settings.save_every_steps == 0
-            if due or time.monotonic() - saved_at > settings.save_every_seconds:
-                checkpoint.save(saves, policy, state, identity)
-                saved_at = time.monotonic()
-            stop_if_asked(lambda: checkpoint.save(saves, policy, state, identity))
+        try:
+            for metrics in train(policy, groups, objective, plan, state, scaled):
+                if isinstance(objective, Spin) and state.overflows == state.step - 1:
+                    check_first_loss(metrics, objective, game.device.dtype)
+                rows.append(game.run.metrics(stage.name, "train", state.step, metrics))
+                tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
+                game.run.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
+                due = state.step % settings.save_every_steps == 0
+                if due or time.monotonic() - saved_at > settings.save_every_seconds:
+                    save()
+                stop_if_asked(save)
+        except NonFinite as error:
+            raise failed_step.keep(game, stage, groups, objective, error) from None
         files.write_directory(stage.path("adapter"), policy.save_adapter)
-        files.write_json(stage.path("train.json"), summary(game, stage))
-    checkpoint.clear(saves)
+        files.write_json(stage.path("train.json"), summary(rows))
+        files.write_text(stage.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_first_loss(metrics: dict[str, float], objective: Spin, dtype: torch.dtype) -> None:
-    """The free invariant of self-play: the policy starts as its own opponent."""
+    """The free invariant of self-play: the policy starts as its own opponent. A skipped step says nothing yet."""
+    if not math.isfinite(metrics["train/loss"]):
+        return
     expected = loss_at_zero_margin(objective.kind, objective.beta)
     bound = 1e-5 if dtype == torch.float32 else 1e-3
     if not abs(metrics["train/loss"] - expected) <= bound * max(1.0, expected):
@@ -214,6 +239,9 @@ def check_first_loss(metrics: dict[str, float], objective: Spin, dtype: torch.dt
 
 def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, opponent: Adapter) -> dict:
     """Evaluate the stage's adapter on held-out data and add its row to results.json."""
+    checkpoint.clear(stage.path("checkpoints"))
+    if stage.path("metrics.jsonl").exists():
+        game.run.restore_metrics(stage.name, files.read_jsonl(stage.path("metrics.jsonl")))
     game.policy.restore(adapters.load(stage.path("adapter")))
     if game.heldout and not stage.finished("evaluate"):
         with stage.phase("evaluate", *heldout.OUTPUTS):
@@ -232,15 +260,15 @@ def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, oppone
     return row
 
 
-def summary(game: Game, stage: Stage) -> dict[str, float]:
-    """The training phase in a few figures, from its metrics lines."""
-    rows = [row for row in whole_lines(game.run.path / "metrics.jsonl") if row["stage"] == stage.name]
-    first, last = rows[0], rows[-1]
+def summary(rows: Sequence[dict]) -> dict[str, float]:
+    """The training phase in a few figures, from its metrics lines; losses are those of steps that were made."""
+    losses = [row["train/loss"] for row in rows if not isinstance(row["train/loss"], str)]  # "nan" was skipped
+    last = rows[-1]
     names = [name for name in last if name.startswith("train/")]
     return {
         "steps": last["step"],
-        "first_loss": first["train/loss"],
-        "last_loss": last["train/loss"],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         **{f"last/{name.removeprefix('train/')}": last[name] for name in names if name != "train/loss"},
     }
 

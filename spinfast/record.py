@@ -38,7 +38,8 @@ class RunDir:
     """An opened run directory; one process at a time, one config for its life."""
 
     def __init__(self, path: Path, config: Config):
-        self.path = path
+        check_installed(config.report_to)
+        self.path, self.config = path, config
         _check_ours(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "lock").open("w")
@@ -54,14 +55,17 @@ class RunDir:
             raise
 
     def close(self) -> None:
-        if "trackers" in self.__dict__:
-            self.trackers.close()
+        self._close_trackers()
         self._lock.close()
+
+    def _close_trackers(self) -> None:
+        if trackers := self.__dict__.pop("trackers", None):
+            trackers.close()
 
     @cached_property
     def trackers(self) -> Trackers:
         """Opened by the first figure there is to show."""
-        return Trackers(self.path, self.config.model_dump(mode="json"), self._steps(), self.results())
+        return Trackers(self.path, self.config.model_dump(mode="json"), self.steps(), self.results())
 
     def remember(self, inputs: dict[str, str]) -> None:
         """Note the fingerprints of model and data; a resumed run must find the same."""
@@ -86,17 +90,23 @@ class RunDir:
         """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
         row = {"stage": stage, "phase": phase, "step": step}
         row |= {name: _finite(value) for name, value in values.items()}
+        trackers = self.trackers
         _append(self.path / "metrics.jsonl", row)
+        trackers.step(row)
         return row
+
+    def steps(self) -> list[dict]:
+        path = self.path / "metrics.jsonl"
+        return whole_lines(path) if path.exists() else []
 
     def restore_metrics(self, stage: str, rows: list[dict]) -> None:
         """Make `rows` the lines of this stage: what came after a checkpoint, a crash or damage goes."""
         path = self.path / "metrics.jsonl"
-        present = whole_lines(path) if path.exists() else []
-        others = [row for row in present if row["stage"] != stage]
+        others = [row for row in self.steps() if row["stage"] != stage]
         lines = sorted(others + rows, key=lambda row: (row["stage"] != "sft", row["stage"], row["step"]))
         text = _jsonl(lines)
         if not path.exists() or path.read_bytes() != text.encode():
+            self._close_trackers()
             files.write_text(path, text)
 
     def system(self, stage: str, phase: str, values: dict[str, float]) -> None:
@@ -106,8 +116,10 @@ class RunDir:
 
     def result(self, row: dict) -> None:
         """Add or replace the row of one iteration in results.json."""
+        trackers = self.trackers
         rows = [old for old in self.results() if old["iteration"] != row["iteration"]]
         files.write_json(self.path / "results.json", [*rows, row])
+        trackers.result(row)
 
     def results(self) -> list[dict]:
         """The rows so far. Each process writes every row anew, so what is unreadable is left out."""

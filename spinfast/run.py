@@ -1,6 +1,6 @@
 """`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run] [--controls]`
 
-Also `spinfast eval`, `spinfast report`, `spinfast doctor`.
+Also `spinfast eval`, `spinfast report`, `spinfast doctor`, `spinfast replay`.
 
 Without a config one is picked by device. The same command continues an interrupted run of the same config.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 import time
@@ -20,10 +21,17 @@ from safetensors import SafetensorError
 
 from spinfast.config import Config, load_config
 from spinfast.errors import UserError
+from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
 
+log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # wheel, checkout
-COMMANDS = {"eval": "spinfast.evaluate.cli", "report": "spinfast.report.cli", "doctor": "spinfast.doctor"}
+COMMANDS = {
+    "eval": "spinfast.evaluate.cli",
+    "report": "spinfast.report.cli",
+    "doctor": "spinfast.doctor",
+    "replay": "spinfast.failed_step",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in COMMANDS:
             return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
-        return run(*parse(argv))
+        with catching_signals():
+            return run(*parse(argv))
+    except Stopped:
+        log.warning("stopped by a signal; everything done is saved. Run the same command again to go on")
+        return EXIT_CODE
     except UserError as error:
         return _complain(str(error))
     except (OSError, SafetensorError) as error:
@@ -76,8 +88,7 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
     from spinfast.game import open_game
-    from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
-    from spinfast.loop import log, self_play
+    from spinfast.loop import self_play
     from spinfast.progress import Display
     from spinfast.record import RunDir
 
@@ -88,7 +99,7 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
         display.log_to(run_dir / "log.txt")
         log.info("config: %s, run directory: %s", chosen, run_dir)
         describe(run_dir / "environment.json")
-        with catching_signals(), open_game(config, record, display) as game:
+        with open_game(config, record, display) as game:
             for row in self_play(game):
                 log.info("iteration %s done", row["iteration"])
             for name, row in play_controls(game) if controls else ():
@@ -101,9 +112,6 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     except UserError:
         record.discard_unused()
         raise
-    except Stopped:
-        log.warning("stopped by a signal; everything done is saved. Run the same command again to go on")
-        return EXIT_CODE
     finally:
         record.close()
 

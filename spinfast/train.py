@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -150,10 +151,12 @@ class TrainState:
     good_steps: int = 0  # since the scale last changed
     overflows: int = 0  # in all
     overflows_in_a_row: int = 0
+    recent_norms: list[float] = field(default_factory=list)  # gradient norms of the last steps that were made
     names: list[str] = field(default_factory=list)  # parameter names, in the optimizer's order
 
 
 GROWTH_INTERVAL, MAX_LOSS_SCALE = 200, 2.0**16
+SPIKE, SPIKE_WINDOW = 10.0, 50  # a norm so many times the median of so many steps is told
 
 
 def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: bool) -> TrainState:
@@ -167,8 +170,12 @@ def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: 
     )
 
 
-class TooManyOverflows(RuntimeError):
-    """The gradients were not finite max_overflows times in a row."""
+class NonFinite(UserError):
+    """Every one of the last steps was skipped. Carries what reproduces the last of them (failed_step.py)."""
+
+    def __init__(self, message: str, rows: list[int], loss_scale: float, microbatch_tokens: int):
+        super().__init__(message)
+        self.rows, self.loss_scale, self.microbatch_tokens = rows, loss_scale, microbatch_tokens
 
 
 def train(
@@ -176,7 +183,8 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Optimise from state.step to the end, yielding the metrics of each step after it was made.
 
-    A caller may save policy and state between two yields and continue from there later.
+    A caller may save policy and state between two yields and continue from there later. Raises NonFinite after
+    max_overflows skipped steps in a row, and if not a single step could be made.
     """
     schedule = step_rows(plan, len(groups))
     while state.step < len(schedule):
@@ -184,40 +192,52 @@ def train(
         lr = learning_rate(plan, state.step, len(schedule))
         for parameter_group in state.optimizer.param_groups:
             parameter_group["lr"] = lr
+        scale = state.loss_scale
         metrics, plan = train_step(policy, groups, rows, objective, plan, state, scaled)
         state.step += 1
+        if state.overflows_in_a_row >= min(plan.max_overflows, len(schedule)):
+            message = (
+                f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient (the last, step "
+                f"{state.step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}, loss scale "
+                f"{scale:g})"
+            )
+            raise NonFinite(message, rows, scale, plan.microbatch_tokens)
         yield {"step": state.step, "steps": len(schedule), "train/lr": lr, **metrics}
 
 
 def train_step(policy, groups, rows, objective, plan, state, scaled) -> tuple[dict[str, float], TrainPlan]:
     """Accumulate, clip, update; the plan comes back, smaller if it did not fit. A non-finite step is skipped."""
-    accumulate = partial(_accumulate, policy, groups, rows, objective, state)
-    (metrics, tokens), plan = within_memory(plan, groups, accumulate)
+    weight = sum(objective.weight(groups[row]) for row in rows)
+
+    def attempt(plan: TrainPlan) -> tuple[dict[str, float], int]:
+        return accumulate(policy, step_batches(plan, groups, rows), objective, weight, state)
+
+    (metrics, tokens), plan = within_memory(plan, groups, attempt)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm).item()
+    spike = norm / (statistics.median(state.recent_norms or [norm]) or 1.0)
     skipped = not (math.isfinite(norm) and math.isfinite(metrics["train/loss"]))
-    if not skipped:
+    if skipped:
+        log.warning("step %d skipped: loss %g, gradient norm %g", state.step + 1, metrics["train/loss"], norm)
+    else:
         state.optimizer.step()
+        state.recent_norms = [*state.recent_norms, norm][-SPIKE_WINDOW:]
+        if spike > SPIKE:
+            log.warning("step %d: the gradient's norm, %.3g, is %.0f times its median", state.step + 1, norm, spike)
     state.optimizer.zero_grad(set_to_none=True)
     scale = state.loss_scale
     _update_loss_scale(state, skipped, scaled)
-    if state.overflows_in_a_row >= plan.max_overflows:
-        raise TooManyOverflows(
-            f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient "
-            f"(loss {metrics['train/loss']}, gradient norm {norm}, loss scale {scale:g}, rows {rows})"
-        )
-    metrics |= {"train/grad_norm": norm, "train/loss_scale": scale, "train/overflows": state.overflows}
+    metrics |= {"train/grad_norm": norm, "train/grad_spike": spike}
+    metrics |= {"train/loss_scale": scale, "train/overflows": state.overflows}
     return metrics | {"train/tokens": tokens}, plan
 
 
-def _accumulate(policy, groups, rows, objective, state, plan) -> tuple[dict[str, float], int]:
+def accumulate(policy, batches, objective, weight, state) -> tuple[dict[str, float], int]:
     """The step's scaled gradients, from zero; the means of its metrics and its tokens."""
     state.optimizer.zero_grad(set_to_none=True)
-    weight = sum(objective.weight(groups[row]) for row in rows)
     sums: dict[str, torch.Tensor] = {}
-    batches = step_batches(plan, groups, rows)
     for batch in batches:
         batch = batch.to(policy.device)
         loss = objective(batch, answer_logps(policy, batch))

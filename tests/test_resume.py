@@ -148,9 +148,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, model, monk
 def test_a_resumed_run_keeps_its_memory_plan(tmp_path, model):
     automatic = {"train": {"microbatch_tokens": "auto", "checkpointing": "auto"}, "spin": {"iterations": 1}}
     run_dir = play(tmp_path, model, **automatic)
-    planned = json.loads((run_dir / "plan.json").read_text())
+    planned = files.read_sealed(run_dir / "plan.json", "plan")
     assert 600 != planned["microbatch_tokens"] > 0
-    (run_dir / "plan.json").write_text(json.dumps(planned | {"microbatch_tokens": 600}))
+    files.write_sealed(run_dir / "plan.json", planned | {"microbatch_tokens": 600}, "plan")
     shutil.rmtree(run_dir / "iter_000")
     play(tmp_path, model, **automatic)
     assert json.loads((run_dir / "plan.json").read_text())["microbatch_tokens"] == 600
