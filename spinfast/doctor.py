@@ -26,9 +26,11 @@ from spinfast.config import Config, load_config
 from spinfast.device import GIB, profile
 from spinfast.environment import installed_versions
 from spinfast.errors import UserError
+from spinfast.game import choose_backend
 from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
 from spinfast.ops import choose
+from spinfast.policy import unsloth_environment
 from spinfast.run import default_config, parse
 
 SETS = {  # requirements/, as far as versions must go together
@@ -75,7 +77,7 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    path, overrides, run_dir, _ = parse(sys.argv[1:] if argv is None else argv)
+    path, overrides, run_dir, *_ = parse(sys.argv[1:] if argv is None else argv)
     backends = backend_findings()
     findings = [*machine_findings(run_dir or Path()), *version_findings(installed_versions()), *backends]
     try:
@@ -165,10 +167,12 @@ def nearest_set(installed: dict[str, str]) -> tuple[str, list[str]]:
 def backend_findings() -> list[Finding]:
     """Every backend that a config can name: does it run here, and if not, why."""
     device = profile().device
-    imports = {name: _start_import(name) for name in ("vllm", "xformers") if _installed(name)}
+    imports = {name: _start_import(name) for name in ("vllm", "xformers", "unsloth") if _installed(name)}
     obstacles = {
         "generation.backend: transformers": None,
         "generation.backend: vllm": _vllm_obstacle(device) or _import_obstacle(imports.get("vllm")),
+        "model.backend: transformers": None,
+        "model.backend: unsloth": _missing("unsloth") or _import_obstacle(imports.get("unsloth")),
         "model.load_in_4bit: true": _four_bit_obstacle(device),
         "device.kernels: eager": None,
         "device.kernels: triton": _refusal(lambda: choose("triton", device)),
@@ -210,7 +214,7 @@ def _missing(module: str) -> str | None:
 
 
 def _start_import(module: str) -> subprocess.Popen:
-    environment = os.environ | vllm_compat.SETTINGS
+    environment = os.environ | unsloth_environment()
     return subprocess.Popen(
         [sys.executable, "-c", f"import {module}"],
         stdout=subprocess.DEVNULL,
@@ -243,16 +247,16 @@ def config_problems(config: Config, backends: Sequence[Finding]) -> list[str]:
     settings = config.device
     wanted = {
         "generation.backend": config.generation.backend,
+        "model.backend": config.model.backend,
         "device.kernels": settings.kernels,
         "device.attention": settings.attention,
         "model.load_in_4bit": "true" if config.model.load_in_4bit else "auto",
     }
     named = [f"{key}: {value}" for key, value in wanted.items() if value != "auto"]
     problems = [f"{name}: {able[name].found}" for name in named if not able[name].ok]
-    if config.model.load_in_4bit and config.generation.backend == "vllm":
-        problems.append("model.load_in_4bit: vLLM's weights cannot be shared in 4 bit; use backend transformers")
     problems += [
         _refusal(lambda: profile(settings.profile, settings.dtype, "auto")),
+        _refusal(lambda: choose_backend(config)),
         _model_problem(config.model.name),
         *(_data_problem(data.source) for data in (config.data, config.heldout) if data is not None),
         _disk_problem(),

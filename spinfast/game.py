@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from spinfast import adapter as adapters
 from spinfast import attention, files, room
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
-from spinfast.device import GIB, DeviceProfile, profile
+from spinfast.device import DeviceProfile, profile
+from spinfast.errors import UserError
 from spinfast.generation import Generator, prompt_seed
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
 from spinfast.memory import apply_checkpointing
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
-from spinfast.planner import plan
+from spinfast.planner import engine_cache, plan
+from spinfast.policy import import_unsloth
 from spinfast.policy.transformers import TransformersPolicy, load_policy
 from spinfast.progress import Display
 from spinfast.record import RunDir, Stage
@@ -49,6 +52,7 @@ class Game:
     policy: TransformersPolicy
     generator: Generator
     microbatch_tokens: int
+    base: str | None = None  # checksum of the frozen weights that the round is played on
 
     def sampling(self, temperature: float, max_tokens: int) -> Sampling:
         top_p = self.config.generation.top_p if temperature else 1.0
@@ -89,9 +93,18 @@ class Game:
         self.policy.restore(adapters.load(previous.path("adapter"), self.model.revision))
         if self.config.lora.init == "merge" and previous.name != "base":
             self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
+        self.base = self.policy.base_checksum()
         opponent = self.policy.adapter()
         self.check_generator(opponent)
         return opponent
+
+    def check_base(self) -> None:
+        """No round may change the frozen weights: the engine's, the policy's and the opponent's are the same ones."""
+        if self.base is not None and self.policy.base_checksum() != self.base:
+            raise RuntimeError(
+                "the base's weights changed while a round was played; its results cannot be trusted. "
+                "Please report this with the run's log.txt and environment.json"
+            )
 
     def check_generator(self, adapter: Adapter) -> None:
         """The canary: a generator with an engine of its own must answer as the policy does (generation/canary.py)."""
@@ -116,7 +129,10 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     ops, why = operators.choose(config.device.kernels, device.device)
     for name, reason in {**device.reasons, "kernels": why}.items():
         log.info("%s: %s", name, reason)
-    with open_players(config, device, model, ops) as (policy, generator):
+    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    chosen = adopt_plan(config, run, device, ops, shape, data["data"].examples)
+    with open_players(config, device, model, shape, ops) as (policy, generator):
+        apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
         needed = room.of_run(config, room.of(policy.trainable_parameters().values()), len(data["data"].examples))
         room.check(run.path, needed - room.taken(run.path), "the run")
         yield Game(
@@ -130,17 +146,26 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             heldout=data["heldout"].examples if "heldout" in data else [],
             policy=policy,
             generator=generator,
-            microbatch_tokens=adopt_plan(config, run, device, ops, policy, data["data"].examples),
+            microbatch_tokens=chosen["microbatch_tokens"],
         )
 
 
 @contextmanager
 def open_players(
-    config: Config, device: DeviceProfile, model: ResolvedModel, ops: operators.Ops
+    config: Config, device: DeviceProfile, model: ResolvedModel, shape: PretrainedConfig, ops: operators.Ops
 ) -> Iterator[tuple[TransformersPolicy, Generator]]:
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings = config.generation
     context = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
+    engine_options = {
+        "device": device.device,
+        "dtype": device.dtype,
+        "max_model_len": context,
+        "max_lora_rank": config.lora.r,
+        "kv_cache_bytes": engine_cache(config, shape, device),
+        "batch_size": settings.batch_size,
+        "seed": config.seed,
+    }
     new_policy = partial(
         load_policy,
         model.path,
@@ -154,20 +179,25 @@ def open_players(
     )
     backend, why = choose_backend(config)
     log.info("generation: %s: %s", backend, why)
+    if config.model.backend == "unsloth":
+        unsloth = import_unsloth()
+        base = unsloth.load_base(
+            model.path,
+            device,
+            load_in_4bit=config.model.load_in_4bit,
+            max_seq_length=context,
+            engine_cache=engine_options["kv_cache_bytes"] if backend == "vllm" else None,
+            max_lora_rank=config.lora.r,
+        )
+        new_policy = partial(new_policy, base=base, fuse=unsloth.fuse)
+        engine_options["engine"] = getattr(base, "vllm_engine", None)
     if backend == "vllm":
         from spinfast.generation.vllm import VLLMGenerator
 
-        with VLLMGenerator(
-            model.path,
-            device=device.device,
-            dtype=device.dtype,
-            max_model_len=context,
-            max_lora_rank=config.lora.r,
-            kv_cache_bytes=int(settings.kv_cache_gib * GIB),
-            batch_size=settings.batch_size,
-            seed=config.seed,
-        ) as engine:
-            yield new_policy(base=engine.shared_model(attention.NAME)), engine
+        with VLLMGenerator(model.path, **engine_options) as engine:
+            if config.model.backend == "transformers":
+                new_policy = partial(new_policy, base=engine.shared_model(attention.NAME))
+            yield new_policy(), engine
     else:
         from spinfast.generation.transformers import TransformersGenerator
 
@@ -180,12 +210,20 @@ def open_players(
 
 def choose_backend(config: Config) -> tuple[str, str]:
     """Who generates, and why."""
-    if config.generation.backend != "auto":
-        return config.generation.backend, "asked for"
-    if config.model.load_in_4bit:
-        return "transformers", "4-bit weights cannot be shared with vLLM"
+    asked, four_bit = config.generation.backend, config.model.load_in_4bit
+    by_unsloth = config.model.backend == "unsloth"
+    if asked == "vllm" and four_bit and not by_unsloth:
+        raise UserError(
+            "generation.backend: vllm shares 4-bit weights only with model.backend unsloth; use transformers"
+        )
+    if asked != "auto":
+        return asked, "asked for"
+    if four_bit:
+        return "transformers", "4-bit weights are not shared with vLLM unless it is asked for"
     if importlib.util.find_spec("vllm") is None:
         return "transformers", "vLLM is not installed"
+    if by_unsloth and not torch.cuda.is_available():
+        return "transformers", "Unsloth shares its weights with vLLM on CUDA only"
     return "vllm", "installed; it shares its weights with the policy"
 
 
@@ -230,25 +268,24 @@ def adopt_plan(
     run: RunDir,
     device: DeviceProfile,
     ops: operators.Ops,
-    policy: TransformersPolicy,
+    shape: PretrainedConfig,
     examples: list[Example],
-) -> int:
-    """Plan the memory where the config leaves it open; set the policy's checkpointing, return the microbatch tokens.
+) -> dict:
+    """microbatch_tokens, checkpoint_layers and offload, planned where the config leaves them open.
 
     A resumed run keeps the plan it started with (plan.json), so that its batches stay the same.
     """
     settings = config.train
     if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
-        apply_checkpointing(policy, len(policy.decoder.layers) if settings.checkpointing else 0, offload=False)
-        return settings.microbatch_tokens
+        layers = shape.num_hidden_layers if settings.checkpointing else 0
+        return {"microbatch_tokens": settings.microbatch_tokens, "checkpoint_layers": layers, "offload": False}
     path = run.path / "plan.json"
-    chosen = files.read_sealed(path, "plan")
-    if chosen is None:
-        lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
-        planned = plan(config, device, policy.causal_lm.config, ops, choose_backend(config)[0], lengths)
-        log.info("memory: %s", planned)
-        chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
-        chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
-        files.write_sealed(path, chosen, "plan")
-    apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
-    return chosen["microbatch_tokens"]
+    if (known := files.read_sealed(path, "plan")) is not None:
+        return known
+    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
+    planned = plan(config, device, shape, ops, choose_backend(config)[0], lengths)
+    log.info("memory: %s", planned)
+    chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
+    chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
+    files.write_sealed(path, chosen, "plan")
+    return chosen

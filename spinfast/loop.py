@@ -255,6 +255,7 @@ def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, oppone
         "evaluation": stage.read("eval.json"),
         "seconds": stage.seconds(),
     }
+    game.check_base()
     game.run.result(row)
     write_card(stage.path("adapter"), game.run.path, label)
     return row

@@ -1,6 +1,7 @@
 """The transformers generator against `model.generate`, and what batching may not change."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from test_run import play
 
+from spinfast import loop
 from spinfast.errors import UserError
 from spinfast.generation import transformers as generation
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
@@ -251,3 +254,17 @@ def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, 
     assert (high_S - width_S <= uniform_S[clear_S] + 1e-4).all()
     assert (uniform_S[clear_S] <= high_S + 1e-4).all()
     assert torch.allclose(logp_S, logits_SV.log_softmax(-1).gather(1, token_S[:, None])[:, 0], atol=1e-4)
+
+
+def test_a_round_that_changes_the_base_is_an_error(tiny_model, tmp_path, monkeypatch):
+    """One bit of one frozen weight, changed while the policy trains."""
+    train = loop.train
+
+    def harmful(policy, *args):
+        policy.decoder.layers[1].mlp.up_proj.get_base_layer().weight.data.view(torch.int32)[3, 5] ^= 1
+        yield from train(policy, *args)
+
+    monkeypatch.setattr(loop, "train", harmful)
+    with pytest.raises(RuntimeError, match="the base's weights changed while a round was played"):
+        play(tmp_path, tiny_model("llama"), spin={"iterations": 1})
+    assert [row["iteration"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["base"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from spinfast import adapter as adapters
 from spinfast import attention
@@ -51,7 +51,7 @@ class VLLMGenerator:
         self.max_model_len = max_model_len
         self.max_lora_rank = max_lora_rank
         self._options = {
-            "kv_cache_memory_bytes": kv_cache_bytes,
+            "kv_cache_memory_bytes": max(kv_cache_bytes, self._smallest_cache()),
             "max_num_seqs": batch_size,
             "seed": seed,
             "enforce_eager": enforce_eager,
@@ -62,6 +62,13 @@ class VLLMGenerator:
         self._engine = None
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
+
+    def _smallest_cache(self) -> int:
+        """Bytes of one answer at full length in blocks of up to 256 tokens; vLLM does not start with less."""
+        shape = AutoConfig.from_pretrained(self.model_path, local_files_only=True)
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * self.dtype.itemsize
+        return per_token * (self.max_model_len + 256)
 
     def __enter__(self) -> VLLMGenerator:
         if self._made is not None:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from spinfast.errors import UserError
+from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
 from spinfast.types import Adapter, PackedBatch
 
@@ -48,14 +49,22 @@ class Policy(Protocol):
         """Plain PEFT layout: adapter_model.safetensors and adapter_config.json."""
 
 
+def unsloth_environment() -> dict[str, str]:
+    """What must stand before Unsloth is imported, which imports vLLM as well: no telemetry, no folder where we are."""
+    return {
+        **vllm_compat.SETTINGS,
+        "UNSLOTH_COMPILE_LOCATION": str(default_cache() / "unsloth"),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+    }
+
+
 def import_unsloth() -> ModuleType:
     """policy/unsloth.py, imported on use: Unsloth changes transformers when it is imported."""
     if find_spec("unsloth") is None:
         raise UserError(
             "model.backend: unsloth is not installed; pip install the set of requirements/, or use transformers"
         )
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(default_cache() / "unsloth"))
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ |= unsloth_environment()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Unsloth should be imported before")
