@@ -1,0 +1,62 @@
+"""SIGKILL at random instants, then the same command: the result is the undisturbed run's, byte for byte."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+from warm import computed, differing, place
+
+
+def killed_at(runs, name, seconds):
+    """Where the kill met the run; None if the run was faster."""
+    run_dir = runs.new(name)
+    process = runs.start(name)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    return place(run_dir) if process.exitcode == -signal.SIGKILL else None
+
+
+def kill_and_resume(runs, count, seed):
+    """Kill `count` runs, go on with each; the places the kills met."""
+    expected, draw, places = computed(runs.undisturbed), random.Random(seed), Counter()
+    while places.total() < count:
+        met = killed_at(runs, "killed", draw.uniform(0, runs.seconds))
+        if met is None:
+            continue
+        places[met] += 1
+        assert runs.finish(runs.start("killed")) == 0, (met, runs.complaint())
+        runs.complaint()
+        assert differing(computed(runs.directory / "killed"), expected) == set(), met
+    return places
+
+
+def test_two_kills(runs):
+    assert kill_and_resume(runs, 2, seed=1).total() == 2
+
+
+@pytest.mark.faults
+def test_random_kills(runs, kills):
+    places = kill_and_resume(runs, kills, seed=int(os.environ.get("SPINFAST_SEED", "0")))
+    print(f"\nkilled and resumed {places.total()} of {kills}:", json.dumps(dict(sorted(places.items()))))
+
+
+@pytest.mark.faults
+def test_one_run_killed_again_and_again(runs):
+    """A free GPU that never lasts: each process lives a little longer than it takes to start."""
+    run_dir, lives = runs.new("mortal"), 0
+    while True:
+        process = runs.start("mortal")
+        process.join(runs.seconds * 0.6)
+        lives += 1
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+    assert process.exitcode == 0, runs.complaint()
+    assert lives > 1
+    assert differing(computed(run_dir), computed(runs.undisturbed)) == set()
