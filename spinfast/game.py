@@ -157,6 +157,11 @@ def open_players(
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings = config.generation
     context = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
+    if context > shape.max_position_embeddings:
+        raise UserError(
+            f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
+            f"{shape.max_position_embeddings}; lower them"
+        )
     engine_options = {
         "device": device.device,
         "dtype": device.dtype,

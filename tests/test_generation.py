@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from test_run import play
+from test_run import play, write_config
 
 from spinfast import loop
 from spinfast.errors import UserError
@@ -17,6 +17,7 @@ from spinfast.generation import transformers as generation
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
 from spinfast.ops import EAGER
 from spinfast.policy.transformers import TransformersPolicy, load_base
+from spinfast.run import main
 from spinfast.types import Adapter, Completion, Request, Sampling
 
 CPU = torch.device("cpu")
@@ -268,3 +269,9 @@ def test_a_round_that_changes_the_base_is_an_error(tiny_model, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="the base's weights changed while a round was played"):
         play(tmp_path, tiny_model("llama"), spin={"iterations": 1})
     assert [row["iteration"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["base"]
+
+
+def test_a_context_longer_than_the_models_is_refused(tiny_model, tmp_path, capsys):
+    config = write_config(tmp_path, tiny_model("llama"), prompt={"max_prompt_tokens": 1013})
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "max_prompt_tokens + the longer max_tokens = 1025 tokens, but" in capsys.readouterr().err
