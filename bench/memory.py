@@ -21,7 +21,8 @@ from spinfast import ops as operators
 from spinfast import planner
 from spinfast.config import Config, parse_config
 from spinfast.device import GIB, profile
-from spinfast.memory import KINDS, META, Ledger, Simulation, apply_checkpointing, settled
+from spinfast.memory import KINDS, META, Ledger, apply_checkpointing, apply_head_chunk
+from spinfast.simulation import Simulation, settled
 from spinfast.types import Group
 
 PLOT = Path(__file__).parent.parent / "docs" / "memory.svg"
@@ -65,7 +66,7 @@ def step_row(what: str, plan: planner.Plan, target: str) -> None:
         {
             "what": what, "model": "Qwen2.5-0.5B", "target": target, "kind": "simulated",
             "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
-            "offload": plan.offload, "tensors_gib": round(usage.peak / GIB, 3),
+            "offload": plan.offload, "head_chunk": plan.head_chunk, "tensors_gib": round(usage.peak / GIB, 3),
             "with_reserve_gib": round((usage.peak + planner.reserve(T4, usage.peak)) / GIB, 3), **mib(usage.by_kind),
         },
     )  # fmt: skip
@@ -81,8 +82,9 @@ def steps(ops) -> None:
     simulation = Simulation(model, T4, run_config().lora, ops)
     for offload in (False, True):
         apply_checkpointing(simulation.policy, 24, offload)
+        apply_head_chunk(simulation.policy, chunk := min(planner.HEAD_CHUNKS))
         usage = simulation.spin(pairs(1), "adamw", "logistic", more_microbatches=True).usage
-        smallest = planner.Plan(768 - 2, 24, 24, offload, 0, {"train": usage}, 0, T4.memory, 0.0)
+        smallest = planner.Plan(768 - 2, 24, 24, offload, chunk, 0, {"train": usage}, 0, T4.memory, 0.0)
         step_row("step, smallest", smallest, "<= 1.8 GiB in all")
 
 
@@ -102,7 +104,7 @@ def iterations(ops) -> None:
                 "kind": "simulated", "target": f"<= {target} GiB", "peak_gib": round(plan.peak / GIB, 3),
                 "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3), "reserve_gib": round(plan.reserve / GIB, 3),
                 "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
-                "offload": plan.offload, **mib(plan.phases["train"].by_kind),
+                "offload": plan.offload, "head_chunk": plan.head_chunk, **mib(plan.phases["train"].by_kind),
             },
         )  # fmt: skip
 

@@ -1,74 +1,83 @@
-"""`python -m bench rehearse [CONFIG]`: a T4's plan against a real GPU's allocator, phase by phase.
+"""`python -m bench rehearse [--model SHAPE]`: a T4's plan against a real GPU's allocator, phase by phase.
 
-Runs scoring and training of the worst microbatch with the T4's memory cap, dtype and attention rules on whatever GPU
-there is, on random weights of the model's shape, and prints predicted and measured bytes. Needs a CUDA GPU.
+Runs scoring, the SFT step, the SPIN step and generation at their fullest, with the T4's memory cap, dtype and attention
+rules, on whatever GPU there is and random weights of the model's shape; predicted and measured bytes stand side by
+side. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from bench import rows
-from bench.memory import model_config, run_config
+from bench.memory import SHAPES, model_config, run_config
 from spinfast import attention
 from spinfast import ops as operators
-from spinfast.device import profile
+from spinfast.config import Config, Sft
+from spinfast.device import DeviceProfile, profile
 from spinfast.errors import UserError
-from spinfast.memory import apply_checkpointing, settled
-from spinfast.objectives.spin import Spin
-from spinfast.packing import pack, packed_length
-from spinfast.planner import heaviest, plan, worst_batch
+from spinfast.memory import Ledger, apply_checkpointing, apply_head_chunk
+from spinfast.planner import heaviest, other_phases, plan, training
 from spinfast.policy.transformers import load_policy
-from spinfast.train import TrainPlan, batch_sequence_logps, train_step
+from spinfast.simulation import Phases
 
 
-def measured(phase, *args) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    phase(*args)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+class Allocated(Phases):
+    """The phases as the allocator saw them."""
+
+    @contextmanager
+    def counting(self, state=None, timeline=False) -> Iterator[Ledger]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        with super().counting(state, timeline) as ledger:
+            yield ledger
+        torch.cuda.synchronize()
+        ledger.usage = replace(ledger.usage, peak=torch.cuda.max_memory_allocated())
+
+
+def rehearse(config: Config, device: DeviceProfile, shape, measure: type[Phases] = Allocated) -> list[dict]:
+    """A row per phase of the plan for `device`, predicted beside measured."""
+    ops, _ = operators.choose("auto", device.device)
+    planned = plan(config, device, shape, ops)
+    with device.device:
+        base = AutoModelForCausalLM.from_config(shape, dtype=device.dtype, attn_implementation=attention.NAME)
+        policy = load_policy(
+            None, "bench", None, lora=config.lora, ops=ops, profile=device, load_in_4bit=False, seed=0, base=base
+        )
+    apply_checkpointing(policy, planned.checkpoint_layers, planned.offload)
+    apply_head_chunk(policy, planned.head_chunk)
+    phases, groups = measure(policy, device), heaviest(config, ())
+    found = other_phases(config, phases, groups, planned.microbatch_tokens, "transformers")
+    found["train"] = training(config, phases, groups, planned.microbatch_tokens)
+    return [
+        {
+            "what": name,
+            "predicted_mib": round(planned.phases[name].peak / 2**20, 1),
+            "measured_mib": round(usage.peak / 2**20, 1),
+            "error": round(planned.phases[name].peak / usage.peak - 1, 4),
+            "plan": str(planned),
+        }
+        for name, usage in found.items()
+    ]
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench rehearse")
-    parser.add_argument("--model", default="Qwen2.5-0.5B")
+    parser.add_argument("--model", default="Qwen2.5-0.5B", choices=SHAPES)
+    parser.add_argument("--batch-size", type=int, default=64, help="answers that are generated at once")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("bench rehearse: needs a CUDA GPU; --dry-run plans without one")
-    device, config, shape = profile("t4"), run_config(), model_config(arguments.model)
+    device, config = profile("t4"), run_config()
+    generation = config.generation.model_copy(update={"batch_size": arguments.batch_size})
+    config = config.model_copy(update={"sft": Sft(epochs=1), "generation": generation})
     torch.cuda.set_per_process_memory_fraction(device.memory / torch.cuda.get_device_properties(0).total_memory)
-    ops, _ = operators.choose("auto", device.device)
-    planned = plan(config, device, shape, ops, "vllm")
-    with torch.device("cuda"):
-        base = AutoModelForCausalLM.from_config(shape, dtype=device.dtype, attn_implementation=attention.NAME)
-    policy = load_policy(
-        None, "bench", None, lora=config.lora, ops=ops, profile=device, load_in_4bit=False, seed=0, base=base
-    )
-    apply_checkpointing(policy, planned.checkpoint_layers, planned.offload)
-    groups = worst_batch(heaviest(config, ()), planned.microbatch_tokens)
-    everyone = range(len(groups))
-    tokens = sum(map(packed_length, groups))
-    settings = TrainPlan(len(groups), tokens, 1, 0, device.attention, lr=0.0)
-    objective = Spin(torch.zeros(len(groups), 2, device="cuda"), 0.1, "logistic", ops)
-    phases = SimpleNamespace(
-        score=lambda: batch_sequence_logps(policy, pack(groups, everyone, device.attention)),
-        train=lambda: train_step(policy, groups, everyone, objective, settings, state, device.scaled_loss),
-    )
-    found = {"score": measured(phases.score)}
-    state = settled(policy, "adamw")
-    found["train"] = measured(phases.train)
-    for phase, size in found.items():
-        predicted = planned.phases[phase].peak
-        row = {
-            "what": phase,
-            "model": arguments.model,
-            "predicted_mib": predicted / 2**20,
-            "measured_mib": size / 2**20,
-        }
-        rows.write("rehearse", row | {"error": predicted / size - 1, "plan": str(planned)}, "cuda")
+    for row in rehearse(config, device, model_config(arguments.model)):
+        rows.write("rehearse", row | {"model": arguments.model}, "cuda")
     return 0

@@ -22,7 +22,7 @@ from spinfast.device import DeviceProfile, profile
 from spinfast.errors import UserError
 from spinfast.generation import Generator, prompt_seed
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
-from spinfast.memory import apply_checkpointing
+from spinfast.memory import apply_checkpointing, apply_head_chunk
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
 from spinfast.planner import engine_cache, plan
 from spinfast.policy import import_unsloth
@@ -35,6 +35,7 @@ from spinfast.types import Adapter, Example, Sampling
 
 log = logging.getLogger("spinfast")
 CANARY_TOKENS = 128
+PLANNED = ("microbatch_tokens", "checkpoint_layers", "offload", "head_chunk")
 
 
 @dataclass
@@ -133,6 +134,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     chosen = adopt_plan(config, run, device, ops, shape, data["data"].examples)
     with open_players(config, device, model, shape, ops) as (policy, generator):
         apply_checkpointing(policy, chosen["checkpoint_layers"], chosen["offload"])
+        apply_head_chunk(policy, chosen["head_chunk"])
         needed = room.of_run(config, room.of(policy.trainable_parameters().values()), len(data["data"].examples))
         room.check(run.path, needed - room.taken(run.path), "the run")
         yield Game(
@@ -276,21 +278,21 @@ def adopt_plan(
     shape: PretrainedConfig,
     examples: list[Example],
 ) -> dict:
-    """microbatch_tokens, checkpoint_layers and offload, planned where the config leaves them open.
+    """What PLANNED names, planned where the config leaves it open; head_chunk None is the kernel's own.
 
     A resumed run keeps the plan it started with (plan.json), so that its batches stay the same.
     """
     settings = config.train
     if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
         layers = shape.num_hidden_layers if settings.checkpointing else 0
-        return {"microbatch_tokens": settings.microbatch_tokens, "checkpoint_layers": layers, "offload": False}
+        return dict(zip(PLANNED, (settings.microbatch_tokens, layers, False, None), strict=True))
     path = run.path / "plan.json"
     if (known := files.read_sealed(path, "plan")) is not None:
         return known
     lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
     planned = plan(config, device, shape, ops, choose_backend(config)[0], lengths)
     log.info("memory: %s", planned)
-    chosen = {name: getattr(planned, name) for name in ("microbatch_tokens", "checkpoint_layers", "offload")}
+    chosen = {name: getattr(planned, name) for name in PLANNED}
     chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
     files.write_sealed(path, chosen, "plan")
     return chosen

@@ -1,11 +1,12 @@
-"""The fastest way through a step that fits the device: microbatch, checkpointed layers, offloading; or a refusal.
+"""The fastest way through a step that fits the device: microbatch, checkpointed layers, head's chunk; or a refusal.
 
     seconds = FLOPs / rate * (1 + half/T) + host copies,    FLOPs = tokens * W * (4 + 2 c/L) + answers * 4 V D
 
 for T tokens a microbatch, c of L layers checkpointed and W linear weights (the base gets no gradient). `half` is a
 rule of thumb for how many tokens a GEMM of this size needs to run at half its rate. Two simulations place all
 candidates (bytes grow in proportion to T, fall in proportion to c); the one that is chosen has been simulated in
-full. Among plans within 2 % of the fastest the one with the least memory wins.
+full. Among plans within 2 % of the fastest the one with the least memory wins; it gets the largest chunk of the head
+that still fits.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from transformers import PretrainedConfig
 from spinfast.config import Config
 from spinfast.device import GIB, GPUS, DeviceProfile
 from spinfast.errors import UserError
-from spinfast.memory import Simulation, Usage, apply_checkpointing
+from spinfast.memory import Usage, apply_checkpointing, apply_head_chunk
 from spinfast.objectives.sft import Sft
 from spinfast.ops import Ops
 from spinfast.packing import bins, packed_length
+from spinfast.simulation import Phases, Simulation
 from spinfast.types import Group
 
 CONTEXT = {"cpu": 0, "cuda": 512 * 2**20}  # CUDA context and cuBLAS workspaces; a CPU's is already spent
@@ -31,6 +33,7 @@ HALF_RATE_TOKENS = {"cpu": 32, "cuda": 256}
 CPU_RATE = 2e11  # FLOP/s where nothing was measured; only ratios matter to the choice
 HOST_COPY = 6e9  # bytes/s to pinned memory, PCIe 3.0 x16 with half to spare
 LARGEST_MICROBATCH = 16384
+HEAD_CHUNKS = (1024, 512, 256, 128)  # tokens; beyond, no GEMM gets faster
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Plan:
     checkpoint_layers: int
     layers: int
     offload: bool
+    head_chunk: int
     kv_cache_bytes: int  # the engine's, resident through all phases; 0 where the cache goes with its phase
     phases: dict[str, Usage]
     reserve: int
@@ -55,7 +59,7 @@ class Plan:
     def __str__(self) -> str:
         layers = f"{self.checkpoint_layers} of {self.layers} layers checkpointed" + ", offloaded" * self.offload
         return (
-            f"microbatches of {self.microbatch_tokens} tokens, {layers}; "
+            f"microbatches of {self.microbatch_tokens} tokens, {layers}, head in chunks of {self.head_chunk}; "
             f"peak {self.peak / GIB:.2f} GiB predicted, {self.budget / GIB:.2f} GiB available"
         )
 
@@ -86,11 +90,10 @@ def plan(
     kv_cache = engine_cache(config, model, profile) if engine == "vllm" else 0
     several = sum(map(packed_length, groups))
 
-    def usage(tokens, layers, offload):
+    def usage(tokens, layers, offload, chunk=HEAD_CHUNKS[-1]):
         apply_checkpointing(simulation.policy, layers, offload)
-        batch = worst_batch(groups, tokens)
-        more = several > sum(map(packed_length, batch))
-        return simulation.spin(batch, config.train.optimizer, config.spin.loss, more).usage
+        apply_head_chunk(simulation.policy, chunk)
+        return training(config, simulation, groups, tokens)
 
     def room(peak):
         return profile.memory - kv_cache - reserve(profile, peak) - peak
@@ -104,19 +107,21 @@ def plan(
     ]
     probe = min(max(longest, 4096), max(option.tokens for option in options))
     anchors = {key: usage(probe, *key) for key in {(o.layers and model.num_hidden_layers, o.offload) for o in options}}
+    fastest = min(option.seconds for option in options)
     ranked = sorted(
         (estimated(option, anchors, probe, model.num_hidden_layers) for option in options),
-        key=lambda option: (round(math.log(option.seconds) / 0.02), option.estimate),
+        key=lambda option: (int(math.log(option.seconds / fastest) / 0.02), option.estimate),
     )
     for option in ranked:
         if room(0.97 * option.estimate) < 0:
             continue
-        train = usage(option.tokens, option.layers, option.offload)
-        if room(train.peak) < 0:
+        chunks = ((chunk, usage(option.tokens, option.layers, option.offload, chunk)) for chunk in HEAD_CHUNKS)
+        chunk, train = next(((chunk, train) for chunk, train in chunks if room(train.peak) >= 0), (None, None))
+        if train is None:
             continue
         phases = {"train": train, **other_phases(config, simulation, groups, option.tokens, engine)}
         result = Plan(
-            option.tokens, option.layers, model.num_hidden_layers, option.offload, kv_cache, phases,
+            option.tokens, option.layers, model.num_hidden_layers, option.offload, chunk, kv_cache, phases,
             reserve(profile, max(phase.peak for phase in phases.values())), profile.memory, option.seconds,
         )  # fmt: skip
         _refuse_phases(result)
@@ -194,16 +199,23 @@ def estimated(option: Candidate, anchors: dict, probe: int, layers: int) -> Cand
     return Candidate(option.tokens, option.layers, option.offload, option.seconds, int(bytes_))
 
 
-def other_phases(config: Config, simulation: Simulation, groups, tokens: int, engine: str) -> dict[str, Usage]:
+def training(config: Config, phases: Phases, groups: Sequence[Group], tokens: int) -> Usage:
+    """A SPIN step's fullest microbatch."""
+    batch = worst_batch(groups, tokens)
+    more = sum(map(packed_length, groups)) > sum(map(packed_length, batch))
+    return phases.spin(batch, config.train.optimizer, config.spin.loss, more).usage
+
+
+def other_phases(config: Config, run: Phases, groups: Sequence[Group], tokens: int, engine: str) -> dict[str, Usage]:
     """Scoring, the SFT stage where there is one, and generation where the policy's own module does it."""
-    phases = {"score": simulation.score(worst_batch(groups, tokens))}
+    phases = {"score": run.score(worst_batch(groups, tokens))}
     if config.sft.epochs:
         alone = [Group(group.prompt_ids, group.answers[:1]) for group in groups]
         batch = max(([alone[i] for i in rows] for rows in bins(alone, tokens)), key=len)
-        phases["sft"] = simulation.train(batch, Sft(), config.train.optimizer, True).usage
+        phases["sft"] = run.train(batch, Sft(), config.train.optimizer, True).usage
     if engine == "transformers":
         longest = config.prompt.max_prompt_tokens + config.generation.max_tokens
-        phases["generate"] = simulation.generate(config.generation.batch_size, longest, config.generation.top_p)
+        phases["generate"] = run.generate(config.generation.batch_size, longest, config.generation.top_p)
     return phases
 
 

@@ -16,7 +16,7 @@ from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run
 from spinfast.errors import UserError
 from spinfast.packing import packed_length
-from spinfast.planner import heaviest, plan, worst_batch
+from spinfast.planner import HEAD_CHUNKS, heaviest, plan, worst_batch
 from spinfast.run import main
 
 MIDDLING = Qwen2Config(
@@ -55,6 +55,18 @@ def test_less_memory_means_smaller_microbatches_then_checkpointing():
         assert each.peak == max(usage.peak for usage in each.phases.values()) + each.reserve
     tight = planned(0.7 * GIB, prompt={"max_prompt_tokens": 8192})
     assert tight.checkpoint_layers > 0
+    assert tight.peak <= tight.budget
+
+
+def test_the_heads_chunk_is_the_largest_that_fits():
+    device = profile("t4", plan_only=True)
+    wide = Qwen2Config(**MIDDLING.to_dict() | {"vocab_size": 100_000})
+    fixed = config(train={"microbatch_tokens": 1024, "checkpointing": True}, generation={"batch_size": 1})
+    ample = plan(fixed, device, wide, ops.triton_ops())
+    assert ample.head_chunk == max(HEAD_CHUNKS)
+    less = 50 * wide.vocab_size * 2  # 50 tokens' logits
+    tight = plan(fixed, replace(device, memory=ample.peak - less), wide, ops.triton_ops())
+    assert tight.head_chunk < ample.head_chunk
     assert tight.peak <= tight.budget
 
 

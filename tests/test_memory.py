@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packed_cases import make_groups, tiny_policy
 from transformers import AutoConfig
 
+from bench.rehearse import rehearse
 from spinfast import ops
-from spinfast.config import Lora
+from spinfast.config import Lora, parse_config
 from spinfast.device import DeviceProfile
-from spinfast.memory import Nf4Weight, Simulation, apply_checkpointing, counting, settled
+from spinfast.memory import apply_checkpointing, counting
 from spinfast.objectives.spin import Spin
 from spinfast.packing import pack
+from spinfast.simulation import Nf4Weight, Phases, Simulation, settled
 from spinfast.train import TrainPlan, batch_sequence_logps, train_step
 
 SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]
@@ -54,6 +58,22 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
     ledger, _ = real_step(policy, groups)
     assert simulation.spin(groups, "adamw", "logistic", more_microbatches=False).usage == ledger.usage
     assert ledger.usage.by_kind.get("checkpoints", 0) > 0 or layers == 0
+
+
+def test_a_rehearsed_plan_holds_what_was_predicted(tiny_model):
+    """bench rehearse with the ledger in the allocator's place: every phase of the plan, on the CPU, byte for byte."""
+    tree = {
+        "model": {"name": "shape only"},
+        "data": {"source": "shape only"},
+        "prompt": {"max_prompt_tokens": 40, "max_answer_tokens": 30},
+        "generation": {"max_tokens": 30, "batch_size": 4},
+        "train": {"pairs_per_step": 4},
+        "sft": {"epochs": 1},
+    }
+    device = replace(cpu(FP32), memory=2**30)
+    found = rehearse(parse_config(tree), device, AutoConfig.from_pretrained(tiny_model("qwen2")), Phases)
+    assert {row["what"] for row in found} == {"train", "score", "sft", "generate"}
+    assert {row["what"]: row["error"] for row in found} == dict.fromkeys(("train", "score", "sft", "generate"), 0)
 
 
 def test_simulated_scoring_equals_the_real_one(tiny_model):
