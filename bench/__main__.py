@@ -1,14 +1,18 @@
-"""`python -m bench NAME [args]`: runs bench/NAME.py's main(argv). Each prints JSON rows, the last line last."""
+"""`python -m bench NAME [args]`: runs main(argv) of the module named here; each prints JSON rows, the last one last."""
 
 import importlib
-import pkgutil
 import sys
-from pathlib import Path
+
+COMMANDS = {"results": "results_page"} | {
+    name: name
+    for name in (
+        "compile", "decode", "generation", "iteration", "kernels", "memory", "packing", "peers", "profile", "rehearse",
+        "roofline", "scaling",
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
-    found = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
-    names = sorted(found - {"__main__", "rows"})
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        print(f"usage: python -m bench {{{','.join(names)}}} [args]", file=sys.stderr)
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(f"usage: python -m bench {{{','.join(COMMANDS)}}} [args]", file=sys.stderr)
         sys.exit(2)
-    sys.exit(importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:]))
+    sys.exit(importlib.import_module(f"bench.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:]))

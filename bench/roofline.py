@@ -81,7 +81,8 @@ def seconds(call, device: str, least: float = 0.15) -> float:
     """Median time of a call, after a warm-up, over at least five calls and `least` seconds."""
     call()
     samples: list[float] = []
-    while len(samples) < 5 or sum(samples) < least:
+    begin = time.perf_counter()
+    while len(samples) < 5 or time.perf_counter() - begin < least:
         _wait(device)
         start = time.perf_counter()
         call()

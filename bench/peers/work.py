@@ -67,6 +67,7 @@ class Work:
     gradient_checkpointing: bool = False
     max_grad_norm: float = 1.0
     pad_id: int = 0
+    budget_gib: float | None = None  # cap of the CUDA allocator
 
     @property
     def adapter(self) -> Path:

@@ -1,0 +1,137 @@
+"""bench peers: the gate refuses what disagrees, every peer does the same work, rows say what they must."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.peers import compare, eager_loop, spinfast_loop
+from bench.peers import work as given
+from bench.peers.child import PEERS
+from bench.peers.limits import largest
+from bench.peers.watch import GradientsTaken, Watch
+from spinfast.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("work")
+    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "rows_at_once": 3, "max_grad_norm": 1e9}
+    return given.prepare(scratch, "random:tiny", None, 5, **recipe)
+
+
+def played(peer, work) -> Watch:
+    watch = Watch("cpu")
+    peer.play(work, watch)
+    return watch
+
+
+def captured(peer, work, path) -> dict[str, torch.Tensor]:
+    with pytest.raises(GradientsTaken):
+        peer.play(work, Watch("cpu", path))
+    return load_file(path)
+
+
+def test_peers_take_the_same_steps(work):
+    """Same pairs in the same order: step by step the same losses, from ln 2 on; the last step has 2 of 3 pairs."""
+    ours, theirs = (played(peer, work).losses for peer in (spinfast_loop, eager_loop))
+    assert len(ours) == 2
+    assert ours[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert abs(ours[1] - math.log(2)) > 1e-5  # the adapter moved
+
+
+def test_microbatches_leave_the_eager_step_as_it_is(work, tmp_path):
+    from dataclasses import replace
+
+    whole = captured(eager_loop, work, tmp_path / "whole")
+    cut = captured(eager_loop, replace(work, rows_at_once=1), tmp_path / "cut")
+    assert compare.cosine(whole, cut) > 0.999999
+    assert all(torch.allclose(whole[name], cut[name], rtol=1e-3, atol=1e-6) for name in whole)
+
+
+def test_gradients_agree_and_reach_both_factors(work, tmp_path):
+    ours = captured(spinfast_loop, work, tmp_path / "ours")
+    theirs = captured(eager_loop, work, tmp_path / "theirs")
+    assert compare.cosine(ours, theirs) > 0.99999
+    assert all(ours[name].abs().max() > 0 for name in ours if "lora_A" in name)
+
+
+def test_gate_refuses():
+    good = {"trl": 1.0, "spinfast": 0.9995}
+    start = {"trl": math.log(2), "spinfast": math.log(2)}
+    compare.check_gate(good, start)
+    with pytest.raises(SystemExit, match=r"spinfast: gradient cosine 0\.998000"):
+        compare.check_gate(good | {"spinfast": 0.998}, start)
+    with pytest.raises(SystemExit, match=r"spinfast: first loss 0\.701400"):
+        compare.check_gate(good, start | {"spinfast": 0.7014})
+    with pytest.raises(SystemExit, match="nan"):
+        compare.check_gate(good | {"spinfast": math.nan}, start)
+
+
+def test_cosine_needs_the_same_parameters():
+    a, b = {"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([1.0, 1.0])}
+    assert compare.cosine(a, b) == pytest.approx(math.sqrt(0.5))
+    with pytest.raises(SystemExit, match="different parameters"):
+        compare.cosine(a, {"y": a["x"]})
+
+
+def result(score: float, train: float, above: float, **more) -> dict:
+    return {
+        "seconds": {"score": score, "train": train}, "steps_s": [train / 2, train / 4, train / 4], "losses": [0.7] * 3,
+        "threads": 2, "model_mib": 100.0, "above_model_mib": above, **more,
+    }  # fmt: skip
+
+
+def test_table_takes_ratios_round_by_round():
+    """The machine was half as fast in the second round: the ratios of neighbours do not see it."""
+    floor = {"work": {"score": {"flop": 1e9, "bytes": 1e9}, "train": {"flop": 3e9, "bytes": 1e6}}}
+    floor |= {"gemm_gflops": {"a": 1.0, "b": 2.0}, "copy_gb_per_s": 0.5}
+    results = {
+        "bare GEMMs": [result(1, 2, 0, **floor), result(2, 4, 0, **floor)],
+        "spinfast": [result(2, 4, 50), result(4, 8, 50)],
+        "trl": [result(0, 30, 200, trl="1.16.0"), result(0, 60, 200, trl="1.16.0")],
+    }
+    facts = {"pairs": 12, "tokens": 1200}
+    floor_row, ours, trl = compare.table(results, facts)
+    assert trl["spinfast_speedup"] == 5.0
+    assert trl["spinfast_memory_ratio"] == 0.25
+    assert trl["trl"] == "1.16.0"
+    assert ours["share_of_bare_gemms"] == 0.5
+    assert ours["share_of_roofline"] == pytest.approx((3.5 / 6 + 3.5 / 12) / 2, abs=1e-3)  # bytes bound scoring: 2 s
+    assert ours["first_step_s"] == pytest.approx(3.0)
+    assert ours["steady_step_s"] == pytest.approx(1.5)
+    assert "above_model_mib" not in floor_row
+
+
+def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
+    arguments = SimpleNamespace(only=None, device="cpu", trl=None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert compare.contestants(arguments) == ["bare GEMMs", "spinfast", "eager"]
+    said = capsys.readouterr().err
+    assert "unsloth: not measured, it needs a CUDA GPU" in said
+    assert "trl: not measured, not installed: trl, datasets" in said
+    with pytest.raises(UserError, match="cannot run here"):
+        compare.contestants(SimpleNamespace(only="trl-liger", device="cpu", trl=None))
+    with pytest.raises(UserError, match=", ".join(PEERS)):
+        compare.contestants(SimpleNamespace(only="nobody", device="cpu", trl=None))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 100, 1000])
+def test_largest_finds_the_limit_to_an_eighth(limit):
+    found = largest(lambda size: size <= limit, 4)
+    assert found <= limit
+    assert found >= limit - max(1, limit // 8)
+
+
+def test_microbatches_must_be_full():
+    arguments = SimpleNamespace(
+        device="cpu", dtype="auto", pairs_per_step=4, rows_at_once=3, checkpointing=False, model="random:tiny"
+    )
+    with pytest.raises(UserError, match="expected a divisor"):
+        compare.prepare(arguments, None)
