@@ -100,7 +100,7 @@ def _story(runs: Sequence[Run]) -> str:
     for run in runs:
         heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         parts.append(heading + "".join(f"<p>{escape(sentence)}</p>" for sentence in study.story(run)))
-        parts += [f'<p class="warning">⚠ {escape(warning)}</p>' for warning in warnings(run.rows)]
+        parts += [f'<p class="warning">⚠ {escape(warning)}</p>' for warning in warnings(run.rows) if not run.control]
     if comparisons := study.run_comparisons(runs):
         parts.append("<h3>Run against run</h3>")
         parts += [f"<p>{escape(comparison.sentence())}.</p>" for comparison in comparisons]

@@ -263,8 +263,17 @@ def best_row(run: Run) -> dict | None:
     return scored[best([[row["evaluation"]["heldout/accuracy_strict"]["value"]] for row in scored])]
 
 
+CONTROLS = {  # what each control of controls.py tells its reader
+    "sft": "further SFT on the same real answers, as many steps: would it have done as well?",
+    "shuffled": "generated answers dealt to other prompts: does it matter what they answered?",
+    "coin": "a coin says which answer counts as real: nothing can be learned, what moves is noise.",
+}
+
+
 def story(run: Run) -> list[str]:
-    """The run in a few sentences."""
+    """The run in a few sentences; what a control is, in one."""
+    if run.control:
+        return [f"Control of {run.played.name}: {CONTROLS[run.control]}"]
     if not run.rows:
         return ["Nothing was evaluated yet."]
     last, c = label(run.rows[-1]["iteration"]), run.config
