@@ -113,7 +113,8 @@ def test_obstacle_of_a_config_is_named(backends, section, values, problem):
 
 def test_four_bit_weights_cannot_be_shared(backends):
     config = CONFIG | {"model": CONFIG["model"] | {"load_in_4bit": True}, "generation": {"backend": "vllm"}}
-    assert any("shares 4-bit weights only with" in problem for problem in config_problems(parse_config(config), backends))
+    problems = config_problems(parse_config(config), backends)
+    assert any("shares 4-bit weights only with" in problem for problem in problems)
 
 
 def test_full_disk_is_a_problem(backends, monkeypatch):
