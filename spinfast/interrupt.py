@@ -37,6 +37,10 @@ def catching_signals() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Exception:
+        if not _asked:
+            raise
+        raise Stopped from None  # a library made an error of its own of the signal's exception
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

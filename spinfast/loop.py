@@ -239,6 +239,8 @@ def check_first_loss(metrics: dict[str, float], objective: Spin, dtype: torch.dt
 
 def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, opponent: Adapter) -> dict:
     """Evaluate the stage's adapter on held-out data and add its row to results.json."""
+    if label == "base":
+        game.run.forget_results()
     checkpoint.clear(stage.path("checkpoints"))
     if stage.path("metrics.jsonl").exists():
         game.run.restore_metrics(stage.name, files.read_jsonl(stage.path("metrics.jsonl")))

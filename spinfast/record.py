@@ -55,8 +55,10 @@ class RunDir:
             raise
 
     def close(self) -> None:
-        self._close_trackers()
-        self._lock.close()
+        try:
+            self._close_trackers()
+        finally:
+            self._lock.close()
 
     def _close_trackers(self) -> None:
         if trackers := self.__dict__.pop("trackers", None):
@@ -116,10 +118,16 @@ class RunDir:
 
     def result(self, row: dict) -> None:
         """Add or replace the row of one iteration in results.json."""
-        trackers = self.trackers
-        rows = [old for old in self.results() if old["iteration"] != row["iteration"]]
-        files.write_json(self.path / "results.json", [*rows, row])
-        trackers.result(row)
+        trackers, known = self.trackers, self.results()
+        if row not in known:
+            rows = [old for old in known if old["iteration"] != row["iteration"]]
+            files.write_json(self.path / "results.json", [*rows, row])
+            trackers.result(row)
+
+    def forget_results(self) -> None:
+        """Drop the rows of an earlier process: their stages are looked at again one by one, and may be damaged."""
+        self._close_trackers()
+        (self.path / "results.json").unlink(missing_ok=True)
 
     def results(self) -> list[dict]:
         """The rows so far. Each process writes every row anew, so what is unreadable is left out."""

@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with catching_signals():
             return run(*parse(argv))
     except Stopped:
-        log.warning("stopped by a signal; everything done is saved. Run the same command again to go on")
-        return EXIT_CODE
+        return _complain(
+            "stopped by a signal; everything done is saved. Run the same command again to go on", EXIT_CODE
+        )
     except UserError as error:
         return _complain(str(error))
     except (OSError, SafetensorError) as error:
@@ -117,12 +118,18 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
 
 
 def quiet_libraries() -> None:
-    """Only spinfast speaks: no progress bars of loaders, no notes of libraries to their own developers."""
+    """Only spinfast speaks: no progress bars of loaders, no notes of libraries to their own developers.
+
+    A log line that does not fit on the disk is no news, and a library's thread that dies of it gets a line, no trace.
+    """
+    import threading
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.raiseExceptions = False
+    threading.excepthook = lambda died: log.warning("a library's thread ended: %s", died.exc_value)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -141,9 +148,9 @@ def _disk_is_full(error: OSError | SafetensorError) -> bool:
     return f"os error {errno.ENOSPC}" in str(error)  # safetensors' writer has no errno
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = 2) -> int:
     print(f"spinfast: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

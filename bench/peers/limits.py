@@ -2,6 +2,7 @@
 
 CUDA: measured, the allocator capped at the budget, one process per trial, for every peer. Without a GPU: simulated
 (spinfast.simulation, as a T4 would hold it), for spinfast alone. One microbatch, no checkpointing unless asked for.
+Memory alone counts: an answer may be longer than the model's context.
 """
 
 from __future__ import annotations

@@ -47,11 +47,11 @@ def test_random_kills(runs, kills):
 
 @pytest.mark.faults
 def test_one_run_killed_again_and_again(runs):
-    """A free GPU that never lasts: each process lives a little longer than it takes to start."""
+    """A free GPU that never lasts: each process lives a little longer than the one before."""
     run_dir, lives = runs.new("mortal"), 0
     while True:
         process = runs.start("mortal")
-        process.join(runs.seconds * 0.6)
+        process.join(0.5 * 1.1**lives)
         lives += 1
         if process.exitcode is not None:
             break
