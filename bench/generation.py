@@ -156,6 +156,7 @@ def spinfast_vllm(arguments) -> dict:
             "checksum_s": checksum_s,
             "canary_error": canary.adapter_error,
             "canary_moved": canary.moved,
+            "canary_move_error": canary.move_error,
         }
 
 
@@ -252,7 +253,7 @@ def memory(arguments, shared: bool) -> dict:
         engine_mib = _used_mib()
         policy = _policy(arguments, generator.shared_model() if shared else None)
         device = profile(dtype=arguments.dtype)
-        policy_logps(policy, device.attention)(asked[0].prompt_ids, True)  # a mapped weight costs when it is read
+        policy_logps(policy, device.attention)(asked[0].prompt_ids, 1)  # a mapped weight costs when it is read
         policy_mib = _used_mib() - engine_mib
         weights = sum(p.numel() * p.element_size() for n, p in policy.model.named_parameters() if "lora_" not in n)
     return {"engine_mib": engine_mib, "policy_mib": policy_mib, "weights_mib": weights / 2**20}

@@ -119,7 +119,8 @@ def page() -> str:
         ),
         "## What fits", "",
         *table(
-            {"": "peer", "model": "model", "GiB": "budget_gib", "how": "kind", "checkpointed": "gradient_checkpointing", "pairs in a batch": "largest_batch",
+            {"": "peer", "model": "model", "GiB": "budget_gib", "how": "kind", "checkpointed": "gradient_checkpointing",
+            "pairs in a batch": "largest_batch",
              "longest answers": "longest_answer", "device": "device"},
             newest((row for row in peers if row["what"] == "limits"), "peer", "model", "budget_gib", "kind",
                    "gradient_checkpointing"),
