@@ -119,11 +119,11 @@ def page() -> str:
         ),
         "## What fits", "",
         *table(
-            {"": "peer", "model": "model", "GiB": "budget_gib", "how": "kind", "checkpointed": "gradient_checkpointing",
-            "pairs in a batch": "largest_batch",
+            {"": "peer", "model": "model", "GiB": "budget_gib", "how": "kind",
+             "checkpointed": "gradient_checkpointing", "pairs in a batch": "largest_batch",
              "longest answers": "longest_answer", "device": "device"},
-            newest((row for row in peers if row["what"] == "limits"), "peer", "model", "budget_gib", "kind",
-                   "gradient_checkpointing"),
+            newest((row for row in peers if row["what"] == "limits"),
+                   "peer", "model", "budget_gib", "kind", "gradient_checkpointing"),
         ),
         "## Roofline of the device", "",
         *table(
