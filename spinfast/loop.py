@@ -206,7 +206,8 @@ def optimise(
         tick.advance(state.step)
         try:
             for metrics in train(policy, groups, objective, plan, state, scaled):
-                if isinstance(objective, Spin) and state.overflows == state.step - 1:
+                untouched = (rows[-1]["train/overflows"] if rows else 0) == state.step - 1  # all before were skipped
+                if untouched and isinstance(objective, Spin):
                     check_first_loss(metrics, objective, game.device.dtype)
                 rows.append(game.run.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))

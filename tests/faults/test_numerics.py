@@ -1,0 +1,208 @@
+"""inf and NaN put into loss, gradient and weights of a real run; memory that runs out at every forward of a step."""
+
+import json
+
+import pytest
+import torch
+from test_run import play, train_rows, write_config
+
+from spinfast import adapter as adapters
+from spinfast import loop, ops, train
+from spinfast.config import Lora
+from spinfast.device import profile
+from spinfast.objectives.sft import Sft
+from spinfast.objectives.spin import Spin
+from spinfast.policy.transformers import load_policy
+from spinfast.run import main
+from spinfast.train import TrainPlan, start_training, train_step
+from spinfast.types import Group
+
+pytestmark = pytest.mark.faults
+SHORT = {"spin": {"iterations": 1}, "evaluate": {"problems": 0, "pairs": 1}}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama")
+
+
+def spoil_loss(monkeypatch, calls, value):
+    """The loss of these microbatches (numbered from 1) becomes `value`."""
+    original, count = Spin.__call__, 0
+
+    def spoiled(self, batch, logps_N):
+        nonlocal count
+        count += 1
+        loss = original(self, batch, logps_N)
+        return type(loss)(loss.total * value, loss.metrics) if count in calls else loss
+
+    monkeypatch.setattr(Spin, "__call__", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_non_finite_loss_is_skipped_counted_and_shown(tmp_path, model, monkeypatch, step, value):
+    spoil_loss(monkeypatch, {step}, value)
+    run_dir = play(tmp_path, model, **SHORT)
+    rows = train_rows(run_dir)
+    assert [row["train/overflows"] for row in rows] == [int(row["step"] >= step) for row in rows]
+    assert rows[step - 1]["train/loss"] in ("nan", "inf")
+    assert all(t.isfinite().all() for t in adapters.load(run_dir / "iter_000" / "adapter").tensors.values())
+    assert f"step {step} skipped" in (run_dir / "log.txt").read_text()
+
+
+def spoil_parameters(monkeypatch, spoil):
+    """Call spoil(parameter, number of its gradient) for one parameter whenever it got one."""
+    original = loop.start_training
+
+    def start(policy, *args):
+        state, count = original(policy, *args), 0
+        parameter = next(p for name, p in policy.trainable_parameters().items() if "lora_B" in name)
+
+        def hook(parameter):
+            nonlocal count
+            count += 1
+            spoil(parameter, count)
+
+        parameter.register_post_accumulate_grad_hook(hook)
+        return state
+
+    monkeypatch.setattr(loop, "start_training", start)
+
+
+def test_one_infinite_gradient_is_skipped_and_counted(tmp_path, model, monkeypatch):
+    def spoil(parameter, count):
+        if count == 2:
+            parameter.grad[0, 0] = float("inf")
+
+    spoil_parameters(monkeypatch, spoil)
+    rows = train_rows(play(tmp_path, model, **SHORT))
+    assert [row["train/overflows"] for row in rows] == [0, 1, 1]
+    assert rows[1]["train/grad_norm"] in ("nan", "inf")
+
+
+def test_nan_in_the_weights_stops_the_run_with_what_reproduces_it(tmp_path, model, monkeypatch, capsys):
+    def spoil(parameter, count):
+        if count == 2:
+            parameter.data[0, 0] = float("nan")
+
+    spoil_parameters(monkeypatch, spoil)
+    config = write_config(tmp_path, model, train={"max_overflows": 3, "epochs": 3}, **SHORT)
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast: ")]
+    assert "3 steps in a row had a non-finite loss or gradient" in line
+    assert f"replay {tmp_path / 'run' / 'failed_step'}" in line
+    assert main(["replay", str(tmp_path / "run" / "failed_step")]) == 0
+    said = capsys.readouterr().out
+    assert "log-probs not finite: group" in said
+    assert "first output not finite: base_model.model.model.layers.0" in said
+    assert "loss nan" in said
+    (tmp_path / "run" / "failed_step" / "step.json").write_text("{}")
+    assert main(["replay", str(tmp_path / "run" / "failed_step")]) == 2
+
+
+def test_a_run_whose_every_step_is_skipped_is_no_result(tmp_path, model, monkeypatch, capsys):
+    spoil_loss(monkeypatch, set(range(1, 100)), float("nan"))
+    config = write_config(tmp_path, model, **SHORT)  # 3 steps, fewer than max_overflows
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "3 steps in a row" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "iter_000" / "adapter").exists()
+    monkeypatch.undo()
+    assert main(["replay", str(tmp_path / "run" / "failed_step")]) == 0
+    assert "gradients not finite: 0 of" in capsys.readouterr().out  # the fault was not in the step's inputs
+
+
+def test_a_gradient_spike_is_logged(tmp_path, model, monkeypatch):
+    def spoil(parameter, count):
+        if count == 3:
+            parameter.grad.mul_(1e4)
+
+    spoil_parameters(monkeypatch, spoil)
+    run_dir = play(tmp_path, model, **SHORT)
+    assert "times its median" in (run_dir / "log.txt").read_text()
+    assert train_rows(run_dir)[2]["train/grad_spike"] > 10
+
+
+def test_training_draws_no_random_numbers(tmp_path, model, monkeypatch):
+    """So a checkpoint needs no generator's state."""
+    states = []
+    original = train.accumulate
+
+    def watched(*args):
+        before = torch.get_rng_state()
+        result = original(*args)
+        states.append(torch.equal(before, torch.get_rng_state()))
+        return result
+
+    monkeypatch.setattr(train, "accumulate", watched)
+    play(tmp_path, model, **SHORT)
+    assert states == [True] * 3
+
+
+def test_deterministic_mode_runs_and_gives_the_same(tmp_path, model):
+    plain = play(tmp_path, model, name="plain", **SHORT)
+    strict = play(tmp_path, model, name="strict", device={"deterministic": True}, **SHORT)
+    assert torch.are_deterministic_algorithms_enabled()
+    again = play(tmp_path, model, name="again", **SHORT)
+    assert not torch.are_deterministic_algorithms_enabled()
+    losses = [[row["train/loss"] for row in train_rows(run_dir)] for run_dir in (plain, strict, again)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_memory_runs_out_at_every_forward_of_a_step(model, monkeypatch):
+    """The same gradient, within fp32 rounding of another split into microbatches."""
+    groups = [Group(tuple(range(5, 15 + i)), (tuple(range(20, 30 + i)),)) for i in range(8)]
+    plan = TrainPlan(8, 64, epochs=1, seed=0, attention="sdpa", lr=0.0, max_grad_norm=1e9)
+
+    def gradient(fails_at):
+        policy = load_policy(
+            model,
+            str(model),
+            "r" * 64,
+            lora=Lora(r=4, alpha=8),
+            ops=ops.EAGER,
+            profile=profile("cpu", "float32"),
+            load_in_4bit=False,
+            seed=0,
+        )
+        state, kept, calls = start_training(policy, "adamw", 0.0, scaled=False), {}, 0
+        original = train.answer_logps
+
+        def failing(*args):
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise torch.OutOfMemoryError("fake")
+            return original(*args)
+
+        def step():
+            kept.update({n: p.grad.clone() for n, p in policy.trainable_parameters().items()})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "answer_logps", failing)
+            patch.setattr(state.optimizer, "step", step)
+            _, after = train_step(policy, groups, list(range(8)), Sft(), plan, state, False)
+        return kept, calls, after
+
+    expected, calls, _ = gradient(fails_at=0)
+    assert calls > 2
+    for fails_at in range(1, calls + 1):
+        found, _, after = gradient(fails_at)
+        assert after.microbatch_tokens < 64
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_base_weights_with_nan_are_told(tmp_path, tmp_path_factory, capsys):
+    from fixtures import tiny_model_dir
+    from safetensors.torch import load_file, save_file
+
+    broken = tiny_model_dir(tmp_path_factory.mktemp("nan"), "llama")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = write_config(tmp_path, broken, **SHORT)
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "expected finite" in said
+    assert json.dumps(said).count("spinfast: ") == 1
