@@ -128,18 +128,28 @@ def _dtype(asked: str, capability: tuple[int, int] | None, reasons: dict[str, st
 
 
 def _attention(asked: str, capability: tuple[int, int] | None, reasons: dict[str, str]) -> str:
-    has_xformers = importlib.util.find_spec("xformers") is not None
     if capability is None:
         choice, why = "sdpa", "one call per segment; the other backends are CUDA only"
-    elif has_xformers:
-        choice, why = "xformers", "installed"
+    elif obstacle := _xformers_obstacle():
+        choice, why = "aten_efficient", f"the same cutlass kernel as xformers, which {obstacle}"
     else:
-        choice, why = "aten_efficient", "the same cutlass kernel as xformers, which is not installed"
+        choice, why = "xformers", "installed, its kernels load"
     if asked != "auto" and asked != choice:
         if asked != "sdpa" and capability is None:
             raise UserError(f"device.attention: {asked} needs a CUDA GPU; use sdpa (auto chooses it)")
-        if asked == "xformers" and not has_xformers:
-            raise UserError("device.attention: xformers is not installed; pip install xformers, or use aten_efficient")
+        if asked == "xformers":
+            raise UserError(f"device.attention: xformers {obstacle}; use aten_efficient, the same kernel")
         choice, why = asked, "asked for"
     reasons["attention"] = f"{choice}: {why}"
     return choice
+
+
+def _xformers_obstacle() -> str | None:
+    """Why xformers' cutlass kernel cannot be used, or None; its C++ part may be built for another torch or CUDA."""
+    if importlib.util.find_spec("xformers") is None:
+        return "is not installed"
+    try:
+        from xformers.ops import fmha
+    except (ImportError, OSError) as error:
+        return f"cannot be imported ({str(error).splitlines()[0]})"
+    return None if fmha.cutlass.FwOp.is_available() else "has no cutlass kernel that loads beside this torch"

@@ -113,7 +113,7 @@ class Game:
             prompt = (self.examples[0].prompt_ids + self.examples[0].real_ids)[:CANARY_TOKENS]
             measure = policy_logps(self.policy, self.device.attention)
             report = check_adapter(self.generator, measure, prompt, adapter, dtype=self.device.dtype)
-            log.info("canary: engine and policy differ by %.2g nats per token", report.adapter_error)
+            log.info("canary: %s", report)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import psutil
 import pytest
 import torch
 
+from spinfast import adapter as adapters
 from spinfast.errors import UserError
-from spinfast.generation.canary import BOUNDS, check_adapter, policy_logps
+from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.generation.weight_sharing import checksum, verify
 from spinfast.packing import pack
@@ -136,12 +137,14 @@ def test_canary_accepts_the_trained_adapter_and_tells_how_far_it_moved(generator
     assert report.base_error < 1e-4
     assert report.adapter_error < 1e-4
     assert report.moved > 100 * report.adapter_error
+    assert report.move_error < 1e-3
 
 
 def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prompts):
     logps = policy_logps(policy, "sdpa")
     report = check_adapter(generator, logps, prompts[0][0], policy.adapter(), dtype=torch.float32)
     assert report.moved == 0
+    assert report.move_error is None
 
 
 class Deaf:
@@ -159,6 +162,36 @@ def test_canary_catches_generation_without_the_adapter(generator, trained, promp
         check_adapter(
             Deaf(generator), policy_logps(trained, "sdpa"), prompts[0][0], trained.adapter(), dtype=torch.float32
         )
+
+
+class Rounding:
+    """The engine as 16 bit would have it, log-probs off by 0.05; `factor` is a fault: what becomes of the adapter."""
+
+    def __init__(self, generator, factor):
+        self.generator, self.factor, self.draw = generator, factor, torch.Generator().manual_seed(0)
+
+    def prompt_logps(self, prompt_ids, adapter):
+        adapter = adapter and amplified(adapter, self.factor)
+        exact = torch.tensor(self.generator.prompt_logps(prompt_ids, adapter))
+        return (exact + 0.05 * torch.randn(exact.shape, generator=self.draw)).tolist()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_canary_sees_through_the_rounding_of_16_bit(generator, trained, prompts, factor):
+    """An adapter that moves log-probs far less than rounding does, yet dropped, halved."""
+    trained.load_adapter(amplified(trained.adapter(), 1e-4))
+    ask = {"prompt_ids": prompts[0][0], "adapter": trained.adapter(), "dtype": torch.bfloat16}
+    report = check_adapter(Rounding(generator, 1.0), policy_logps(trained, "sdpa"), **ask)
+    assert report.move_error < 0.15
+    with pytest.raises(RuntimeError, match=r"amplified .* it moves the engine's log-probs otherwise"):
+        check_adapter(Rounding(generator, factor), policy_logps(trained, "sdpa"), **ask)
+
+
+def test_canary_leaves_adapters_as_they_were(generator, trained, prompts):
+    before = trained.adapter()
+    check_adapter(generator, policy_logps(trained, "sdpa"), prompts[0][0], before, dtype=torch.float32)
+    assert adapters.fingerprint(trained.adapter()) == adapters.fingerprint(before)
+    assert generator._adapter[0] == adapters.fingerprint(before)
 
 
 def test_canary_catches_last_rounds_adapter(generator, trained, prompts):
@@ -180,7 +213,7 @@ def test_canary_catches_a_changed_base(generator, policy, prompts):
 
 
 def test_canary_bounds_every_compute_dtype():
-    assert set(BOUNDS) == {torch.float32, torch.float16, torch.bfloat16}
+    assert BOUNDS.keys() == MOVE_BOUNDS.keys() == {torch.float32, torch.float16, torch.bfloat16}
 
 
 def test_adapter_of_too_high_a_rank_is_refused(generator, policy, prompts):

@@ -1,0 +1,65 @@
+"""xformers is tried, not looked up: a package that is there may not load beside the torch that is there."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from spinfast.device import profile
+from spinfast.errors import UserError
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
+
+
+@pytest.fixture
+def xformers(tmp_path, monkeypatch):
+    """xformers(code of its fmha.cutlass.FwOp.is_available, code run on import): puts such a package on the path."""
+
+    def install(available: str, on_import: str = ""):
+        package = tmp_path / "xformers" / "ops"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").write_text("")
+        (package / "__init__.py").write_text(on_import)
+        (package / "fmha.py").write_text(
+            f"class cutlass:\n    class FwOp:\n        is_available = staticmethod(lambda: {available})\n"
+        )
+        for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
+        sys.modules.pop(name, None)
+
+
+def t4(attention="auto"):
+    return profile("t4", attention=attention, plan_only=True)
+
+
+def test_xformers_that_loads_is_taken(xformers):
+    xformers("True")
+    assert t4().attention == "xformers"
+    assert t4("aten_efficient").reasons["attention"] == "aten_efficient: asked for"
+
+
+@pytest.mark.parametrize(
+    ("available", "on_import", "reason"),
+    [
+        ("True", "raise ImportError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
+        ("True", "raise OSError('undefined symbol: _ZN3c10\\nmore')", "undefined symbol: _ZN3c10)"),
+        ("False", "", "has no cutlass kernel that loads beside this torch"),
+    ],
+)
+def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import, reason):
+    xformers(available, on_import)
+    found = t4()
+    assert found.attention == "aten_efficient"
+    assert reason in found.reasons["attention"]
+    with pytest.raises(UserError, match=r"xformers .*; use aten_efficient, the same kernel"):
+        t4("xformers")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
+def test_no_xformers():
+    assert t4().reasons["attention"].endswith("as xformers, which is not installed")
