@@ -14,6 +14,7 @@ from pathlib import Path
 from spinfast.environment import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = (":(top,exclude)bench/results", ":(top,exclude)docs/images")  # what measuring itself changes
 
 
 def device_name(device: str = "cpu") -> str:
@@ -43,7 +44,7 @@ def certificate(device: str = "cpu") -> dict:
         "python": platform.python_version(),
         "versions": installed_versions(),
         "commit": git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN)),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
     }
 

@@ -1,0 +1,44 @@
+"""A row's birth certificate: the tree counts as changed by a change of code, not by the rows written before it."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bench import rows
+
+
+def git(root, *args):
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=root, check=True, capture_output=True
+    )
+
+
+@pytest.fixture
+def repository(tmp_path):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    shutil.copy(rows.__file__, tmp_path / "bench" / "rows.py")
+    (tmp_path / "bench" / "results" / "kernels.jsonl").write_text("{}\n")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "a")
+    return tmp_path
+
+
+def dirty(repository) -> str:
+    code = "from bench import rows; print(rows.certificate()['dirty'])"
+    path = os.pathsep.join([str(repository), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, env=dict(os.environ, PYTHONPATH=path), text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_rows_do_not_make_the_tree_dirty_but_code_does(repository):
+    with (repository / "bench" / "results" / "kernels.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert dirty(repository) == "False"
+    with (repository / "bench" / "rows.py").open("a") as file:
+        file.write("# changed\n")
+    assert dirty(repository) == "True"
