@@ -20,6 +20,7 @@ def git(root, *args):
 def repository(tmp_path):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     shutil.copy(rows.__file__, tmp_path / "bench" / "rows.py")
+    (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "results" / "kernels.jsonl").write_text("{}\n")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
@@ -30,8 +31,9 @@ def repository(tmp_path):
 def dirty(repository) -> str:
     code = "from bench import rows; print(rows.certificate()['dirty'])"
     path = os.pathsep.join([str(repository), *sys.path])
-    done = subprocess.run([sys.executable, "-c", code], cwd=repository, env=dict(os.environ, PYTHONPATH=path), text=True,
-                          capture_output=True, check=True)  # fmt: skip
+    env = dict(os.environ, PYTHONPATH=path)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=repository, env=env, text=True, capture_output=True, check=True)
     return done.stdout.strip()
 
 
