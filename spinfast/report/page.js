@@ -51,7 +51,7 @@ function hover(svg) {
     const lines = here.map((series) => {
       const i = nearest(series.x, x);
       const interval = series.low && series.low[i] !== null ? ` [${short(series.low[i])}, ${short(series.high[i])}]` : "";
-      return make("div", {}, make("i", { className: `s${series.slot}` }), `${series.label}: ${short(series.y[i])}${interval}`);
+      return make("div", {}, make("i", { className: series.look }), `${series.label}: ${short(series.y[i])}${interval}`);
     });
     tip.replaceChildren(make("div", {}, `${plot.x_label} ${plot.ticks[x] ?? short(x)}`), ...lines);
     tip.hidden = false;

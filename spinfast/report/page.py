@@ -179,9 +179,9 @@ def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
 
 
 def _figure(plot: Plot, several: bool) -> str:
-    slots = {s.label: s.slot for s in plot.series}
-    entries = [f'<span><i class="s{slot}"></i>{escape(name)}</span>' for name, slot in slots.items()]
-    legend = f'<div class="legend">{"".join(entries)}</div>' if several or len(slots) > 1 else ""
+    looks = {s.label: s.look for s in plot.series}
+    entries = [f'<span><i class="{look}"></i>{escape(name)}</span>' for name, look in looks.items()]
+    legend = f'<div class="legend">{"".join(entries)}</div>' if several or len(looks) > 1 else ""
     data = base64.b64encode(plotting.to_csv(plot).encode()).decode()
     link = f'<a download="{plot.name}.csv" href="data:text/csv;base64,{data}">CSV</a>'
     return (
@@ -198,7 +198,7 @@ def _hover(plot: Plot) -> dict:
         x = s.x if plot.kind != "steps" else [(a + b) / 2 for a, b in zip(s.x, s.x[1:], strict=False)]
         stride = max(1, math.ceil(len(x) / plotting.SVG_POINTS))
         thin = {name: values[::stride] for name, values in (("low", s.low), ("high", s.high)) if values}
-        series.append({"label": s.label, "slot": s.slot, "x": x[::stride], "y": s.y[::stride], **thin})
+        series.append({"label": s.label, "look": s.look, "x": x[::stride], "y": s.y[::stride], **thin})
     return {
         **{"x0": x0, "x1": x1, "left": plotting.LEFT, "right": plotting.WIDTH - plotting.RIGHT},
         **{"top": plotting.TOP, "bottom": plotting.HEIGHT - plotting.BOTTOM, "width": plotting.WIDTH},

@@ -1,7 +1,7 @@
 """A plot as data, and three ways to write it: SVG for the page (colours from the page's CSS), PNG, CSV.
 
 The SVG is ours, not matplotlib's: it follows the reader's light or dark theme and stays small. One plot has one
-y axis; a series' colour slot says what it is (a run, a kind of answer, a phase) and is the same on every plot.
+y axis; a series' slot, a colour and a dash, says what it is (a run, a kind of answer, a phase) on every plot.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 40
 SVG_POINTS = 600  # drawn of a longer line; the CSV has all
 # colour slots on white, for PNG; page.css has the same ones for both themes
 COLOURS = ("#2563c9", "#d9480f", "#0b8a6a", "#9c36b5", "#a37f00", "#c2255c", "#5c7080", "#0c8599")
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 2)))  # of the first eight, the next eight, ...; .lap1 and .lap2 in page.css
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,20 @@ class Series:
     y: list[float]
     low: list[float] | None = None  # 95 % interval of each y
     high: list[float] | None = None
+
+    @property
+    def lap(self) -> int:
+        """How often the colours were used up before this series."""
+        return self.slot // len(COLOURS) % len(DASHES)
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.slot % len(COLOURS)]
+
+    @property
+    def look(self) -> str:
+        """Its CSS classes."""
+        return f"s{self.slot % len(COLOURS)} lap{self.lap}"
 
 
 @dataclass(frozen=True)
@@ -143,21 +158,21 @@ def _line(series: Series, px, py, count, below) -> list[str]:
         elif pieces[-1]:
             pieces.append([])
     dots = [piece[0] for piece in pieces if len(piece) == 1]
-    return [f'<path class="line s{series.slot}" d="{_path(piece)}"/>' for piece in pieces if len(piece) > 1] + [
-        f'<circle class="dot s{series.slot}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in dots
+    return [f'<path class="line {series.look}" d="{_path(piece)}"/>' for piece in pieces if len(piece) > 1] + [
+        f'<circle class="dot {series.look}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in dots
     ]
 
 
 def _points(series: Series, px, py, count, below) -> list[str]:
     places = [(px(x), py(y)) for x, y in zip(series.x, series.y, strict=True)]
-    parts = [f'<path class="line thin s{series.slot}" d="{_path(places)}"/>'] if len(places) > 1 else []
+    parts = [f'<path class="line thin {series.look}" d="{_path(places)}"/>'] if len(places) > 1 else []
     for i, (x, y) in enumerate(places):
         if series.low and math.isfinite(series.low[i]):
             low, high = py(series.low[i]), py(series.high[i])
             parts.append(
-                f'<path class="whisker s{series.slot}" d="M{x} {low}V{high}M{x - 4} {low}h8M{x - 4} {high}h8"/>'
+                f'<path class="whisker {series.look}" d="M{x} {low}V{high}M{x - 4} {low}h8M{x - 4} {high}h8"/>'
             )
-        parts.append(f'<circle class="dot s{series.slot}" cx="{x}" cy="{y}" r="4"/>')
+        parts.append(f'<circle class="dot {series.look}" cx="{x}" cy="{y}" r="4"/>')
     return parts
 
 
@@ -167,7 +182,7 @@ def _steps(series: Series, px, py, count, below) -> list[str]:
     for i, y in enumerate(series.y):
         points += [(px(series.x[i]), py(y)), (px(series.x[i + 1]), py(y))]
     points.append((px(series.x[-1]), py(0)))
-    return [f'<path class="area s{series.slot}" d="{_path(points)}"/>']
+    return [f'<path class="area {series.look}" d="{_path(points)}"/>']
 
 
 def _bars(series: Series, px, py, count, below: list[float]) -> list[str]:
@@ -177,7 +192,7 @@ def _bars(series: Series, px, py, count, below: list[float]) -> list[str]:
         if bottom - top > 0.4:
             height = round(max(0.5, bottom - top - 1), 1)  # a gap of the background between two parts
             parts.append(
-                f'<rect class="bar s{series.slot}" x="{px(x) - width / 2:.1f}" y="{top}" width="{width:.1f}" '
+                f'<rect class="bar {series.look}" x="{px(x) - width / 2:.1f}" y="{top}" width="{width:.1f}" '
                 f'height="{height}"/>'
             )
         below[i] += y
@@ -207,18 +222,18 @@ def write_png(plot: Plot, path: Path) -> None:
     axes = figure.add_subplot()
     below = [0.0] * len(plot.series[0].x)
     for series in plot.series:
-        style = {"color": COLOURS[series.slot], "label": series.label}
+        style = {"color": series.colour, "linestyle": DASHES[series.lap], "label": series.label}
         if plot.kind == "bars":
             axes.bar(series.x, series.y, 0.6, below, **style)
             below = [b + y for b, y in zip(below, series.y, strict=True)]
         elif plot.kind == "steps":
             axes.stairs(series.y, series.x, fill=True, alpha=0.35, **style)
         elif plot.kind == "points":
-            axes.plot(series.x, series.y, "-o", linewidth=1, **style)
+            axes.plot(series.x, series.y, marker="o", linewidth=1, **style)
             if series.low and series.high:
-                axes.vlines(series.x, series.low, series.high, color=COLOURS[series.slot], linewidth=1.5)
+                axes.vlines(series.x, series.low, series.high, color=series.colour, linewidth=1.5)
         else:
-            axes.plot(series.x, series.y, "o-" if len(series.x) == 1 else "-", linewidth=1.5, **style)
+            axes.plot(series.x, series.y, marker="o" if len(series.x) == 1 else None, linewidth=1.5, **style)
     for x, text in plot.marks:
         axes.axvline(x, color="#999", linewidth=0.8, linestyle=":")
         axes.annotate(text, (x, 1), (3, -9), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7)

@@ -18,7 +18,7 @@ import numpy as np
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
 from spinfast.names import label, stage_label, stage_name
-from spinfast.report.plots import COLOURS, Plot, Series
+from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
@@ -86,10 +86,6 @@ def plots(runs: Sequence[Run]) -> list[Plot]:
     return [plot for plot in made if plot.series]
 
 
-def _slot(position: int) -> int:
-    return position % len(COLOURS)
-
-
 def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
     """Steps of self-play end to end; the SFT stage minimises something else and is left out."""
     series, marks = [], {}
@@ -100,7 +96,7 @@ def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
             rows = list(rows)
             x = [float(offset + row["step"]) for row in rows]
             marks.setdefault(x[0], stage_label(stage))
-            series.append(Series(run.name, _slot(position), x, [row[metric] for row in rows]))
+            series.append(Series(run.name, position, x, [row[metric] for row in rows]))
             offset = int(x[-1])
     if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
         series = []  # there is none
@@ -124,7 +120,7 @@ def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
         x = [float(place[label(row["iteration"])]) for row in rows]
         if rows:
             y = [e["value"] for e in estimates]
-            series.append(Series(run.name, _slot(position), x, y, list(low), list(high)))
+            series.append(Series(run.name, position, x, y, list(low), list(high)))
     ticks = tuple((float(i), name.replace("iteration ", "")) for name, i in place.items())
     name = metric.replace("/", "-")
     return Plot(name, title, "iteration", metric, "points", series, x_ticks=ticks, level=level, group="heldout")
@@ -182,7 +178,7 @@ def _memory(runs: Sequence[Run]) -> Plot:
         for minute, row in zip(x, rows, strict=True):
             if (name := stage_label(row["stage"])) not in marks.values():
                 marks[minute] = name
-        series.append(Series(run.name, _slot(position), x, [row[measure] for row in rows]))
+        series.append(Series(run.name, position, x, [row[measure] for row in rows]))
     shown = tuple(marks.items()) if len(runs) == 1 else ()
     what = "GPU memory (allocator's peak)" if measure == "memory/allocated_mib" else "Resident memory"
     return Plot("memory", what, "minutes", "MiB", "line", series, marks=shown, group="machine")
@@ -191,7 +187,7 @@ def _memory(runs: Sequence[Run]) -> Plot:
 def _seconds(run: Run, several: bool) -> Plot:
     x = [float(i) for i in range(len(run.rows))]
     series = [
-        Series(phase, _slot(slot), x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
+        Series(phase, slot, x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
         for slot, phase in enumerate(_phases({phase for row in run.rows for phase in row["seconds"]}))
     ]
     ticks = tuple((float(i), label(row["iteration"]).replace("iteration ", "")) for i, row in enumerate(run.rows))
