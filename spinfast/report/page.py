@@ -46,11 +46,14 @@ SECTIONS = {
     "machine": ("Time and memory", "As measured while the run went on."),
 }
 
+VERDICTS = {"better": ("better", "▲"), "worse": ("worse", "▼"), "within noise": ("noise", "≈")}  # CSS class, sign
+NAMED = 3  # runs that the title names; of more it gives the number
+
 
 def page(runs: Sequence[Run], refresh: int | None = None) -> str:
     """The whole document. `refresh` makes an open page load itself again every so many seconds."""
     made = study.plots(runs)
-    title = f"spinfast: {', '.join(run.name for run in runs)}"
+    title = f"spinfast: {', '.join(run.name for run in runs) if len(runs) <= NAMED else f'{len(runs)} runs'}"
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     groups = {key: [plot for plot in made if plot.group == key] for key in SECTIONS}
     contents = {"story": "Story", "iterations": "Iterations"}
@@ -98,15 +101,33 @@ def _finite(value):
 def _story(runs: Sequence[Run]) -> str:
     parts = ['<section id="story"><h2>Story</h2>']
     for run in runs:
-        heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 and not run.control else ""
         parts.append(heading + "".join(f"<p>{escape(sentence)}</p>" for sentence in study.story(run)))
         parts += [f'<p class="warning">⚠ {escape(warning)}</p>' for warning in warnings(run.rows) if not run.control]
-    if comparisons := study.run_comparisons(runs):
-        parts.append("<h3>Run against run</h3>")
-        parts += [f"<p>{escape(comparison.sentence())}.</p>" for comparison in comparisons]
+    parts.append(_run_against_run(study.run_comparisons(runs)))
     parts.append(_over_seeds("Over seeds", "Change from the base", "runs", study.seed_table(runs)))
     parts.append(_over_seeds("Against controls", "Run minus control", "control", study.control_table(runs)))
     return "".join(parts) + "</section>"
+
+
+def _run_against_run(comparisons: Sequence[study.Change]) -> str:
+    """A table with a line per comparison, or nothing."""
+    if not comparisons:
+        return ""
+    rows = []
+    for c in comparisons:
+        difference, interval, p = c.figures
+        cells = c.name, c.against, c.measure, difference, interval, p.removeprefix("= "), c.outcome["n"]
+        verdict = c.outcome["verdict"]
+        rows.append(
+            f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}"
+            f"<td class='{VERDICTS[verdict][0]}'>{verdict}</td></tr>"
+        )
+    return (
+        "<h3>Run against run</h3><p class='soft'>The last iterations on the same held-out problems.</p>"
+        "<div class='scroll'><table><tr><th>run</th><th>against</th><th>measure</th><th>difference</th>"
+        f"<th>95 % interval</th><th>p</th><th>items</th><th>verdict</th></tr>{''.join(rows)}</table></div>"
+    )
 
 
 def _over_seeds(title: str, what: str, column: str, table: Sequence[tuple]) -> str:
@@ -162,9 +183,7 @@ def _cell(run: Run, row: dict, metric: str, digits: int, factor: float) -> str:
 def _mark(change: study.Change | None) -> str:
     if change is None:
         return ""
-    kind, sign = {"better": ("better", "▲"), "worse": ("worse", "▼"), "within noise": ("noise", "≈")}[
-        change.outcome["verdict"]
-    ]
+    kind, sign = VERDICTS[change.outcome["verdict"]]
     return f' <span class="{kind}" title="{escape(change.sentence())}">{sign}</span>'
 
 

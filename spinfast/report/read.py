@@ -94,7 +94,8 @@ def read_run(path: Path) -> Run:
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Runs and their controls, with distinct names: the directory's, with its parent's where two would be equal."""
-    runs = [read_run(each) for path in paths for each in (path, *sorted(path.glob("controls/*/")))]
+    found = [each.resolve() for path in paths for each in (path, *sorted(path.glob("controls/*/")))]
+    runs = [read_run(each) for each in dict.fromkeys(found)]
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else replace(run, name=f"{run.played.parent.name}/{run.name}") for run in runs

@@ -224,13 +224,19 @@ class Change:
     measure: str
     outcome: dict  # statistics.compare's
 
-    def sentence(self) -> str:
-        o = self.outcome
+    @property
+    def figures(self) -> tuple[str, str, str]:
+        """(difference with its unit, 95 % interval, p) as text."""
         factor, unit = (100, "points") if self.measure.startswith("accuracy") else (1, "nats per answer")
-        difference, low, high = (factor * o[name] for name in ("difference", "low", "high"))
+        difference, low, high = (factor * self.outcome[name] for name in ("difference", "low", "high"))
+        p = self.outcome["p"]
+        return f"{difference:+.1f} {unit}", f"{low:+.1f} to {high:+.1f}", f"= {p:.3g}" if p >= 1e-4 else "< 0.0001"
+
+    def sentence(self) -> str:
+        difference, interval, p = self.figures
         return (
-            f"{self.name} against {self.against}, {self.measure}: {o['verdict']} ({difference:+.1f} {unit}, "
-            f"95 % interval {low:+.1f} to {high:+.1f}, p = {o['p']:.3g}, {o['n']} items)"
+            f"{self.name} against {self.against}, {self.measure}: {self.outcome['verdict']} ({difference}, "
+            f"95 % interval {interval}, p {p}, {self.outcome['n']} items)"
         )
 
 

@@ -264,6 +264,17 @@ def test_runs_of_one_name_are_told_apart(run_copy, tmp_path, played):
     assert [run.name for run in read_runs([run_copy, other])] == [f"{tmp_path.name}/run", "other/run"]
 
 
+def test_a_run_named_twice_is_shown_once(run_copy):
+    assert len(read_runs([run_copy, run_copy.parent / "." / run_copy.name])) == 1
+
+
+def test_of_many_runs_the_title_gives_the_number(run_copy, tmp_path):
+    import shutil
+
+    copies = [shutil.copytree(run_copy, tmp_path / f"copy{i}") for i in range(3)]
+    assert "<title>spinfast: 4 runs</title>" in page(read_runs([run_copy, *copies]))
+
+
 def test_runs_on_other_problems_are_not_compared(played, run_copy):
     assert len(study.run_comparisons(read_runs(played))) == 2  # accuracy, log p(real)
     for path in run_copy.glob("*/heldout.jsonl"):
