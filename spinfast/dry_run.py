@@ -62,12 +62,19 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
 
 def plan_table(planned: Plan) -> Table:
     """The predicted peak of each phase by kind, in MiB, against the budget."""
-    kinds = [kind for kind in KINDS if any(usage.by_kind.get(kind) for usage in planned.phases.values())]
-    table = Table("phase", *kinds, "engine's cache", "reserve", "total", "budget", title="MiB at the fullest moment")
-    for name, usage in planned.phases.items():
-        cells = [usage.by_kind.get(kind, 0) for kind in kinds] + [planned.kv_cache_bytes, planned.reserve]
-        total = usage.peak + planned.kv_cache_bytes + planned.reserve
-        table.add_row(name, *(f"{size / 2**20:,.0f}" for size in [*cells, total, planned.budget]))
+    phases = planned.phases.values()
+    lines = {kind: [usage.by_kind.get(kind, 0) for usage in phases] for kind in KINDS}
+    lines = {kind: sizes for kind, sizes in lines.items() if any(sizes)}
+    constant = planned.kv_cache_bytes + planned.reserve
+    lines |= {
+        "engine's cache": [planned.kv_cache_bytes] * len(phases),
+        "reserve": [planned.reserve] * len(phases),
+        "total": [usage.peak + constant for usage in phases],
+        "budget": [planned.budget] * len(phases),
+    }
+    table = Table("MiB at the fullest moment", *planned.phases)
+    for name, sizes in lines.items():
+        table.add_row(name, *(f"{size / 2**20:,.0f}" for size in sizes), end_section=name == "reserve")
     return table
 
 
