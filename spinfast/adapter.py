@@ -32,8 +32,8 @@ def save(adapter: Adapter, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
-def load(directory: Path, base: str | None = None) -> Adapter:
-    """Read PEFT's two files. Raises UserError if they are missing, torn, not LoRA, or made on another base.
+def load(directory: Path, base: str | None = None, finite: bool = True) -> Adapter:
+    """Read PEFT's two files. Raises UserError if they are missing, torn, not LoRA, not finite, or of another base.
 
     `base` is the revision of the model it is meant for: a hub commit or a sha256, as its config records it.
     """
@@ -52,6 +52,10 @@ def load(directory: Path, base: str | None = None) -> Adapter:
             raise UserError(
                 f"adapter {directory}: {name} in {CONFIG_FILE} is {config.get(name)!r}, expected {expected}"
             )
+    if wrong := misshapen(tensors, config["r"]):
+        raise UserError(f"adapter {directory}: {wrong}; expected LoRA matrices of rank r in {CONFIG_FILE}")
+    if finite and (wrong := not_finite(tensors)):
+        raise UserError(f"adapter {directory}: {wrong} is not finite; its training diverged, use an earlier one")
     made_on = config.get("revision")
     if base and isinstance(made_on, str) and len(made_on) == len(base) and made_on != base:
         raise UserError(
@@ -61,13 +65,26 @@ def load(directory: Path, base: str | None = None) -> Adapter:
     return Adapter(config, tensors)
 
 
+def misshapen(tensors: dict[str, torch.Tensor], r: int) -> str | None:
+    """What of the tensors is no LoRA matrix of rank r, in words."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1 if ".lora_B." in name else 0] == r):
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, r is {r}"
+    return None
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or inf."""
+    return next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None)
+
+
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
 
 
 FIELDS = {  # of adapter_config.json -> (what it must be, in words)
-    "r": (lambda v: isinstance(v, int) and _is_number(v), "a positive integer"),
-    "lora_alpha": (_is_number, "a positive number"),
+    "r": (lambda v: isinstance(v, int) and _is_number(v), "a positive integer below a million"),
+    "lora_alpha": (_is_number, "a positive number below a million"),
     "target_modules": (
         lambda v: isinstance(v, str) or (isinstance(v, list) and v and all(isinstance(m, str) for m in v)),
         "module names",

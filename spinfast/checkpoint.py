@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from spinfast import adapter as adapters
 from spinfast import files, room
+from spinfast.errors import UserError
 from spinfast.policy import Policy
 from spinfast.train import TrainState
+from spinfast.types import Adapter
 
 log = logging.getLogger("spinfast")
 KEPT = 2
@@ -30,7 +32,7 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
 
     `rows` are the stage's lines of metrics.jsonl.
     """
-    adapter = policy.adapter()
+    adapter = finite_adapter(policy, state)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in zip(state.names, state.optimizer.param_groups[0]["params"], strict=True)
@@ -50,6 +52,17 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
     for old in sorted(directory.glob("step_*"))[:-KEPT]:
         shutil.rmtree(old)
     return target
+
+
+def finite_adapter(policy: Policy, state: TrainState) -> Adapter:
+    """The adapter, if it may be saved: what is not finite would spoil every step and round made from it."""
+    adapter = policy.adapter()
+    if name := adapters.not_finite(adapter.tensors):
+        raise UserError(
+            f"step {state.step}: {name} is not finite, so nothing is saved from here; the checkpoint before it stands. "
+            "Lower train.lr (or sft.lr) and give another --run-dir"
+        )
+    return adapter
 
 
 def load_latest(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str]) -> list[dict]:

@@ -10,25 +10,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from spinfast.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def _listed(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-PerIteration = Annotated[tuple[float, ...], BeforeValidator(_listed), Field(min_length=1)]
+PerIteration = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)
+]
 
 
 class Model(Section):
@@ -41,7 +44,7 @@ class Model(Section):
 
 
 class Data(Section):
-    source: str = Field(description="hub id, local .jsonl/.json/.parquet, or reasoning_gym:TASK")
+    source: str = Field(min_length=1, description="hub id, local .jsonl/.json/.parquet, or reasoning_gym:TASK")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="commit of a hub data set")
@@ -56,7 +59,7 @@ class Prompt(Section):
     system: str | None = Field(None, description="system turn put before every prompt that has none")
     max_prompt_tokens: int = Field(512, gt=0, description="longer prompts are rejected and counted")
     max_answer_tokens: int = Field(512, gt=0, description="longer real answers are rejected and counted")
-    template: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
+    template: dict[str, JsonValue] = Field(default_factory=dict, description="extra variables of the chat template")
 
 
 class Lora(Section):
@@ -85,7 +88,7 @@ class Generation(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
     max_tokens: int = Field(256, gt=0, description="answers are cut here, without an end-of-turn token")
     batch_size: int = Field(64, gt=0, description="answers written at once")
-    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of vLLM's KV cache")
+    kv_cache_gib: float = Field(1.0, gt=0, le=1e6, description="GiB of vLLM's KV cache")
 
 
 class Train(Section):
@@ -94,7 +97,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up (paper: 0.1)")
-    epochs: int = Field(1, gt=0, description="passes over the pairs in each iteration (paper: 2)")
+    epochs: int = Field(1, gt=0, le=10_000, description="passes over the pairs in each iteration (paper: 2)")
     pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step (paper: 64)")
     microbatch_tokens: int | Literal["auto"] = Field(
         "auto", description="packed tokens of one forward; auto: the memory plan's choice"
@@ -107,8 +110,10 @@ class Train(Section):
 
 
 class Sft(Section):
-    epochs: int = Field(0, ge=0, description="supervised warm-up on the real answers before iteration 0; 0 is none")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of the warm-up")
+    epochs: int = Field(
+        0, ge=0, le=10_000, description="supervised warm-up on the real answers before iteration 0; 0 is none"
+    )
+    lr: float = Field(1e-4, gt=0, le=1e6, description="peak learning rate of the warm-up")
     examples_per_step: int = Field(16, gt=0, description="examples of one optimizer step")
 
 
@@ -141,7 +146,7 @@ class Config(Section):
     report_to: tuple[Literal["wandb", "trackio"], ...] = Field(
         (), description="services that get the metrics too; TensorBoard files are always written"
     )
-    seed: int = Field(0, ge=0, description="seeds adapter, order and sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="seeds adapter, order and sampling")
 
     def hash(self) -> str:
         """16 hex digits that name what the run computes; a run directory belongs to one of them."""
@@ -156,14 +161,23 @@ def at(values: Sequence[float], iteration: int) -> float:
     return values[min(iteration, len(values) - 1)]
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML's plain values: no objects, and no aliases, by which a short file can stand for an endless one."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write the value out")
+        return super().compose_node(parent, index)
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate. Raises UserError with one line: where, expected, got."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: expected sections (model:, data:, ...), got {type(tree).__name__}")
@@ -191,8 +205,8 @@ def _override(tree: dict, override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        node[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node[key] = yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
 
 
@@ -205,7 +219,7 @@ def _one_line(error: ValidationError) -> str:
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
-    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {reprlib.repr(first['input'])}"
 
 
 def _siblings(location: tuple) -> list[str]:

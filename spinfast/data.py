@@ -191,7 +191,7 @@ def _turns(value: Any) -> Turns:
     turns = []
     for number, turn in enumerate(value, 1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RowError("unknown role", f"turn {number} has role {role!r}; expected one of {', '.join(ROLES)}")
         if role == "system" and not content:  # how many data sets write "no system turn"
             continue

@@ -89,7 +89,7 @@ def replay(directory: Path) -> list[str]:
         load_in_4bit=config.model.load_in_4bit,
         seed=config.seed,
     )
-    policy.restore(adapters.load(directory))
+    policy.restore(adapters.load(directory, finite=False))
     groups = [Group(tuple(g["prompt_ids"]), tuple(map(tuple, g["answers"]))) for g in step["groups"]]
     objective: Objective = Sft()
     if step["objective"]:

@@ -164,6 +164,10 @@ def open_players(
             f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
             f"{shape.max_position_embeddings}; lower them"
         )
+    if config.lora.r > shape.hidden_size:
+        raise UserError(
+            f"lora.r: {config.lora.r} is more than the width of {model.name}, {shape.hidden_size}; lower it"
+        )
     engine_options = {
         "device": device.device,
         "dtype": device.dtype,

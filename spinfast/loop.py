@@ -218,6 +218,7 @@ def optimise(
                 stop_if_asked(save)
         except NonFinite as error:
             raise failed_step.keep(game, stage, groups, objective, error) from None
+        checkpoint.finite_adapter(policy, state)
         files.write_directory(stage.path("adapter"), policy.save_adapter)
         files.write_json(stage.path("train.json"), summary(rows))
         files.write_text(stage.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

@@ -48,9 +48,9 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
     if name.startswith("package:"):
         path, revision = _from_gguf(_package_file(name), name, cache_dir)
     elif name.endswith(".gguf"):
-        path, revision = _from_gguf(Path(name).expanduser(), name, cache_dir)
-    elif Path(name).expanduser().is_dir():
-        path = Path(name).expanduser()
+        path, revision = _from_gguf(Path(os.path.expanduser(name)), name, cache_dir)
+    elif Path(os.path.expanduser(name)).is_dir():
+        path = Path(os.path.expanduser(name))
         architecture = check_model(path)
         return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
     elif HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -66,7 +66,11 @@ def load_tokenizer(path: Path | str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            clean_up_tokenization_spaces=False,
+            model_max_length=int(1e30),  # prompts and answers have limits of their own, and the file's may be no number
         )
     except Exception as error:  # the parsers of tokenizer files raise whatever they meet
         raise UserError(f"tokenizer {path}: cannot be read: {_first_line(error)}") from error
@@ -90,6 +94,8 @@ def check_model(path: Path) -> str:
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(f"model {path}: architecture {architecture} is not supported; use {', '.join(ARCHITECTURES)}")
+    if (path / "generation_config.json").exists():
+        _read_json(path / "generation_config.json")
     if "quantization_config" in config:
         raise UserError(f"model {path}: the weights are quantised; use the unquantised checkpoint")
     _check_weights(path, _weight_shapes(path))

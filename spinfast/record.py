@@ -10,6 +10,7 @@ those of everything it was made from: the phases before it and the stage before 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -41,7 +42,10 @@ class RunDir:
         check_installed(config.report_to)
         self.path, self.config = path, config
         _check_ours(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run directory {path}: cannot be made: {error.strerror}") from None
         self._lock = (path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +54,14 @@ class RunDir:
         except BlockingIOError:
             self.close()
             raise UserError(f"run directory {path}: another process is running in it") from None
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            raise UserError(
+                f"run directory {path}: its file system has no locks ({error.strerror}), so two processes could spoil "
+                "one run; give a --run-dir on a local disk"
+            ) from None
         except BaseException:
             self.close()
             raise

@@ -99,9 +99,11 @@ class Renderer:
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
             )
+            text.encode("utf-8")
+            return text
         except Exception as error:  # a template is somebody's program: it may raise anything
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -26,6 +26,7 @@ from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
 log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # wheel, checkout
+LONGEST = 1000  # characters of a complaint
 COMMANDS = {
     "eval": "spinfast.evaluate.cli",
     "report": "spinfast.report.cli",
@@ -34,10 +35,25 @@ COMMANDS = {
 }
 
 
+MENDABLE = {  # what a file system may refuse: its user can choose another name or give rights
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EIO,
+    errno.EINVAL,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if any("\0" in word for word in argv):
+            raise UserError("a word of the command line holds a null character; expected text")
         if argv and argv[0] in COMMANDS:
             return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
         with catching_signals():
@@ -49,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error))
     except (OSError, SafetensorError) as error:
-        if not _disk_is_full(error):
-            raise
-        return _complain("no space left for the run's files: make room and run the same command again to go on")
+        if _disk_is_full(error):
+            return _complain("no space left for the run's files: make room and run the same command again to go on")
+        if getattr(error, "errno", None) in MENDABLE:
+            return _complain(f"{error.strerror}: {error.filename}")
+        raise
 
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
@@ -110,7 +128,7 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
             log.warning(sentence)
         log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
         return 0
-    except UserError:
+    except (UserError, OSError):
         record.discard_unused()
         raise
     finally:
@@ -149,7 +167,9 @@ def _disk_is_full(error: OSError | SafetensorError) -> bool:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    print(f"spinfast: {message}", file=sys.stderr)
+    """One printable line, whatever a name or a value in it holds."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"spinfast: {shown if len(shown) <= LONGEST else shown[:LONGEST] + ' ...'}", file=sys.stderr)
     return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from spinfast.errors import UserError
 
 MAX_LINE_BYTES = 8 << 20  # one row of text; a longer line is a file of another kind
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # a bare name may be one of the library's readers, which take pickles
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,16 @@ def open_table(
     """The table a config names. `rows` and `seed` say which problems reasoning-gym makes."""
     if source.startswith("reasoning_gym:"):
         return _reasoning_gym(source, split, rows, seed)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # leaves the home of a user who is not there as it is
     if path.suffix in FILE_SUFFIXES:
         if not path.is_file():
             raise UserError(f"data {source}: no such file")
         table = _parquet(path) if path.suffix == ".parquet" else _json(path)
     elif path.is_file():
         raise UserError(f"data {source}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
-    elif path.is_dir() or HUB_ID.fullmatch(source):
+    elif path.is_dir():
+        table = _hub(str(path.absolute()), subset, split, revision)
+    elif HUB_ID.fullmatch(source):
         table = _hub(source, subset, split, revision)
     else:
         raise UserError(f"data {source}: expected a hub id, a local file or reasoning_gym:gsm_symbolic")
@@ -139,6 +142,7 @@ def _parquet(path: Path) -> Table:
 def _hub(source: str, subset: str | None, split: str, revision: str | None) -> Table:
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(source, subset, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

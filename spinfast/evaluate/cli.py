@@ -19,6 +19,8 @@ from spinfast.evaluate.benchmark import Engine, evaluate, report
 from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, load_rows
 
 log = logging.getLogger("spinfast")
+SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -50,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit: expected at least 1, got {arguments.limit}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
+    if arguments.max_length < SHORTEST:
+        raise UserError(f"--max-length: expected at least {SHORTEST}, got {arguments.max_length}")
+    if arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
     if arguments.chat_template and not arguments.harness:
         raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
     names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
@@ -99,7 +107,7 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     device = profile(arguments.profile, arguments.dtype)
     model = resolve_model(arguments.model, arguments.revision)
     renderer = Renderer(load_tokenizer(model.path))
-    adapter = adapters.load(arguments.adapter) if arguments.adapter else None
+    adapter = adapters.load(arguments.adapter, model.revision) if arguments.adapter else None
     lora = Lora()
     if adapter:
         lora = Lora(

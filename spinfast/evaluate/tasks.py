@@ -8,7 +8,6 @@ of {"question", "answer"} is a task as well. LEADERBOARD is the set of the SPIN 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from random import Random
 
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS, boxed
+from spinfast.sources import open_table
 
 Row = dict
 FEWSHOT_SEED = 1234  # the harness's
@@ -259,7 +259,11 @@ def load_rows(task: Task, split: str, folder: Path | None = None) -> list[Row]:
         path = folder / f"{split}.jsonl" if folder else Path(task.source)
         if not path.is_file():
             raise UserError(f"task {task.name}: no such file: {path}")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        table = open_table(str(path), subset=None, split=split, revision=None, rows=None, seed=0)
+        rows = [table.row(number) for number in range(table.length)]
+        for number, row in enumerate(rows):
+            _check_row(task, row, table.where(number))
+        return rows
     from datasets import load_dataset
 
     try:
@@ -268,6 +272,18 @@ def load_rows(task: Task, split: str, folder: Path | None = None) -> list[Row]:
         raise UserError(
             f"task {task.name}: {task.source} is neither on this machine nor reachable on the hub; "
             "give its splits as --data NAME=FOLDER with FOLDER/SPLIT.jsonl"
+        ) from error
+
+
+def _check_row(task: Task, row: Row, where: str) -> None:
+    """A row must have what the task's functions read of it."""
+    try:
+        if not _shown(task, row) or (task.text and not task.text(row).strip()):
+            raise ValueError("no question")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{where}: no row of task {task.name} ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "
+            f"it has {', '.join(sorted(map(str, row)))[:200]}"
         ) from error
 
 

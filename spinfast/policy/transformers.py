@@ -7,6 +7,7 @@ The forward goes through the decoder stack alone: the head is applied to the sco
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -65,7 +66,12 @@ class TransformersPolicy:
         base.requires_grad_(False)
         base.config.use_cache = False
         with _seeded(seed):
-            self.model = get_peft_model(base, lora, autocast_adapter_dtype=True)
+            try:
+                self.model = get_peft_model(base, lora, autocast_adapter_dtype=True)
+            except (ValueError, re.error) as error:
+                raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+        if isinstance(self.model.get_output_embeddings(), LoraLayer):
+            raise UserError("lora.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out")
         self.model.train()
         self.unfuse = fuse(self.model, ops)
         self.causal_lm = base

@@ -7,7 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+from yaml import YAMLError
+
 from spinfast import files
+from spinfast.errors import UserError
 from spinfast.report import plots, study
 from spinfast.report.page import page
 from spinfast.report.read import read_runs
@@ -36,12 +40,22 @@ def write_report(
     paths: Sequence[Path], output: Path | None = None, watch: int | None = None, png: bool = True
 ) -> tuple[Path, bool]:
     """(the HTML file, whether every run is finished). PNG and CSV go beside it."""
-    runs = read_runs(paths)
-    finished = all(run.finished for run in runs)
+    try:
+        runs = read_runs(paths)
+        finished = all(run.finished for run in runs)
+        text, drawn = page(runs, refresh=None if finished else watch), study.plots(runs)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError, YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"report {', '.join(map(str, paths))}: a file of the run is not as a run writes it "
+            f"({type(error).__name__}: {said}); run the same config again to mend it"
+        ) from error
     output = output or paths[0] / "report" / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(output, page(runs, refresh=None if finished else watch))
-    for plot in study.plots(runs):
+    files.write_text(output, text)
+    for plot in drawn:
         files.write_text(output.parent / f"{plot.name}.csv", plots.to_csv(plot))
         if png:
             plots.write_png(plot, output.parent / f"{plot.name}.png")

@@ -47,16 +47,21 @@ def test_random_kills(runs, kills):
 
 @pytest.mark.faults
 def test_one_run_killed_again_and_again(runs):
-    """A free GPU that never lasts: each process lives a little longer than the one before."""
-    run_dir, lives = runs.new("mortal"), 0
-    while True:
+    """A free GPU that never lasts: each process is killed when it has done a little more than the one before."""
+    run_dir, killed = runs.new("mortal"), 0
+    for reached in (
+        "base/adapter",
+        "sft/checkpoints",
+        "iter_000/completions.jsonl",
+        "iter_000/checkpoints",
+        "iter_001",
+    ):
         process = runs.start("mortal")
-        process.join(0.5 * 1.1**lives)
-        lives += 1
-        if process.exitcode is not None:
-            break
+        while not (run_dir / reached).exists() and process.exitcode is None:
+            time.sleep(0.002)
         process.kill()
         process.join()
-    assert process.exitcode == 0, runs.complaint()
-    assert lives > 1
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed == 5  # each was met alive: it does not depend on how fast the machine is
+    assert runs.finish(runs.start("mortal")) == 0, runs.complaint()
     assert differing(computed(run_dir), computed(runs.undisturbed)) == set()
