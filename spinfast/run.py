@@ -103,6 +103,8 @@ def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dr
 def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> int:
     """Open the run directory and play, the controls too where asked for."""
     # imported late, so that a wrong config is told at once
+    import torch
+
     from spinfast.controls import play_controls
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
@@ -128,6 +130,11 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
             log.warning(sentence)
         log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
         return 0
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"memory ran out ({' '.join(str(error).split())[:200]}); everything done is saved. Lower "
+            "generation.batch_size, or give the memory back that others hold, and run again"
+        ) from error
     except (UserError, OSError):
         record.discard_unused()
         raise

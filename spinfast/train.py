@@ -129,9 +129,16 @@ def sequence_logps(
     policy: Policy, groups: Sequence[Group], microbatch_tokens: int, attention: str
 ) -> list[list[float]]:
     """Log-prob sums per group and answer, any number of answers each, in the order given."""
+    if not groups:
+        return []
+    plan = TrainPlan(len(groups), microbatch_tokens, epochs=1, seed=0, attention=attention, lr=0.0)
+    return within_memory(plan, groups, partial(_sequence_logps, policy, groups))[0]
+
+
+def _sequence_logps(policy, groups, plan) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in groups]
-    for rows in bins(groups, microbatch_tokens):
-        batch = pack(groups, rows, attention)
+    for rows in bins(groups, plan.microbatch_tokens):
+        batch = pack(groups, rows, plan.attention)
         sums = iter(batch_sequence_logps(policy, batch).tolist())
         for row in batch.rows:
             scores[row] = [next(sums) for _ in groups[row].answers]

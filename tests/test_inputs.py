@@ -1,6 +1,10 @@
 """What a user gets wrong gets one line that names the file and the remedy, exit code 2, and nothing half-written."""
 
+import errno
+import fcntl
 import json
+import shutil
+import socket
 
 import pytest
 import yaml
@@ -124,3 +128,34 @@ def test_changed_data_is_not_mixed_into_a_run(tmp_path, tiny_model, capsys):
         file.write('{"question": "What is 3 plus 4?", "answer": "7"}\n')
     line = complaint(capsys, [tmp_path / "config.yaml", "--run-dir", tmp_path / "run"])
     assert "data is not what the run started with" in line
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, tiny_model, capsys, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    line = complaint(capsys, [write_config(tmp_path, tiny_model("llama")), "--run-dir", tmp_path / "run"])
+    assert "its file system has no locks" in line
+
+
+def test_a_run_writes_into_its_directory_only_and_opens_no_connection(tmp_path, tiny_model, monkeypatch):
+    """No telemetry, no look-up at a hub: local model, local data, and whoever connects fails."""
+
+    def refuse(*args):
+        raise AssertionError(f"a connection was opened: {args[1:]}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    config = write_config(tmp_path, model)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main([str(config), "--run-dir", str(tmp_path / "here" / "run")]) == 0
+    after = {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "run" not in path.relative_to(tmp_path).parts
+    }
+    here = tmp_path / "here"
+    assert after.keys() == before.keys()
+    assert {path for path in after if after[path] != before[path]} <= {here}

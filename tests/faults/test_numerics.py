@@ -206,3 +206,76 @@ def test_base_weights_with_nan_are_told(tmp_path, tmp_path_factory, capsys):
     said = capsys.readouterr().err
     assert "expected finite" in said
     assert json.dumps(said).count("spinfast: ") == 1
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_saved(tmp_path, model, monkeypatch, capsys):
+    """Step 2 spoils the weights and its own gradient is finite, so only the save can tell."""
+
+    def spoil(parameter, count):
+        if count == 2:
+            parameter.data[0, 0] = float("nan")
+
+    spoil_parameters(monkeypatch, spoil)
+    config = write_config(tmp_path, model, train={"save_every_steps": 1}, **SHORT)
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "is not finite, so nothing is saved from here" in capsys.readouterr().err
+    (kept,) = (tmp_path / "run" / "iter_000" / "checkpoints").glob("step_*")
+    assert kept.name == "step_000001"
+    assert adapters.not_finite(adapters.load(kept).tensors) is None
+
+
+def test_an_adapter_that_is_not_finite_is_no_result(tmp_path, model, monkeypatch, capsys):
+    """The last step spoils the weights: no checkpoint is due and no step is left to be skipped."""
+
+    def spoil(parameter, count):
+        if count == 3:
+            parameter.data[0, 0] = float("inf")
+
+    spoil_parameters(monkeypatch, spoil)
+    config = write_config(tmp_path, model, **SHORT)
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    assert "is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "iter_000" / "adapter").exists()
+
+
+@pytest.mark.parametrize("fails_at", range(1, 12))
+def test_memory_runs_out_while_scoring_and_evaluating(tmp_path, model, monkeypatch, fails_at):
+    """Every forward that scores, the opponent's pairs and held-out ones, is made again of smaller microbatches."""
+    plain = play(tmp_path, model, name="plain", spin={"iterations": 1}, evaluate={"problems": 0})
+    original, calls = train.batch_sequence_logps, 0
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise torch.OutOfMemoryError("fake")
+        return original(*args)
+
+    monkeypatch.setattr(train, "batch_sequence_logps", failing)
+    starved = play(tmp_path, model, name="starved", spin={"iterations": 1}, evaluate={"problems": 0})
+    assert calls >= fails_at
+    mine, other = (
+        {row["iteration"]: row["evaluation"] for row in json.loads((run / "results.json").read_text())}
+        for run in (plain, starved)
+    )
+    assert mine.keys() == other.keys()
+    for stage in mine:
+        for name, estimate in mine[stage].items():
+            assert other[stage][name]["value"] == pytest.approx(estimate["value"], rel=1e-3, abs=1e-4), (stage, name)
+    assert "memory ran out" in (starved / "log.txt").read_text()
+
+
+def test_memory_runs_out_while_generating(tmp_path, model, monkeypatch, capsys):
+    """One line; what was done stays, and the same command goes on."""
+    from spinfast.generation.transformers import TransformersGenerator
+
+    def failing(*args):
+        raise torch.OutOfMemoryError("fake")
+
+    config = write_config(tmp_path, model, **SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersGenerator, "generate", failing)
+        assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spinfast: memory ran out")
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 0
