@@ -24,7 +24,7 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 test-faults: setup
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "faults and not slow"
 
 lint: setup
 	$(BIN)/ruff check .

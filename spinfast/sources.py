@@ -124,7 +124,8 @@ def _parquet(path: Path) -> Table:
 
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        names = tuple(table.column_names)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
         raise UserError(f"data {path}: not a readable Parquet file: {_one_line(error)}") from None
 
     def where(i: int) -> str:
@@ -135,8 +136,10 @@ def _parquet(path: Path) -> Table:
             return table.slice(i, 1).to_pylist()[0]
         except UnicodeDecodeError:
             raise UserError(f"{where(i)}: invalid UTF-8") from None
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # a time that Python's calendar has not
+            raise UserError(f"{where(i)}: cannot be read: {_one_line(error)}") from None
 
-    return Table(str(path), tuple(table.column_names), table.num_rows, row, where)
+    return Table(str(path), names, table.num_rows, row, where)
 
 
 def _hub(source: str, subset: str | None, split: str, revision: str | None) -> Table:
