@@ -562,6 +562,15 @@ def test_a_pickled_adapter_is_not_read(place, tiny_model, adapter, name, tmp_pat
     assert score_with(place, tiny_model, adapter)[0] == 2
 
 
+@pytest.mark.parametrize("source", ["pandas", "."])
+def test_a_pickled_data_set_is_not_read(place, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(Bomb()))
+    words = [place / "config.yaml", f"data.source={source}", "--run-dir", tmp_path / "run"]
+    assert outcome("data files", words, tmp_path / "run")[0] == 2
+    assert not Path("/tmp/spinfast-was-here").exists()
+
+
 @given(st.data())
 @settings(max_examples=60, phases=PHASES)
 def test_an_adapter_with_bytes_changed_or_cut(place, tiny_model, played, tmp_path_factory, data):
