@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -53,6 +54,7 @@ class Game:
     policy: TransformersPolicy
     generator: Generator
     microbatch_tokens: int
+    plan: Path  # the run's plan.json, corrected where memory ran out
     base: str | None = None  # checksum of the frozen weights that the round is played on
 
     def sampling(self, temperature: float, max_tokens: int) -> Sampling:
@@ -85,6 +87,8 @@ class Game:
     def _shrink(self, tokens: int) -> None:
         """Memory ran out: smaller microbatches for the rest of the run, with room for the longest possible pair."""
         self.microbatch_tokens = max(tokens, min(self.microbatch_tokens, longest_pair(self.config)))
+        known = files.read_sealed(self.plan, "plan")
+        files.write_sealed(self.plan, known | {"microbatch_tokens": self.microbatch_tokens}, "plan")
 
     def become_opponent(self, previous: Stage) -> Adapter:
         """Put the policy where a round starts, the previous round's result, and return its adapter there.
@@ -149,6 +153,7 @@ def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
             policy=policy,
             generator=generator,
             microbatch_tokens=chosen["microbatch_tokens"],
+            plan=plan_path(run),
         )
 
 
@@ -274,6 +279,10 @@ def longest_pair(config: Config) -> int:
     return config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens + config.generation.max_tokens
 
 
+def plan_path(run: RunDir) -> Path:
+    return run.path / "plan.json"
+
+
 def adopt_plan(
     config: Config,
     run: RunDir,
@@ -284,19 +293,19 @@ def adopt_plan(
 ) -> dict:
     """What PLANNED names, planned where the config leaves it open; head_chunk None is the kernel's own.
 
-    A resumed run keeps the plan it started with (plan.json), so that its batches stay the same.
+    A resumed run keeps its plan, as far as memory corrected it, so that its batches stay the same.
     """
-    settings = config.train
-    if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
-        layers = shape.num_hidden_layers if settings.checkpointing else 0
-        return dict(zip(PLANNED, (settings.microbatch_tokens, layers, False, None), strict=True))
-    path = run.path / "plan.json"
+    settings, path = config.train, plan_path(run)
     if (known := files.read_sealed(path, "plan")) is not None:
         return known
-    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
-    planned = plan(config, device, shape, ops, choose_backend(config)[0], lengths)
-    log.info("memory: %s", planned)
-    chosen = {name: getattr(planned, name) for name in PLANNED}
-    chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
+    if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
+        layers = shape.num_hidden_layers if settings.checkpointing else 0
+        chosen = dict(zip(PLANNED, (settings.microbatch_tokens, layers, False, None), strict=True))
+    else:
+        lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
+        planned = plan(config, device, shape, ops, choose_backend(config)[0], lengths)
+        log.info("memory: %s", planned)
+        chosen = {name: getattr(planned, name) for name in PLANNED}
+        chosen["predicted_mib"] = {name: round(usage.peak / 2**20) for name, usage in planned.phases.items()}
     files.write_sealed(path, chosen, "plan")
     return chosen

@@ -105,17 +105,21 @@ def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
 
 def score(
     policy: Policy, groups: Sequence[Group], plan: TrainPlan, advance: Callable[[int, int], None]
-) -> torch.Tensor:
-    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers.
+) -> tuple[torch.Tensor, TrainPlan]:
+    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers, and the plan that
+    fitted.
 
-    advance(groups, tokens) is called after each step's rows.
+    advance(groups, tokens) is called after each step's rows. If memory runs out all are scored again, so that all are
+    cut alike: another cut rounds otherwise.
     """
     scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
     first_epoch = step_rows(plan, len(groups))[: plan.steps(len(groups)) // plan.epochs]
     for rows in first_epoch:
-        tokens, plan = within_memory(plan, groups, partial(_score_rows, policy, groups, rows, scores))
+        tokens, fitting = within_memory(plan, groups, partial(_score_rows, policy, groups, rows, scores))
+        if fitting is not plan:
+            return score(policy, groups, fitting, advance)
         advance(len(rows), tokens)
-    return scores
+    return scores, plan
 
 
 def _score_rows(policy, groups, rows, scores, plan) -> int:
@@ -238,7 +242,7 @@ def train_step(policy, groups, rows, objective, plan, state, scaled) -> tuple[di
     _update_loss_scale(state, skipped, scaled)
     metrics |= {"train/grad_norm": norm, "train/grad_spike": spike}
     metrics |= {"train/loss_scale": scale, "train/overflows": state.overflows}
-    return metrics | {"train/tokens": tokens}, plan
+    return metrics | {"train/tokens": tokens, "train/microbatch_tokens": plan.microbatch_tokens}, plan
 
 
 def accumulate(policy, batches, objective, weight, state) -> tuple[dict[str, float], int]:

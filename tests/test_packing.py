@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -113,6 +114,7 @@ def opponent():
 def test_gradient_does_not_depend_on_the_cut(policy, opponent, objective, budget):
     whole, metrics, _ = spin_step(policy, WHOLE, opponent, objective=objective)
     cut, cut_metrics, _ = spin_step(policy, budget, opponent, objective=objective)
+    assert (metrics.pop("train/microbatch_tokens"), cut_metrics.pop("train/microbatch_tokens")) == (WHOLE, budget)
     for name, gradient in whole.items():
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-9)
     assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
@@ -169,12 +171,26 @@ def test_out_of_memory_corrects_the_rest_of_the_phase(policy, opponent, monkeypa
 def test_out_of_memory_while_scoring(policy, monkeypatch):
     groups = make_groups(SHAPE)
     plan = TrainPlan(len(groups), 120, 1, 0, "sdpa", lr=0.0)
-    expected = score(policy, groups, plan, lambda *_: None)
+    expected, _ = score(policy, groups, plan, lambda *_: None)
     told = []
     monkeypatch.setattr(policy, "ops", StarvedOps(60))
-    scores = score(policy, groups, plan, lambda *counted: told.append(counted))
+    scores, fitted = score(policy, groups, plan, lambda *counted: told.append(counted))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    assert fitted.microbatch_tokens == 60
     assert told == [(len(groups), sum(map(packed_length, groups)))]
+
+
+def test_scores_are_cut_alike_where_memory_runs_out_halfway(policy, monkeypatch):
+    groups = make_groups(SHAPE)
+    plan = TrainPlan(5, 120, 1, 0, "sdpa", lr=0.0)
+    expected, _ = score(policy, groups, replace(plan, microbatch_tokens=60), lambda *_: None)
+    budgets = iter([WHOLE, 0])  # the first step fits, the second does not
+    starved = StarvedOps(WHOLE)
+    monkeypatch.setattr(starved, "_fail_if", lambda _: StarvedOps._fail_if(starved, next(budgets, WHOLE) == 0))
+    monkeypatch.setattr(policy, "ops", starved)
+    scores, fitted = score(policy, groups, plan, lambda *_: None)
+    assert fitted.microbatch_tokens == 60
+    assert torch.equal(scores, expected)
 
 
 def test_out_of_memory_with_one_group_is_told(policy, opponent, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,12 +10,15 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spinfast import adapter as adapters
-from spinfast import files, ops
+from spinfast import files, ops, train
 from spinfast.config import load_config
 from spinfast.device import profile
+from spinfast.loop import check_first_loss
+from spinfast.objectives.spin import Spin
 from spinfast.pairs import read_pairs
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
@@ -47,7 +51,7 @@ def write_config(directory, model, **sections):
         "device": {"dtype": "float32", "profile": "cpu"},
     }
     for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
+        tree[name] = values and tree.get(name, {}) | values
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -193,3 +197,38 @@ if __name__ == "__main__":
     import sys
 
     print(json.dumps([[row["stage"], row["step"], row["train/loss"]] for row in train_rows(Path(sys.argv[1]))]))
+
+
+def run_out_of_memory(monkeypatch, *, training: bool, call: int):
+    """The given forward of training, or of scoring, finds no memory."""
+    original, calls = train.answer_logps, 0
+
+    def failing(*args):
+        nonlocal calls
+        calls += torch.is_grad_enabled() == training
+        if calls == call:
+            calls += 1
+            raise torch.OutOfMemoryError("injected")
+        return original(*args)
+
+    monkeypatch.setattr(train, "answer_logps", failing)
+
+
+SMALL = {"max_prompt_tokens": 64, "max_answer_tokens": 32}  # so that half of 256 tokens holds any pair
+
+
+@pytest.mark.parametrize(("training", "call", "scored"), [(True, 1, 256), (False, 3, 128)])
+def test_where_memory_runs_out_the_rest_is_smaller(tmp_path, tiny_model, monkeypatch, training, call, scored):
+    run_out_of_memory(monkeypatch, training=training, call=call)
+    run_dir = play(tmp_path, tiny_model("llama"), spin={"iterations": 1}, heldout=None, prompt=SMALL)
+    assert files.read_sealed(run_dir / "plan.json", "plan")["microbatch_tokens"] == 128
+    assert load_file(run_dir / "iter_000" / "opponent_logps.safetensors")["microbatch_tokens"] == scored
+    assert {row["train/microbatch_tokens"] for row in train_rows(run_dir)} == {128}
+
+
+@pytest.mark.parametrize(("step", "fine"), [(256, False), (128, True)])
+def test_another_cut_than_scorings_is_equal_to_rounding_only(step, fine):
+    objective = Spin(torch.zeros(1, 2), 5.0, "logistic", ops.EAGER, scored_tokens=256)
+    metrics = {"train/loss": math.log(2) + 2.65e-2, "train/microbatch_tokens": step}  # measured in bf16 with beta 5
+    with nullcontext() if fine else pytest.raises(RuntimeError, match="the first loss is"):
+        check_first_loss(metrics, objective, torch.bfloat16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from bench.peers.watch import Watch
 from bench.peers.work import Work, load
 from spinfast import adapter as adapters
@@ -22,8 +24,8 @@ def play(work: Work, watch: Watch) -> None:
     state = start_training(policy, "adamw", 0.0, scaled)
     watch.optimizer(state.optimizer, policy.model)
     with watch.phase("score"):
-        logps_P2 = score(policy, groups, plan, lambda *_: None).to(policy.device)
-    objective = Spin(logps_P2, work.beta, "logistic", policy.ops)
+        logps_P2, _ = score(policy, groups, plan, lambda *_: None)
+    objective = Spin(logps_P2.to(policy.device), work.beta, "logistic", policy.ops)
     with watch.phase("train"):
         for metrics in train(policy, groups, objective, plan, state, scaled):
             watch.step(metrics["train/loss"])
@@ -34,8 +36,14 @@ def train_plan(work: Work) -> TrainPlan:
     attention = profile("auto" if work.device == "cuda" else "cpu", dtype=work.dtype).attention
     tokens = sum(sorted(map(packed_length, work.groups()))[-work.rows_at_once :])
     return TrainPlan(
-        work.pairs_per_step, tokens, 1, 0, attention, work.lr, "constant", 0.0, max_grad_norm=work.max_grad_norm
-    )
+        work.pairs_per_step, tokens, 1, 0, attention, work.lr, "constant", 0.0, max_grad_norm=work.max_grad_norm,
+        shrunk=refuse,
+    )  # fmt: skip
+
+
+def refuse(tokens: int) -> None:
+    """A peer that runs out of memory has lost; so has spinfast, which would go on with smaller microbatches."""
+    raise torch.OutOfMemoryError(f"the step did not fit; microbatches of {tokens} tokens would be next")
 
 
 def unshuffled(groups: list, plan: TrainPlan) -> list:

@@ -108,7 +108,7 @@ class VLLMGenerator:
 
     @property
     def engine_model(self) -> torch.nn.Module:
-        return vllm_compat.model_runner(self.engine).model
+        return vllm_compat.model_runner(self.engine).get_model()  # .model may be wrapped for CUDA graphs
 
     def shared_model(self, attn_implementation: str = attention.NAME) -> PreTrainedModel:
         """A transformers model on the engine's own tensors; valid as long as either is in use."""

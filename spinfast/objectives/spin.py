@@ -20,12 +20,16 @@ LOSS_AT_ZERO_MARGIN = {"logistic": 0.6931471805599453, "hinge": 1.0, "exponentia
 
 @dataclass(frozen=True)
 class Spin:
-    """opponent_logps: (pairs, 2) fp32 on the policy's device; columns real, generated; rows as packed."""
+    """opponent_logps: (pairs, 2) fp32 on the policy's device; columns real, generated; rows as packed.
+
+    scored_tokens: the microbatches that they were scored in; others round differently.
+    """
 
     opponent_logps: torch.Tensor
     beta: float
     kind: str
     ops: Ops
+    scored_tokens: int | None = None
 
     def weight(self, group: Group) -> float:
         return 1.0
