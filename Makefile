@@ -21,7 +21,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py -m "not slow and not faults"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not slow"

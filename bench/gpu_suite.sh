@@ -4,7 +4,7 @@
 #   bash bench/gpu_suite.sh            all of it, one command after the other
 #   bash bench/gpu_suite.sh 1 4        these steps only (for machines that lend minutes at a time)
 #
-# Needs torch, triton, transformers and peft; what is missing (TRL, Liger, Unsloth, vLLM, data sets) is skipped by name.
+# Needs torch, triton, transformers, peft, pydantic, psutil and pytest; what is missing (TRL, Liger, Unsloth, vLLM, data sets) is skipped by name.
 # Rows land in bench/results/*.jsonl as they are made, so a run that is cut off leaves what it had; with $OUT set they
 # are copied there too.
 set -uo pipefail
@@ -29,6 +29,9 @@ has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 PEERS="bare GEMMs,spinfast,eager"
 if has trl && has datasets; then PEERS+=",trl,trl-precomputed"; has liger_kernel && PEERS+=",trl-liger"; has unsloth && PEERS+=",unsloth"; fi
 
+for needed in triton transformers peft pydantic psutil pytest; do
+  has $needed || { echo "gpu_suite: $needed is not installed; bring it (its wheel needs no network)" >&2; exit 1; }
+done
 CHOSEN=("$@")
 "$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no CUDA GPU'; print(torch.cuda.get_device_name(), torch.__version__)" || exit 1
 

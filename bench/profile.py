@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
@@ -60,8 +61,13 @@ class Profiled(Watch):
         return found
 
     def operators(self) -> dict[str, float]:
-        attribute = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
-        return {event.key: getattr(event, attribute) / 1e3 for event in self.profile.key_averages()}
+        events = self.profile.key_averages()
+        if self.device == "cpu":
+            return {event.key: event.self_cpu_time_total / 1e3 for event in events}
+        # a kernel's time stands on its own event and on the operator's that launched it; Triton's have no operator
+        operators = [e for e in events if e.device_type == DeviceType.CPU and "::" in e.key]
+        alone = [e for e in events if e.device_type == DeviceType.CUDA and e.key.endswith("_kernel")]
+        return {e.key: e.self_device_time_total / 1e3 for e in operators + alone}
 
 
 def operator_class(name: str) -> str:

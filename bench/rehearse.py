@@ -20,7 +20,7 @@ from bench.memory import SHAPES, model_config, run_config
 from spinfast import attention
 from spinfast import ops as operators
 from spinfast.config import Config, Sft
-from spinfast.device import DeviceProfile, profile
+from spinfast.device import DeviceProfile, cap_memory, profile
 from spinfast.errors import UserError
 from spinfast.memory import Ledger, apply_checkpointing, apply_head_chunk
 from spinfast.planner import heaviest, other_phases, plan, training
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     device, config = profile("t4"), run_config()
     generation = config.generation.model_copy(update={"batch_size": arguments.batch_size})
     config = config.model_copy(update={"sft": Sft(epochs=1), "generation": generation})
-    torch.cuda.set_per_process_memory_fraction(device.memory / torch.cuda.get_device_properties(0).total_memory)
+    cap_memory(device.memory)
     for row in rehearse(config, device, model_config(arguments.model)):
         rows.write("rehearse", row | {"model": arguments.model}, "cuda")
     return 0

@@ -167,20 +167,21 @@ def _xformers_bias(layout, device):
 
 
 def _xformers_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
-    from xformers.ops import memory_efficient_attention_forward_requires_grad
+    from xformers.ops.fmha import cutlass, memory_efficient_attention_forward_requires_grad
 
     k_1KHd, v_1KHd = (_gathered(x, q_1HTd.shape[1], layout) for x in (k_1GTd, v_1GTd))
-    bias = _xformers_bias(layout, q_1HTd.device)
-    return memory_efficient_attention_forward_requires_grad(q_1HTd.transpose(1, 2), k_1KHd, v_1KHd, bias, scale=scaling)
+    return memory_efficient_attention_forward_requires_grad(
+        q_1HTd.transpose(1, 2), k_1KHd, v_1KHd, _xformers_bias(layout, q_1HTd.device), scale=scaling, op=cutlass.FwOp,
+    )  # fmt: skip
 
 
 def _xformers_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, layout, scaling):
-    from xformers.ops import memory_efficient_attention_backward
+    from xformers.ops.fmha import cutlass, memory_efficient_attention_backward
 
     k_1KHd, v_1KHd = (_gathered(x, q_1HTd.shape[1], layout) for x in (k_1GTd, v_1GTd))
     dq, dk, dv = memory_efficient_attention_backward(
         grad_1THd.contiguous(), out_1THd, lse, q_1HTd.transpose(1, 2), k_1KHd, v_1KHd,
-        _xformers_bias(layout, q_1HTd.device), scale=scaling,
+        _xformers_bias(layout, q_1HTd.device), scale=scaling, op=cutlass.BwOp,
     )  # fmt: skip
     return dq.transpose(1, 2), _ungathered(dk, k_1GTd, layout), _ungathered(dv, v_1GTd, layout)
 
@@ -198,14 +199,12 @@ KERNELS = {
 def _sdpa(query_1HTd, key_1GTd, value_1GTd, layout, scaling):
     q_lens, kv_lens = zip(*layout.segments, strict=True)
     queries = query_1HTd.split(q_lens, dim=2)
-    keys, values = (x.index_select(2, layout.kv_index_K).split(kv_lens, dim=2) for x in (key_1GTd, value_1GTd))
-    outputs = []
+    gathered = (_gathered(x, query_1HTd.shape[1], layout) for x in (key_1GTd, value_1GTd))
+    keys, values = (x_1KHd.transpose(1, 2).split(kv_lens, dim=2) for x_1KHd in gathered)
+    outputs = []  # keys repeated: below sm_80 enable_gqa leaves only the kernel that keeps the whole matrix
     for q, k, v in zip(queries, keys, values, strict=True):
         mask = None if q.shape[2] == k.shape[2] else _bottom_right_mask(q.shape[2], k.shape[2], q.device)
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 

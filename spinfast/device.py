@@ -38,6 +38,9 @@ GPUS = {
 }
 
 
+CONTEXT = 512 * 2**20  # bytes of a GPU that the CUDA context and cuBLAS take beside the allocator
+
+
 @dataclass(frozen=True)
 class DeviceProfile:
     """The device as the rest of spinfast sees it, chosen once."""
@@ -89,6 +92,12 @@ def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", pl
         rehearsal=rehearsal,
         reasons=reasons,
     )
+
+
+def cap_memory(memory: int) -> None:
+    """Let the allocator have what a GPU of `memory` bytes would leave it, so that a rehearsal ends where that would."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (memory - CONTEXT) / total))
 
 
 def _cuda(name: str, reasons: dict[str, str]) -> tuple[tuple[int, int], int, bool, str]:

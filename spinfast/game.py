@@ -19,7 +19,7 @@ from spinfast import attention, files, room
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
 from spinfast.data import LoadedData, check_overlap, load_examples
-from spinfast.device import DeviceProfile, profile
+from spinfast.device import DeviceProfile, cap_memory, profile
 from spinfast.errors import UserError
 from spinfast.generation import Generator, prompt_seed
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
@@ -124,6 +124,8 @@ class Game:
 def open_game(config: Config, run: RunDir, display: Display) -> Iterator[Game]:
     """Load data and model, start the generator; leaving gives the generator's memory back."""
     device = profile(config.device.profile, config.device.dtype, config.device.attention)
+    if device.rehearsal:
+        cap_memory(device.memory)
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(config.device.deterministic)

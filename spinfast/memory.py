@@ -183,7 +183,7 @@ def _offloaded_checkpoint(function: Callable, *args: torch.Tensor) -> torch.Tens
 
 def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=not tensor.is_cpu)
-    return tensor.device, host.copy_(tensor)
+    return tensor.device, host.copy_(tensor, non_blocking=True)  # read back on the same stream
 
 
 def _from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from spinfast.config import Config
-from spinfast.device import GIB, GPUS, DeviceProfile
+from spinfast.device import CONTEXT, GIB, GPUS, DeviceProfile
 from spinfast.errors import UserError
 from spinfast.memory import Usage, apply_checkpointing, apply_head_chunk
 from spinfast.objectives.sft import Sft
@@ -27,7 +27,6 @@ from spinfast.packing import bins, packed_length
 from spinfast.simulation import Phases, Simulation
 from spinfast.types import Group
 
-CONTEXT = {"cpu": 0, "cuda": 512 * 2**20}  # CUDA context and cuBLAS workspaces; a CPU's is already spent
 FRAGMENTATION = 0.05  # of the peak
 HALF_RATE_TOKENS = {"cpu": 32, "cuda": 256}
 CPU_RATE = 2e11  # FLOP/s where nothing was measured; only ratios matter to the choice
@@ -159,7 +158,8 @@ def checkpointed(config: Config, layers: int) -> list[int]:
 
 def reserve(profile: DeviceProfile, peak: float) -> int:
     """What no simulation sees: the context, workspaces inside operators, memory lost between allocations."""
-    return int(CONTEXT[profile.device.type] + FRAGMENTATION * peak)
+    context = CONTEXT if profile.device.type == "cuda" else 0  # a CPU's is already spent
+    return int(context + FRAGMENTATION * peak)
 
 
 def engine_cache(config: Config, model: PretrainedConfig, profile: DeviceProfile) -> int:

@@ -191,6 +191,8 @@ class Stage:
     def phase(self, phase: str, *outputs: str) -> Iterator[None]:
         """Time the phase; on success note its outputs (files, or directories written by files.write_directory)."""
         started = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         yield
         phases = self._phases()
         seconds = time.monotonic() - started

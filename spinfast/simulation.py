@@ -59,7 +59,9 @@ class Phases:
         sampling = Sampling(temperature=1.0, top_p=top_p, max_tokens=2, stop_ids=())
         with self.counting() as ledger:
             ledger.kind = "generation"
-            generator = TransformersGenerator(self.policy, batch_size=slots, max_model_len=longest)
+            generator = TransformersGenerator(
+                self.policy, batch_size=slots, max_model_len=longest, attention=self.profile.attention
+            )
             list(generator.generate(requests, sampling, None))
         return ledger.usage
 

@@ -28,10 +28,9 @@ def main(name: str, scratch: str, gradients: str | None = None) -> None:
     play = getattr(importlib.import_module(f"bench.peers.{module}"), function)
     work = Work.load(Path(scratch))
     if work.budget_gib:
-        import torch
+        from spinfast.device import GIB, cap_memory
 
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, work.budget_gib * 2**30 / total))
+        cap_memory(int(work.budget_gib * GIB))
     watch = Watch(work.device, Path(gradients) if gradients else None)
     try:
         found = play(work, watch) or {}

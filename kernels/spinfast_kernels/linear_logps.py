@@ -29,14 +29,15 @@ def _row_kernel(
     """One program per row: z, z - L, and exp(logits - L) * P_SCALE in place with 0 at the target."""
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * stride
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)
     z = tl.load(base + target).to(tl.float32)
     columns = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         column = start + columns
-        x = tl.load(base + column, mask=(column < V) & (column != target), other=float("-inf")).to(tl.float32)
+        x = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        x = tl.where(column == target, float("-inf"), x)  # not in the mask, which would load element by element
         higher = tl.maximum(top, x)
         total = total * tl.exp(top - higher) + tl.exp(x - higher)
         top = higher
@@ -48,7 +49,8 @@ def _row_kernel(
         scale = tl.where(rest > 0.0, P_SCALE / rest, 0.0)  # V = 1 has no others
         for start in range(0, V, BLOCK):
             column = start + columns
-            x = tl.load(base + column, mask=(column < V) & (column != target), other=float("-inf")).to(tl.float32)
+            x = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            x = tl.where(column == target, float("-inf"), x)
             tl.store(base + column, (tl.exp(x - highest) * scale).to(logits.dtype.element_ty), mask=column < V)
 
 
