@@ -6,7 +6,9 @@ attention rules apply.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 
@@ -78,6 +80,7 @@ def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", pl
     elif not wants_gpu:
         capability, rehearsal, found = None, False, "cpu"
         memory = psutil.virtual_memory().available
+        _bound_shape_caches()
         reasons["device"] = "no CUDA GPU is visible" if name == "auto" else "asked for"
     else:
         capability, memory, rehearsal, found = _cuda(name, reasons)
@@ -92,6 +95,23 @@ def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", pl
         rehearsal=rehearsal,
         reasons=reasons,
     )
+
+
+def _bound_shape_caches() -> None:
+    """Before the process's first product. oneDNN, and torch above it, keep what they compiled for the last 1,024
+    shapes, about 1 MB each, and every microbatch has a token count of its own: gigabytes (pytorch issue 98688).
+    64 hold the shapes of two microbatches.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
+def fresh_memory() -> None:
+    """Give back to the system what was freed (glibc keeps it otherwise), and let a GPU's peaks count from here."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def cap_memory(memory: int) -> None:

@@ -29,6 +29,7 @@ import yaml
 
 from spinfast import files
 from spinfast.config import Config
+from spinfast.device import fresh_memory
 from spinfast.errors import UserError
 from spinfast.trackers import Trackers, check_installed
 
@@ -190,9 +191,8 @@ class Stage:
     @contextmanager
     def phase(self, phase: str, *outputs: str) -> Iterator[None]:
         """Time the phase; on success note its outputs (files, or directories written by files.write_directory)."""
+        fresh_memory()
         started = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         yield
         phases = self._phases()
         seconds = time.monotonic() - started

@@ -1,6 +1,8 @@
-"""xformers is tried, not looked up: a package that is there may not load beside the torch that is there."""
+"""The device: xformers is tried, not looked up, as it may not load beside this torch; a CPU's caches are bounded."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +65,28 @@ def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
 def test_no_xformers():
     assert t4().reasons["attention"].endswith("as xformers, which is not installed")
+
+
+GROWTH = """
+import psutil, torch
+{before}
+x, w = torch.randn(800, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+torch.mm(x, w.T)
+start = psutil.Process().memory_info().rss
+for tokens in range(64, 464):
+    torch.mm(x[:tokens], w.T)
+print((psutil.Process().memory_info().rss - start) / 2**20)
+"""
+
+
+@pytest.mark.skipif(profile("cpu").dtype != torch.bfloat16, reason="this CPU multiplies fp32, which needs no compiling")
+def test_shapes_do_not_pile_up():
+    """Without the bound every token count leaves a megabyte behind."""
+
+    def grown(before):
+        command = [sys.executable, "-c", GROWTH.format(before=before)]
+        environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+        return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    bounded = grown("from spinfast.device import profile; profile('cpu')")
+    assert bounded < 0.6 * grown("")
