@@ -114,7 +114,7 @@ def draw(found: dict[str, dict[str, float]], title: str) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "spinfast"
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.8 * len(found)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.8 * len(found)), layout="constrained")
     starts = dict.fromkeys(found, 0.0)
     for number, kind in enumerate([*CLASSES, OTHER]):
         widths = [times[kind] / 1e3 for times in found.values()]
@@ -123,7 +123,7 @@ def draw(found: dict[str, dict[str, float]], title: str) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("seconds of self time in one iteration's training")
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, ncols=2, loc="center right")
+    figure.legend(fontsize=8, ncols=5, loc="outside lower center", frameon=False)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None})
     plt.close(figure)

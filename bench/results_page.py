@@ -184,9 +184,11 @@ def draw() -> None:
         axes[1][column].plot(where, [row["predicted_tensors_mib"] for row in mine], marker=".", label="simulated")
         axes[1][column].set(ylabel="MiB above the model", xlabel=along[name].replace("_", " "))
         axes[1][column].tick_params(axis="x", rotation=30)
+        for axis in axes[:, column]:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axes[1][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(IMAGES / "scaling.svg", metadata={"Date": None})
+    figure.savefig(IMAGES / "scaling.svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
 
