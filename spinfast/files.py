@@ -22,6 +22,11 @@ MANIFEST = "manifest.json"
 ADDED_LATER = "README.md"  # an adapter's model card, written once its evaluation is known
 
 
+def expanded(name: str) -> Path:
+    """A path as a person writes it; the ~ of a user who is not there stays, where Path.expanduser raises."""
+    return Path(os.path.expanduser(name))
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

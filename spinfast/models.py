@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinfast.errors import UserError
+from spinfast.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
     if name.startswith("package:"):
         path, revision = _from_gguf(_package_file(name), name, cache_dir)
     elif name.endswith(".gguf"):
-        path, revision = _from_gguf(Path(os.path.expanduser(name)), name, cache_dir)
-    elif Path(os.path.expanduser(name)).is_dir():
-        path = Path(os.path.expanduser(name))
+        path, revision = _from_gguf(expanded(name), name, cache_dir)
+    elif expanded(name).is_dir():
+        path = expanded(name)
         architecture = check_model(path)
         return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
     elif HUB_ID.fullmatch(name) and not name.startswith("."):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spinfast.errors import UserError
+from spinfast.files import expanded
 
 MAX_LINE_BYTES = 8 << 20  # one row of text; a longer line is a file of another kind
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -38,7 +38,7 @@ def open_table(
     """The table a config names. `rows` and `seed` say which problems reasoning-gym makes."""
     if source.startswith("reasoning_gym:"):
         return _reasoning_gym(source, split, rows, seed)
-    path = Path(os.path.expanduser(source))  # leaves the home of a user who is not there as it is
+    path = expanded(source)
     if path.suffix in FILE_SUFFIXES:
         if not path.is_file():
             raise UserError(f"data {source}: no such file")

@@ -95,6 +95,7 @@ def test_config_without_obstacles_has_no_problem(backends):
             "package no_such is not installed; pip install --no-deps no_such",
         ),
         ("model", {"name": "/no/such.gguf"}, "model.name: no such file: /no/such.gguf"),
+        ("model", {"name": "~nobody-here/m.gguf"}, "model.name: no such file: ~nobody-here/m.gguf"),
         ("model", {"name": "someone/something"}, "someone/something is not on this machine and HF_HUB_OFFLINE is set"),
         ("model", {"load_in_4bit": True}, "model.load_in_4bit: true: needs a CUDA GPU"),
         ("data", {"source": "missing.jsonl"}, "data.source: no such file: missing.jsonl"),
