@@ -29,6 +29,20 @@ LINES = [
 CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
+class FailingCall:
+    """`function`, but its call number `at` (from 1, of those that `counts`) finds no memory."""
+
+    def __init__(self, function, at: int, counts=lambda: True):
+        self.function, self.at, self.counts, self.calls = function, at, counts, 0
+
+    def __call__(self, *args):
+        if self.counts():
+            self.calls += 1
+            if self.calls == self.at:
+                raise torch.OutOfMemoryError("injected")
+        return self.function(*args)
+
+
 def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 384 entries; pad, <|im_start|> and <|im_end|> (eos) are 0, 1, 2."""
     backend = Tokenizer(models.BPE())

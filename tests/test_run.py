@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from fixtures import FailingCall
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -201,16 +202,7 @@ if __name__ == "__main__":
 
 def run_out_of_memory(monkeypatch, *, training: bool, call: int):
     """The given forward of training, or of scoring, finds no memory."""
-    original, calls = train.answer_logps, 0
-
-    def failing(*args):
-        nonlocal calls
-        calls += torch.is_grad_enabled() == training
-        if calls == call:
-            calls += 1
-            raise torch.OutOfMemoryError("injected")
-        return original(*args)
-
+    failing = FailingCall(train.answer_logps, call, lambda: torch.is_grad_enabled() == training)
     monkeypatch.setattr(train, "answer_logps", failing)
 
 

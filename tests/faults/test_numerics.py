@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
+from fixtures import FailingCall
+from packed_cases import tiny_policy
 from test_run import play, train_rows, write_config
 
 from spinfast import adapter as adapters
-from spinfast import loop, ops, train
-from spinfast.config import Lora
-from spinfast.device import profile
+from spinfast import loop, train
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin
-from spinfast.policy.transformers import load_policy
 from spinfast.run import main
 from spinfast.train import TrainPlan, start_training, train_step
 from spinfast.types import Group
@@ -155,25 +154,9 @@ def test_memory_runs_out_at_every_forward_of_a_step(model, monkeypatch):
     plan = TrainPlan(8, 64, epochs=1, seed=0, attention="sdpa", lr=0.0, max_grad_norm=1e9)
 
     def gradient(fails_at):
-        policy = load_policy(
-            model,
-            str(model),
-            "r" * 64,
-            lora=Lora(r=4, alpha=8),
-            ops=ops.EAGER,
-            profile=profile("cpu", "float32"),
-            load_in_4bit=False,
-            seed=0,
-        )
-        state, kept, calls = start_training(policy, "adamw", 0.0, scaled=False), {}, 0
-        original = train.answer_logps
-
-        def failing(*args):
-            nonlocal calls
-            calls += 1
-            if calls == fails_at:
-                raise torch.OutOfMemoryError("fake")
-            return original(*args)
+        policy = tiny_policy(model)
+        state, kept = start_training(policy, "adamw", 0.0, scaled=False), {}
+        failing = FailingCall(train.answer_logps, fails_at)
 
         def step():
             kept.update({n: p.grad.clone() for n, p in policy.trainable_parameters().items()})
@@ -182,7 +165,7 @@ def test_memory_runs_out_at_every_forward_of_a_step(model, monkeypatch):
             patch.setattr(train, "answer_logps", failing)
             patch.setattr(state.optimizer, "step", step)
             _, after = train_step(policy, groups, list(range(8)), Sft(), plan, state, False)
-        return kept, calls, after
+        return kept, failing.calls, after
 
     expected, calls, _ = gradient(fails_at=0)
     assert calls > 2
@@ -242,18 +225,10 @@ def test_an_adapter_that_is_not_finite_is_no_result(tmp_path, model, monkeypatch
 def test_memory_runs_out_while_scoring_and_evaluating(tmp_path, model, monkeypatch, fails_at):
     """Every forward that scores, the opponent's pairs and held-out ones, is made again of smaller microbatches."""
     plain = play(tmp_path, model, name="plain", spin={"iterations": 1}, evaluate={"problems": 0})
-    original, calls = train.batch_sequence_logps, 0
-
-    def failing(*args):
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
-            raise torch.OutOfMemoryError("fake")
-        return original(*args)
-
+    failing = FailingCall(train.batch_sequence_logps, fails_at)
     monkeypatch.setattr(train, "batch_sequence_logps", failing)
     starved = play(tmp_path, model, name="starved", spin={"iterations": 1}, evaluate={"problems": 0})
-    assert calls >= fails_at
+    assert failing.calls >= fails_at
     mine, other = (
         {row["iteration"]: row["evaluation"] for row in json.loads((run / "results.json").read_text())}
         for run in (plain, starved)

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_cases import tiny_policy
 
 from spinfast import adapter as adapters
-from spinfast import checkpoint, files, ops
-from spinfast.config import Lora
-from spinfast.device import profile
-from spinfast.policy.transformers import load_policy
+from spinfast import checkpoint, files
 from spinfast.train import start_training
 
 DIED = 9
@@ -100,17 +98,7 @@ def with_fault(directory, at, power_cut, work) -> int:
 @pytest.fixture(scope="module")
 def training(tiny_model):
     """policy, state: a training that has made a step"""
-    model = tiny_model("llama")
-    policy = load_policy(
-        model,
-        str(model),
-        "r" * 64,
-        lora=Lora(r=4, alpha=8),
-        ops=ops.EAGER,
-        profile=profile("cpu", "float32"),
-        load_in_4bit=False,
-        seed=0,
-    )
+    policy = tiny_policy(tiny_model("llama"))
     state = start_training(policy, "adamw", 0.0, scaled=False)
     return policy, state
 
