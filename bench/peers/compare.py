@@ -132,12 +132,17 @@ def child(name: str, work: given.Work, trl: Path | None, *arguments: str) -> dic
     """One peer's iteration in its own process."""
     command = [sys.executable, "-m", "bench.peers.child", name, work.scratch, *arguments]
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    if trl and "trl" in PEERS[name][1]:
-        environment["PYTHONPATH"] = os.pathsep.join([str(trl), os.environ.get("PYTHONPATH", "")])
+    if "trl" in PEERS[name][1]:
+        environment |= path_with(trl)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+
+
+def path_with(trl: Path | None) -> dict[str, str]:
+    """Environment that puts the directory of another TRL, if one is named, before the installed one."""
+    return {"PYTHONPATH": os.pathsep.join([str(trl), os.environ.get("PYTHONPATH", "")])} if trl else {}
 
 
 # The gate ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench import rows
 from bench.peers import work as given
+from bench.peers.compare import path_with
 
 PROMPTS_SEED, MAX_TOKENS = 1, 192
 
@@ -83,10 +84,8 @@ def script(work: dict, trl: Path | None) -> float:
     )  # fmt: skip
     start = time.perf_counter()
     for part in ("generate", "train"):
-        if part == "train" and trl:
-            environment["PYTHONPATH"] = os.pathsep.join([str(trl), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "bench.peers.script", part, work["scratch"]]
-        _run(command, env=environment)
+        _run(command, env=environment | (path_with(trl) if part == "train" else {}))
     return time.perf_counter() - start
 
 
