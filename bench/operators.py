@@ -27,7 +27,8 @@ from spinfast import ops
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.float16 if CUDA else torch.bfloat16
-TABLES = {"eager twin": ops.EAGER} | ({"triton": ops.triton_ops()} if CUDA else {})
+COMPILED = ops.COMPILED[DEVICE]
+TABLES = {"eager twin": ops.EAGER, COMPILED: ops.compiled(COMPILED)}
 QWEN = {"D": 896, "F": 4864, "kv": 128, "V": 151_936}  # Qwen2.5-0.5B
 RANK, SCALING = 16, 2.0
 HEAD_TOKENS, TOKENS = 1024, 2048

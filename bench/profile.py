@@ -3,8 +3,9 @@
     python -m bench profile [--model MODEL|random:SHAPE] [--count 8] [--top 0]
 
 Self time of every operator in the training phase of one iteration (scoring excluded), summed by class. Rows go to
-results/profile.jsonl, the picture to docs/images/profile.svg. The profiler itself costs some 5 us per operator, so
-many small operators look a little worse than they are.
+results/profile.jsonl, the picture to docs/images/profile.svg. Numba's kernels have no events of their own: they are
+self time of the autograd functions that call them, with the Python between. The profiler itself costs some 5 us per
+operator, so many small operators look a little worse than they are.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from spinfast.device import profile
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "profile.svg"
 CLASSES = {  # class -> what the operator's name contains; the first that fits
-    "GEMMs": ("::mm", "::addmm", "::bmm", "::linear", "gemm"),
-    "attention": ("attention",),
+    "GEMMs": ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "gemm"),
+    "attention": ("attention", "_PackedAttention"),
     "optimizer": ("_foreach", "_fused_adam", "Optimizer"),
     "copies and casts": ("::copy_", "::_to_copy", "::cat", "::clone", "::contiguous", "Memcpy"),
     "SwiGLU": ("silu",),
@@ -36,6 +37,7 @@ CLASSES = {  # class -> what the operator's name contains; the first that fits
     "reductions": ("::sum", "::mean", "norm", "vecdot", "::pow", "rsqrt"),
     "element-wise": ("::mul", "::add", "::sub", "::div", "::neg", "::where", "::maximum", "elementwise", "_kernel"),
     "memory and indexing": ("::empty", "::zero", "::fill", "::index", "embedding", "::resize", "Memset"),
+    "compiled parts and Python": ("_Projections", "_Mlp", "_RmsNorm", "_SwiGlu", "_Rope", "_LinearLogps"),
 }
 OTHER = "other"
 

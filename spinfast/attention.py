@@ -1,10 +1,11 @@
 """Attention over the packed layout, behind one function, reached through transformers' attention interface.
 
-Every segment is causal attention of its queries over its keys, aligned at the bottom right, so no custom kernel
-is needed: xformers' BlockDiagonalCausalFromBottomRightMask, the same cutlass kernel through aten (cu_seqlens), or
-SDPA per segment; on a CPU its flash kernel, called on views: a later answer attends to the prompt and causally to
-itself, and the two parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135). Saved for the backward are
-q, k, v as they came, the output and the log-sum-exp; gathered and widened keys are made again.
+Every segment is causal attention of its queries over its keys, aligned at the bottom right, so a GPU needs no
+kernel of ours: xformers' BlockDiagonalCausalFromBottomRightMask, or the same cutlass kernel through aten
+(cu_seqlens). On a CPU torch's flash kernel runs forward, on views: a later answer attends to the prompt and causally
+to itself, and the two parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135); the backward is
+spinfast_kernels.cpu_attention. SDPA per segment works everywhere. Saved for the backward are q, k, v as they came,
+the output and the log-sum-exp; gathered and widened keys are made again.
 
 Models get it by `attn_implementation="spinfast"` and a `layout=` keyword in the forward, which transformers hands
 down to every layer. A layout with an `attend` method of its own (a generator's cache) is asked instead.
@@ -46,7 +47,7 @@ def packed_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention output (1, T, H, d), differentiable; H is a multiple of G (grouped-query attention)."""
-    if layout.backend == "sdpa" and query_1HTd.is_cuda:
+    if layout.backend == "sdpa":
         return _sdpa(query_1HTd, key_1GTd, value_1GTd, layout, scaling)
     return _PackedAttention.apply(query_1HTd, key_1GTd, value_1GTd, layout, scaling)
 
@@ -68,7 +69,7 @@ class _PackedAttention(torch.autograd.Function):
         return *backward(grad_1THd, *ctx.saved_tensors, ctx.layout, ctx.scaling), None, None
 
 
-# CPU: SDPA's flash kernel on views ---------------------------------------------------------------------------------
+# CPU: torch's flash kernel on views ---------------------------------------------------------------------------------
 
 
 def _parts(layout: PackedLayout) -> Iterator[tuple[slice, slice, bool]]:
@@ -102,23 +103,10 @@ def _flash_cpu_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
 
 
 def _flash_cpu_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT, layout, scaling):
-    """With the joint output and log-sum-exp the kernel's backward is exact for each part of the keys alone.
+    from spinfast_kernels import cpu_attention
 
-    It runs in fp32, where torch's kernel is 1.5 to 2 times as fast as in bf16 (AMX, answers of 200 to 300 tokens).
-    """
-    wide = torch.promote_types(q_1HTd.dtype, torch.float32)
-    q, k, v = (x.to(wide) for x in (q_1HTd, k_1GTd, v_1GTd))
-    grad, out = (x.transpose(1, 2).to(wide) for x in (grad_1THd, out_1THd))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys, causal in _parts(layout):
-        part_q, part_k, part_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse_1HT[:, :, rows],
-            0.0, causal, scale=scaling,
-        )  # fmt: skip
-        dq[:, :, rows] = part_q if causal else dq[:, :, rows] + part_q
-        dk[:, :, keys] += part_k
-        dv[:, :, keys] += part_v
-    return tuple(x.to(q_1HTd.dtype) for x in (dq, dk, dv))
+    tensors = (x[0] for x in (grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT))
+    return [x[None] for x in cpu_attention.backward(*tensors, layout.segments, scaling)]
 
 
 # CUDA: the cutlass kernel, through aten or xformers ----------------------------------------------------------------
@@ -187,13 +175,13 @@ def _xformers_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, layout,
 
 
 KERNELS = {
-    "sdpa": (_flash_cpu_forward, _flash_cpu_backward),
+    "numba": (_flash_cpu_forward, _flash_cpu_backward),
     "aten_efficient": (_aten_forward, _aten_backward),
     "xformers": (_xformers_forward, _xformers_backward),
 }
 
 
-# CUDA on request: SDPA per segment, differentiated by torch ---------------------------------------------------------
+# On request: SDPA per segment, differentiated by torch --------------------------------------------------------------
 
 
 def _sdpa(query_1HTd, key_1GTd, value_1GTd, layout, scaling):

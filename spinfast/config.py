@@ -126,8 +126,10 @@ class Evaluate(Section):
 class Device(Section):
     profile: str = Field("auto", description="auto, cpu, t4, l4, a10, a100, h100; a smaller one rehearses it")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="compute dtype")
-    kernels: Literal["auto", "eager", "triton"] = Field("auto", description="table of operators")
-    attention: Literal["auto", "xformers", "aten_efficient", "sdpa"] = Field("auto", description="attention backend")
+    kernels: Literal["auto", "eager", "triton", "numba"] = Field("auto", description="table of operators")
+    attention: Literal["auto", "xformers", "aten_efficient", "numba", "sdpa"] = Field(
+        "auto", description="attention backend"
+    )
     deterministic: bool = Field(False, description="torch.use_deterministic_algorithms (CUDA: slower)")
 
 

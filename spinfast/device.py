@@ -91,7 +91,7 @@ def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", pl
         capability=capability,
         memory=memory,
         dtype=chosen,
-        attention=_attention(attention, capability, reasons),
+        attention=_attention(attention, capability, chosen, reasons),
         rehearsal=rehearsal,
         reasons=reasons,
     )
@@ -156,18 +156,22 @@ def _dtype(asked: str, capability: tuple[int, int] | None, reasons: dict[str, st
     return getattr(torch, choice)
 
 
-def _attention(asked: str, capability: tuple[int, int] | None, reasons: dict[str, str]) -> str:
+def _attention(asked: str, capability: tuple[int, int] | None, dtype: torch.dtype, reasons: dict[str, str]) -> str:
     if capability is None:
-        choice, why = "sdpa", "one call per segment; the other backends are CUDA only"
-    elif obstacle := _xformers_obstacle():
-        choice, why = "aten_efficient", f"the same cutlass kernel as xformers, which {obstacle}"
+        best, why = "numba", "torch's flash kernel forward, a compiled pass between products backward"
+        obstacle = None if dtype in (torch.bfloat16, torch.float32) else f"has no kernels for {dtype}"
+        next_best, why_not_best = "sdpa", "one call per segment, because numba"
     else:
-        choice, why = "xformers", "installed, its kernels load"
-    if asked != "auto" and asked != choice:
-        if asked != "sdpa" and capability is None:
-            raise UserError(f"device.attention: {asked} needs a CUDA GPU; use sdpa (auto chooses it)")
-        if asked == "xformers":
-            raise UserError(f"device.attention: xformers {obstacle}; use aten_efficient, the same kernel")
+        best, why = "xformers", "installed, its kernels load"
+        obstacle = _xformers_obstacle()
+        next_best, why_not_best = "aten_efficient", "the same cutlass kernel as xformers, which"
+    if asked not in ("auto", "sdpa", best, next_best):
+        needs = "CPU" if asked == "numba" else "CUDA GPU"
+        raise UserError(f"device.attention: {asked} needs a {needs}; use {next_best} (auto chooses)")
+    if asked == best and obstacle:
+        raise UserError(f"device.attention: {best} {obstacle}; use {next_best}")
+    choice, why = (next_best, f"{why_not_best} {obstacle}") if obstacle else (best, why)
+    if asked not in ("auto", choice):
         choice, why = asked, "asked for"
     reasons["attention"] = f"{choice}: {why}"
     return choice

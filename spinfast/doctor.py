@@ -176,9 +176,11 @@ def backend_findings() -> list[Finding]:
         "model.load_in_4bit: true": _four_bit_obstacle(device),
         "device.kernels: eager": None,
         "device.kernels: triton": _refusal(lambda: choose("triton", device)),
+        "device.kernels: numba": _refusal(lambda: choose("numba", device)),
         "device.attention: xformers": _refusal(lambda: profile(attention="xformers"))
         or _import_obstacle(imports.get("xformers")),
         "device.attention: aten_efficient": _refusal(lambda: profile(attention="aten_efficient")),
+        "device.attention: numba": _refusal(lambda: profile(attention="numba")),
         "device.attention: sdpa": None,
     }
     return [Finding(name, obstacle or "runs here", obstacle is None) for name, obstacle in obstacles.items()]

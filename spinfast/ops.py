@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -34,33 +35,35 @@ def _table(name: str, module: ModuleType) -> Ops:
 
 
 EAGER = _table("eager", reference)
+MODULES = {"triton": "spinfast_kernels.triton_ops", "numba": "spinfast_kernels.cpu_ops"}
+COMPILED = {"cuda": "triton", "cpu": "numba"}  # device type -> the table made for it
 
 
-def choose(name: Literal["auto", "eager", "triton"], device: torch.device | str) -> tuple[Ops, str]:
-    """(table, reason). "auto" takes triton on a CUDA device that has it; asking for what cannot run is an error."""
-    if name not in ("auto", "eager", "triton"):
-        raise UserError(f"ops: expected auto, eager or triton, got {name!r}")
-    obstacle = _obstacle(torch.device(device))
-    if name == "eager":
-        return EAGER, "eager: asked for"
+def choose(name: Literal["auto", "eager", "triton", "numba"], device: torch.device | str) -> tuple[Ops, str]:
+    """(table, reason). "auto" takes the device's compiled table; asking for what cannot run is an error."""
+    if name not in ("auto", "eager", *MODULES):
+        raise UserError(f"ops: expected auto, eager, {' or '.join(MODULES)}, got {name!r}")
+    kind = torch.device(device).type
+    wanted = COMPILED.get(kind, "eager") if name == "auto" else name
+    obstacle = _obstacle(wanted, kind)
     if name == "auto" and obstacle:
         return EAGER, f"eager: {obstacle}"
     if obstacle:
-        raise UserError(f"ops: triton was asked for but {obstacle}; use ops=eager or ops=auto")
-    return triton_ops(), f"triton: {'asked for' if name == 'triton' else 'a CUDA device with triton installed'}"
+        raise UserError(f"ops: {name} was asked for but {obstacle}; use ops=eager or ops=auto")
+    table = EAGER if wanted == "eager" else compiled(wanted)
+    return table, f"{wanted}: {f'the compiled kernels of {kind}' if name == 'auto' else 'asked for'}"
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on `device`, or None."""
-    if device.type != "cuda":
-        return f"the device is {device.type} and the kernels need a CUDA device"
-    if find_spec("triton") is None:
-        return "the triton package is not installed"
-    return None
+def _obstacle(name: str, kind: str) -> str | None:
+    """Why this table cannot run on a device of this kind, or None."""
+    if name == "eager":
+        return None
+    if COMPILED.get(kind) != name:
+        needed = next(kind for kind, table in COMPILED.items() if table == name)
+        return f"the device is {kind} and its kernels need a {needed} device"
+    return None if find_spec(name) else f"the {name} package is not installed"
 
 
-def triton_ops() -> Ops:
-    """The Triton table; importing it imports triton."""
-    from spinfast_kernels import triton_ops as kernels
-
-    return _table("triton", kernels)
+def compiled(name: str) -> Ops:
+    """The table "triton" or "numba"; importing it imports that package."""
+    return _table(name, importlib.import_module(MODULES[name]))

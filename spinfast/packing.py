@@ -3,7 +3,8 @@
 A group [prompt | answer 1 | answer 2 ...] becomes query segments (prompt + answer 1), (answer 2), ..., where the
 keys of a later answer are the prompt and itself. Its positions restart at len(prompt). Tokens computed equal the
 tokens of the distinct content: no padding, no repeated prompt, and an answer's last token, which predicts
-nothing, is not computed at all.
+nothing, is not computed at all. Only on a CPU a row is filled up to a multiple of 64 tokens: oneDNN compiles every
+product anew for every token count, which took a tenth of a step (bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 
 from spinfast.errors import UserError
 from spinfast.types import Group, PackedBatch, PackedLayout
+
+MULTIPLE_OF = {"numba": 64}  # attention backend -> what the tokens of a batch are a multiple of
 
 
 def packed_length(group: Group) -> int:
@@ -74,6 +77,11 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
             else:
                 continue
             kv_index += [*range(start, start + prompt), *range(begin, begin + queries)]
+    if padding := -len(tokens) % MULTIPLE_OF.get(backend, 1):  # a longer last answer, of which nothing is scored
+        kv_index += range(len(tokens), len(tokens) + padding)
+        tokens += [0] * padding
+        positions += [0] * padding
+        segments[-1] = segments[-1][0] + padding, segments[-1][1] + padding
     layout = PackedLayout(
         q_starts=_starts([q for q, _ in segments]),
         kv_starts=_starts([kv for _, kv in segments]),

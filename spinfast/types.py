@@ -87,7 +87,7 @@ class PackedLayout:
     kv_starts: torch.Tensor  # (segments + 1,) int32
     kv_index_K: torch.Tensor  # (K,) int64
     segments: tuple[tuple[int, int], ...]  # (query length, key length) of each segment, on the host
-    backend: str = "sdpa"  # "xformers" | "aten_efficient" | "sdpa", see attention.py
+    backend: str = "sdpa"  # "xformers" | "aten_efficient" | "numba" | "sdpa", see attention.py
 
 
 @dataclass(frozen=True)

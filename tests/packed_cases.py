@@ -20,9 +20,9 @@ def tiny_lora() -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
 
 
-def tiny_policy(path, dtype=torch.float32, device="cpu") -> TransformersPolicy:
+def tiny_policy(path, dtype=torch.float32, device="cpu", table=ops.EAGER) -> TransformersPolicy:
     """The policy at `path` with a random adapter: B is not zero, so every gradient is alive."""
-    policy = TransformersPolicy(load_base(path, dtype, torch.device(device)), tiny_lora(), ops.EAGER, seed=0)
+    policy = TransformersPolicy(load_base(path, dtype, torch.device(device)), tiny_lora(), table, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values():
         parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter)

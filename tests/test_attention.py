@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from packed_cases import lengths, make_groups, plain_logps, plain_model, tiny_policy
+from spinfast_kernels import cpu_attention
 
 from spinfast.attention import packed_attention
 from spinfast.packing import pack
@@ -25,13 +27,14 @@ def both(request, tiny_model):
 
 
 @settings(max_examples=15, deadline=None)
-@given(shape=lengths(most=16))
-@example(shape=[(1, (1, 1))])
-@example(shape=[(1, (1, 5)), (7, (3, 1)), (1, (2, 2))])
-def test_logps_and_gradients_of_plain_transformers(both, shape):
+@given(shape=lengths(most=16), backend=st.sampled_from(["numba", "sdpa"]))
+@example(shape=[(1, (1, 1))], backend="numba")
+@example(shape=[(1, (1, 5)), (7, (3, 1)), (1, (2, 2))], backend="numba")
+@example(shape=[(1, (1, 5)), (7, (3, 1)), (1, (2, 2))], backend="sdpa")
+def test_logps_and_gradients_of_plain_transformers(both, shape, backend):
     policy, plain = both
     groups = make_groups(shape)
-    batch = pack(groups, range(len(groups)))
+    batch = pack(groups, range(len(groups)), backend)
     sequences = [(group.prompt_ids, answer) for group in groups for answer in group.answers]
     weights_S = torch.randn(len(sequences), generator=torch.Generator().manual_seed(5))
 
@@ -53,24 +56,26 @@ def test_logps_and_gradients_of_plain_transformers(both, shape):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("backend", ["numba", "sdpa"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nothing_leaks(tiny_model, arch):
+def test_nothing_leaks(tiny_model, arch, backend):
     """Change one token: only what comes after it in its own answer (or below its own prompt) moves."""
     policy = tiny_policy(tiny_model(arch))
     groups = make_groups([(4, (5, 3)), (1, (2, 6)), (6, (4, 4))])
-    batch = pack(groups, range(len(groups)))
-    sees = visible_TT(batch)
+    batch = pack(groups, range(len(groups)), backend)
+    sees = visible_TT()
     with torch.no_grad():
-        before = policy.hidden(batch)
+        before = policy.hidden(batch)[: len(sees)]
         for changed in range(batch.tokens):
             ids = batch.token_ids_T.clone()
             ids[changed] = (ids[changed] + 1) % 300
-            after = policy.hidden(replace(batch, token_ids_T=ids))
+            after = policy.hidden(replace(batch, token_ids_T=ids))[: len(sees)]
             moved = (after - before).abs().amax(1) > 1e-5
-            assert torch.equal(moved, sees[:, changed]), f"token {changed} of {batch.tokens}"
+            expected = sees[:, changed] if changed < len(sees) else torch.zeros(len(sees), dtype=torch.bool)
+            assert torch.equal(moved, expected), f"token {changed} of {batch.tokens}"
 
 
-def visible_TT(batch):
+def visible_TT():
     """Who sees whom, from the groups' own words: [prompt | answer 1 | answer 2], answers blind to each other."""
     groups_T, answers_T = [], []
     for number, (prompt, answers) in enumerate([(4, (5, 3)), (1, (2, 6)), (6, (4, 4))]):
@@ -137,11 +142,30 @@ HEADS = [(4, 4), (14, 2), (9, 3)]  # no sharing, Qwen2.5-0.5B, SmolLM2-135M
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_cpu_kernel(case, dtype, head_dim, heads):
-    check_against_eager("sdpa", case, dtype, head_dim, heads)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("numba", torch.bfloat16), ("numba", torch.float32), ("sdpa", torch.float64)],
+    ids=["numba-bf16", "numba-fp32", "sdpa-fp64"],
+)
+def test_cpu_kernels(backend, case, dtype, head_dim, heads):
+    check_against_eager(backend, case, dtype, head_dim, heads)
+
+
+def test_products_round_to_bf16_only_inside_the_backward_and_only_for_bf16():
+    with cpu_attention._products_in(torch.float32):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    with pytest.raises(KeyError), cpu_attention._products_in(torch.bfloat16):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_long_segments_are_cut_into_blocks(monkeypatch):
+    """The same gradients to rounding whatever the block."""
+    monkeypatch.setattr(cpu_attention, "BLOCK", 32)
+    check_against_eager("numba", "prompt shared by two answers of 200", torch.float32, 64, (4, 2))
 
 
 @pytest.mark.gpu

@@ -62,10 +62,10 @@ def test_the_heads_chunk_is_the_largest_that_fits():
     device = profile("t4", plan_only=True)
     wide = Qwen2Config(**MIDDLING.to_dict() | {"vocab_size": 100_000})
     fixed = config(train={"microbatch_tokens": 1024, "checkpointing": True}, generation={"batch_size": 1})
-    ample = plan(fixed, device, wide, ops.triton_ops())
+    ample = plan(fixed, device, wide, ops.compiled("triton"))
     assert ample.head_chunk == max(HEAD_CHUNKS)
     less = 50 * wide.vocab_size * 2  # 50 tokens' logits
-    tight = plan(fixed, replace(device, memory=ample.peak - less), wide, ops.triton_ops())
+    tight = plan(fixed, replace(device, memory=ample.peak - less), wide, ops.compiled("triton"))
     assert tight.head_chunk < ample.head_chunk
     assert tight.peak <= tight.budget
 

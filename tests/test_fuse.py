@@ -18,9 +18,11 @@ ARCHITECTURES = ["qwen2", "llama", "qwen3"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture(params=["eager", "triton", "numba"])
 def ops(request):
-    return {"eager": operators.EAGER, "triton": operators.triton_ops()}[request.param]
+    if request.param == "numba" and DEVICE == "cuda":
+        pytest.skip("compiled for CPUs")
+    return operators.EAGER if request.param == "eager" else operators.compiled(request.param)
 
 
 def peft_model(path, dtype=torch.float32, attention="sdpa", **lora):
@@ -153,10 +155,8 @@ def test_keywords_reach_the_attention_interface(tiny_model, ops):
     torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ops_name", ["eager", "triton"])
-def test_activations_kept_per_token_and_layer(tiny_model, ops_name):
+def test_activations_kept_per_token_and_layer(tiny_model, ops):
     """At most half of what PEFT's own forward keeps for its backward (bf16, attention's part included)."""
-    ops = {"eager": operators.EAGER, "triton": operators.triton_ops()}[ops_name]
     model = peft_model(tiny_model("qwen2", hidden=128), torch.bfloat16)
     stock = kept_bytes(model)
     fuse(model, ops)
@@ -192,15 +192,17 @@ def test_refuses_what_it_would_get_wrong(tiny_model):
         fuse(get_peft_model(gpt2, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)), operators.EAGER)
 
 
-def test_choose_says_why_and_refuses_what_cannot_run():
+def test_choose_says_why_and_refuses_what_cannot_run(monkeypatch):
     table, reason = operators.choose("auto", "cpu")
-    assert table is operators.EAGER
-    assert reason == "eager: the device is cpu and the kernels need a CUDA device"
+    assert (table.name, reason) == ("numba", "numba: the compiled kernels of cpu")
     assert operators.choose("eager", "cuda")[0] is operators.EAGER
+    assert operators.choose("auto", "meta")[0] is operators.EAGER
     with pytest.raises(UserError, match="triton was asked for but the device is cpu"):
         operators.choose("triton", "cpu")
-    with pytest.raises(UserError, match="expected auto, eager or triton, got 'cuda'"):
+    with pytest.raises(UserError, match="expected auto, eager, triton or numba, got 'cuda'"):
         operators.choose("cuda", "cpu")
+    monkeypatch.setattr(operators, "find_spec", lambda name: None)
+    assert operators.choose("auto", "cpu") == (operators.EAGER, "eager: the numba package is not installed")
 
 
 def test_lora_without_a_matrix_has_rank_zero():

@@ -21,20 +21,21 @@ from spinfast.train import TrainPlan, batch_sequence_logps, train_step
 
 SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]
 BF16, FP32 = torch.bfloat16, torch.float32
+TABLE = ops.compiled("numba")  # and the attention of that name: what a CPU runs
 
 
 def cpu(dtype):
-    return DeviceProfile("cpu", torch.device("cpu"), None, 0, dtype, "sdpa", False, {})
+    return DeviceProfile("cpu", torch.device("cpu"), None, 0, dtype, "numba", False, {})
 
 
 def simulated(path, dtype=FP32, profile=None, **options):
-    return Simulation(AutoConfig.from_pretrained(path), profile or cpu(dtype), Lora(r=4, alpha=8), ops.EAGER, **options)
+    return Simulation(AutoConfig.from_pretrained(path), profile or cpu(dtype), Lora(r=4, alpha=8), TABLE, **options)
 
 
 def real_step(policy, groups, optimizer="adamw"):
     """What a real step holds, by the same ledger, and the adapter's gradients."""
     opponent = torch.zeros(len(groups), 2)
-    plan = TrainPlan(len(groups), 10_000, 1, 0, "sdpa", lr=0.0, max_grad_norm=1e9)
+    plan = TrainPlan(len(groups), 10_000, 1, 0, "numba", lr=0.0, max_grad_norm=1e9)
     state = settled(policy, optimizer)
     gradients = {}
     state.optimizer.register_step_pre_hook(
@@ -52,7 +53,7 @@ def real_step(policy, groups, optimizer="adamw"):
 def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layers):
     """The same peak, byte for byte and kind for kind."""
     path, groups = tiny_model(arch, layers=3), make_groups(SHAPE)
-    policy, simulation = tiny_policy(path, dtype), simulated(path, dtype)
+    policy, simulation = tiny_policy(path, dtype, table=TABLE), simulated(path, dtype)
     for each in (policy, simulation.policy):
         apply_checkpointing(each, layers, offload=False)
     ledger, _ = real_step(policy, groups)
@@ -78,9 +79,9 @@ def test_a_rehearsed_plan_holds_what_was_predicted(tiny_model):
 
 def test_simulated_scoring_equals_the_real_one(tiny_model):
     path, groups = tiny_model("qwen2"), make_groups(SHAPE)
-    policy, simulation = tiny_policy(path), simulated(path)
+    policy, simulation = tiny_policy(path, table=TABLE), simulated(path)
     with counting(policy) as ledger:
-        batch_sequence_logps(policy, pack(groups, range(len(groups))))
+        batch_sequence_logps(policy, pack(groups, range(len(groups)), "numba"))
     assert simulation.score(groups) == ledger.usage
 
 
@@ -109,7 +110,7 @@ def test_ledger_agrees_with_the_allocator(tiny_model):
 
     It also sees what an operator takes and gives back inside, which no dispatch mode can.
     """
-    policy, groups = tiny_policy(tiny_model("qwen2", layers=3, hidden=128)), make_groups(SHAPE * 2)
+    policy, groups = tiny_policy(tiny_model("qwen2", layers=3, hidden=128), table=TABLE), make_groups(SHAPE * 2)
     ledger, _ = real_step(policy, groups)
     static = sum(ledger.live[kind] for kind in ("weights", "adapters", "optimizer"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -128,7 +129,7 @@ def test_ledger_agrees_with_the_allocator(tiny_model):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_checkpointing_changes_no_gradient(tiny_model, layers, offload):
     path, groups = tiny_model("qwen2", layers=3), make_groups(SHAPE)
-    policy = tiny_policy(path)
+    policy = tiny_policy(path, table=TABLE)
     plain, expected = real_step(policy, groups)
     apply_checkpointing(policy, layers, offload)
     ledger, gradients = real_step(policy, groups)
@@ -146,7 +147,7 @@ def test_offloaded_checkpoints_leave_the_device(tiny_model):
         apply_checkpointing(simulation.policy, 3, offload)
         usages.append(simulation.spin(groups, "adamw", "logistic", more_microbatches=True).usage)
     kept, offloaded = usages
-    tokens = pack(groups, range(len(groups))).tokens
+    tokens = pack(groups, range(len(groups)), "numba").tokens
     assert kept.host == 0
     assert offloaded.host == 3 * tokens * 64 * 2  # layers x tokens x D x bytes: the layers' inputs
     assert offloaded.peak < kept.peak

@@ -50,6 +50,20 @@ def test_tokens_computed_are_the_distinct_content(shape):
 
 
 @given(shapes)
+def test_a_cpu_row_is_filled_up_and_nothing_else_moves(shape):
+    groups = make_groups(shape)
+    plain, filled = (pack(groups, range(len(groups)), backend) for backend in ("sdpa", "numba"))
+    assert filled.tokens % 64 == 0
+    assert 0 <= filled.tokens - plain.tokens < 64
+    assert torch.equal(filled.token_ids_T[: plain.tokens], plain.token_ids_T)
+    assert torch.equal(filled.scored_N, plain.scored_N)
+    assert filled.layout.segments[:-1] == plain.layout.segments[:-1]
+    extra = filled.tokens - plain.tokens
+    assert filled.layout.segments[-1] == tuple(length + extra for length in plain.layout.segments[-1])
+    assert filled.layout.kv_index_K[-extra:].tolist() == list(range(plain.tokens, filled.tokens)) or not extra
+
+
+@given(shapes)
 def test_pack_spells_every_sequence(shape):
     """Reading keys, positions and targets back through the layout gives each prompt and answer in order."""
     groups = make_groups(shape)

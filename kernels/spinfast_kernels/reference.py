@@ -100,12 +100,18 @@ def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
         if need_unit:
             part_ND = torch.mm(logits_NB.copy_(p_NB), w_BD).to(wide)
             torch.addcmul(part_ND, mean_ND, shrink_N1, out=mean_ND)
+    return swept(target_N1, top_N1, sum_N1, mean_ND, weight_VD, targets_N, temperature)
+
+
+def swept(target_N1, top_N1, sum_N1, mean_ND, weight_VD, targets_N, temperature):
+    """What a sweep returns, of the target's logit and the others' maximum, sum of exp(x - maximum) and, or None,
+    mean of W under those numbers; mean_ND is used up."""
     gap_N1 = (target_N1 - top_N1).sub_(sum_N1.log())
-    if not need_unit:
+    if mean_ND is None:
         return target_N1.squeeze(1), gap_N1.squeeze(1), None
-    mean_ND.div_(sum_N1.clamp_min(torch.finfo(wide).tiny))
+    mean_ND.div_(sum_N1.clamp_min(torch.finfo(sum_N1.dtype).tiny))
     odds_N1 = torch.sigmoid(-gap_N1) / temperature
-    unit_ND = torch.sub(weight_VD[targets_N].to(wide), mean_ND).mul_(odds_N1).to(h_ND.dtype)
+    unit_ND = torch.sub(weight_VD[targets_N].to(mean_ND.dtype), mean_ND).mul_(odds_N1).to(weight_VD.dtype)
     return target_N1.squeeze(1), gap_N1.squeeze(1), unit_ND
 
 
@@ -245,6 +251,7 @@ def _rope(x_THd, cos_Td, sin_Td, sign):
     b_THc.mul_(cos_T1c).add_(a_sin, alpha=sign)
 
 
-_layer = LayerOps(Elementwise(_rms_forward, _rms_backward, _rms_apply, _swiglu_forward, _swiglu_backward, _rope))
+TABLE = Elementwise(_rms_forward, _rms_backward, _rms_apply, _swiglu_forward, _swiglu_backward, _rope)
+_layer = LayerOps(TABLE)
 lora_linear, lora_qkv, lora_mlp = _layer.lora_linear, _layer.lora_qkv, _layer.lora_mlp
 rms_norm, swiglu, rope = _layer.rms_norm, _layer.swiglu, _layer.rope

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -131,13 +132,19 @@ def shut_down(engine) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Undo what starting an engine does to the process: seeds, thread control, the preload list of children."""
+    """Undo what starting an engine does to the process: seeds, thread control, the preload list of children.
+
+    And keep out of its sight what it stumbles over: it asks every object of every loaded module for its `__dict__`,
+    and that of Numba's library handle (llvmlite.binding.ffi.lib) is no dictionary.
+    """
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    hidden = {name: sys.modules.pop(name) for name in ("llvmlite.binding.ffi",) if name in sys.modules}
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        sys.modules.update(hidden)
         torch.set_num_threads = set_num_threads
         random.setstate(python_state)
         np.random.set_state(numpy_state)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from spinfast_kernels import cpu_ops  # noqa: F401 - Numba's library, once loaded, stopped vLLM from starting
 
 from spinfast.config import Lora
 from spinfast.device import profile

@@ -8,7 +8,11 @@ that shrinks to a chain of single numbers at T = F = 1, counts them all.
 from __future__ import annotations
 
 import torch
+from spinfast_kernels import cpu_ops, reference, triton_ops
 
+TABLES = {"reference": reference, "triton": triton_ops}
+if not torch.cuda.is_available():
+    TABLES["numba"] = cpu_ops
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spinfast_kernels import reference, triton_ops
+from bounds import TABLES
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +15,10 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=TABLES)
 def ops(request):
-    """The functions under test: the eager twins, and the Triton kernels."""
-    return {"reference": reference, "triton": triton_ops}[request.param]
+    """The functions under test: the eager twins, the Triton kernels, and on a CPU the compiled ones."""
+    return TABLES[request.param]
 
 
 @pytest.fixture

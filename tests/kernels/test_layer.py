@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import DTYPES, check, randn
+from bounds import DTYPES, TABLES, check, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spinfast_kernels import reference, triton_ops
+from spinfast_kernels import cpu_ops, triton_ops
 from spinfast_kernels.blocks import Lora, Norm
 
 SCALING, EPS = 2.0, 1e-6
@@ -188,12 +188,17 @@ def test_lora_mlp(ops, device, dtype, normed, residual, ranks):
 
 @settings(max_examples=10, deadline=None)
 @given(T=st.integers(1, 20), D=st.integers(8, 70), F_=st.integers(1, 70), R=st.integers(0, 5), residual=st.booleans())
-@pytest.mark.parametrize("module", [reference, triton_ops], ids=["reference", "triton"])
+@pytest.mark.parametrize("module", TABLES.values(), ids=TABLES)
 def test_lora_mlp_any_shape(module, T, D, F_, R, residual):
-    """From D = 8: over one or two numbers the norm's gradient is a difference of equals, noise in any dtype."""
+    """From D = 8: over one or two numbers the norm's gradient is a difference of equals, noise in any dtype.
+
+    Sums of up to 70 terms that cancel: at rank 1 an adapter's gradient was seen 40 roundings from the truth.
+    """
     inputs = mlp_inputs(T, D, F_, (R, R, R), True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(mlp_kernel(module, residual), plain_mlp(residual), inputs, torch.float32, device, frozen(inputs), roundings=8)
+    check(
+        mlp_kernel(module, residual), plain_mlp(residual), inputs, torch.float32, device, frozen(inputs), roundings=64
+    )
 
 
 def test_packed_base_weight_through_a_hook(ops, device):
@@ -248,11 +253,12 @@ def test_activations_kept(ops, device):
 
 
 @pytest.mark.parametrize("name", ["lora_A_gate", "x"])
-def test_a_second_backward_is_refused(device, name):
-    """The Triton backward writes over gate and up: autograd must know, or it would return nonsense."""
+@pytest.mark.parametrize("module", [triton_ops, cpu_ops], ids=["triton", "numba"])
+def test_a_second_backward_is_refused(module, device, name):
+    """The compiled backward writes over gate and up: autograd must know, or it would return nonsense."""
     inputs = {n: t.to(device).float() for n, t in mlp_inputs(6, 8, 12, (2, 2, 2), False).items()}
     inputs[name].requires_grad_()
-    out = mlp_kernel(triton_ops, False)(**inputs)
+    out = mlp_kernel(module, False)(**inputs)
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

@@ -2,11 +2,11 @@ from functools import partial
 
 import pytest
 import torch
-from bounds import DTYPES, check, randn
+from bounds import DTYPES, TABLES, check, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spinfast_kernels import linear_logps as triton_head
-from spinfast_kernels import reference, triton_ops
+from spinfast_kernels import reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -72,7 +72,7 @@ def test_extreme_logits(ops, device, dtype):
     chunk=st.integers(1, 50),
     seed=st.integers(0, 99),
 )
-@pytest.mark.parametrize("module", [reference, triton_ops], ids=["reference", "triton"])
+@pytest.mark.parametrize("module", TABLES.values(), ids=TABLES)
 def test_any_shape(module, N, D, V, chunk, seed):
     inputs = case(N, D, V, scale=4.0, ignored=0.2, seed=seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

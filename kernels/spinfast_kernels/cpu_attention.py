@@ -1,0 +1,121 @@
+"""The backward of attention over packed segments on a CPU: dense products (AMX where there is bf16) around one
+compiled row pass, in place of torch's flash kernel, whose backward multiplies in fp32 and gains nothing from a
+second thread.
+
+    P = exp(scale Q K^T - lse), dP = dO V^T, dS = scale P (dP - delta), delta = rowsum(dO O)
+    dV = P^T dO, dK = dS^T Q, dQ = dS K
+
+with the output and the log-sum-exp saved by the forward (Dao et al., arXiv 2205.14135). The query heads that share
+a key head are stacked: a product has their rows together, and dK, dV come out summed over them. Queries go in blocks
+of BLOCK rows, so that scores stay small and end at the last key the block sees. All is fp32, but with bf16 inputs
+the products round their operands to bf16, as flash attention on a GPU does.
+
+Shapes: T tokens, H query heads, G key heads, d head dim, B rows of a block, R = (H / G) B stacked rows, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numba import prange
+
+from spinfast_kernels.cpu import compiled, exp, launch, widen
+
+BLOCK = 256
+Segments = Sequence[tuple[int, int]]  # (queries, keys): a segment sees itself, causally, and keys - queries before it
+
+
+def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments, scale: float):
+    """(dq, dk, dv) in the shapes and dtype of q, k, v: bf16 or fp32, any strides; lse_HT fp32."""
+    H, G = len(q_HTd), len(k_GTd)
+    dq_HTd = torch.empty_like(q_HTd)
+    dk_GTd, dv_GTd = (torch.zeros_like(x, dtype=torch.float32) for x in (k_GTd, v_GTd))
+    with _products_in(q_HTd.dtype):
+        for rows, seen in _segments(segments):
+            before, own = seen.stop - seen.start, rows.stop - rows.start
+            k_GKd, v_GKd = (_padded(x[:, seen], x[:, rows]) for x in (k_GTd, v_GTd))
+            dk_GKd, dv_GKd = torch.zeros_like(k_GKd), torch.zeros_like(v_GKd)
+            for start in range(0, own, BLOCK):
+                stop = min(start + BLOCK, own)
+                block, K = slice(rows.start + start, rows.start + stop), _rounded(before + stop)
+                q_HBd, grad_HBd = _padded(q_HTd[:, block]), _padded(grad_THd[block].transpose(0, 1))
+                q_GRd, grad_GRd = (x.view(G, -1, x.shape[2]) for x in (q_HBd, grad_HBd))
+                p_GRK = torch.bmm(q_GRd, k_GKd[:, :K].transpose(1, 2))
+                ds_GRK = torch.bmm(grad_GRd, v_GKd[:, :K].transpose(1, 2))
+                p_HBK, ds_HBK = (x.view(H, -1, K) for x in (p_GRK, ds_GRK))
+                launch(
+                    _row_kernel, p_HBK, ds_HBK, grad_HBd, out_THd[block], lse_HT[:, block], before + start, float(scale)
+                )
+                dv_GKd[:, :K].baddbmm_(p_GRK.transpose(1, 2), grad_GRd)
+                dk_GKd[:, :K].baddbmm_(ds_GRK.transpose(1, 2), q_GRd)
+                dq_HBd = torch.bmm(ds_GRK, k_GKd[:, :K]).view_as(q_HBd)
+                dq_HTd[:, block] = dq_HBd[:, : stop - start]
+            for total, part in ((dk_GTd, dk_GKd), (dv_GTd, dv_GKd)):
+                total[:, seen] += part[:, :before]
+                total[:, rows] += part[:, before : before + own]
+    return dq_HTd, dk_GTd.to(k_GTd.dtype), dv_GTd.to(v_GTd.dtype)
+
+
+@compiled
+def _row_kernel(score_HBK, dp_HBK, grad_HBd, out_BHd, lse_HB, before, scale):
+    """Scores to P and dP to dS in place, 0 where a row may not look and in the rows of the padding.
+
+    Row b sees `before` keys and its block's up to its own.
+    """
+    H, B, K = score_HBK.shape
+    for row in prange(H * B):
+        h, b = row // B, row % B
+        score_K, dp_K = score_HBK[h, b], dp_HBK[h, b]
+        keys = 0
+        if b < len(out_BHd):
+            keys = before + b + 1
+            factor, lse, delta = np.float32(scale), lse_HB[h, b], np.float32(0.0)
+            grad_d, out_d = grad_HBd[h, b], out_BHd[b, h]
+            for c in range(len(grad_d)):
+                delta += grad_d[c] * widen(out_d[c])
+            for k in range(keys):
+                p = exp(score_K[k] * factor - lse)
+                score_K[k] = p
+                dp_K[k] = p * (dp_K[k] - delta) * factor
+        for k in range(keys, K):
+            score_K[k] = np.float32(0.0)
+            dp_K[k] = np.float32(0.0)
+
+
+def _segments(segments: Segments) -> Iterator[tuple[slice, slice]]:
+    """(a segment's rows, those before them that it sees): none, or for a later answer its group's prompt."""
+    start = group = 0
+    for queries, keys in segments:
+        group = start if queries == keys else group
+        yield slice(start, start + queries), slice(group, group + keys - queries)
+        start += queries
+
+
+def _rounded(rows: int) -> int:
+    """To a multiple of 32: oneDNN compiles a product anew for every shape."""
+    return rows + -rows % 32
+
+
+def _padded(*parts_HRd):
+    """The parts under each other in fp32, zeros below them up to a round number of rows."""
+    heads, _, d = parts_HRd[0].shape
+    rows = sum(x.shape[1] for x in parts_HRd)
+    whole_HRd = parts_HRd[0].new_zeros(heads, _rounded(rows), d, dtype=torch.float32)
+    for part, into in zip(parts_HRd, whole_HRd[:, :rows].split([x.shape[1] for x in parts_HRd], dim=1), strict=True):
+        into.copy_(part)
+    return whole_HRd
+
+
+@contextmanager
+def _products_in(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products multiply in bf16, and add in fp32, where the inputs were bf16."""
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
