@@ -2,10 +2,8 @@
 
 Every segment is causal attention of its queries over its keys, aligned at the bottom right, so a GPU needs no
 kernel of ours: xformers' BlockDiagonalCausalFromBottomRightMask, or the same cutlass kernel through aten
-(cu_seqlens). On a CPU torch's flash kernel runs forward, on views: a later answer attends to the prompt and causally
-to itself, and the two parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135); the backward is
-spinfast_kernels.cpu_attention. SDPA per segment works everywhere. Saved for the backward are q, k, v as they came,
-the output and the log-sum-exp; gathered and widened keys are made again.
+(cu_seqlens). On a CPU it is spinfast_kernels.cpu_attention. SDPA per segment works everywhere. Saved for the backward
+are q, k, v as they came, the output and the log-sum-exp; gathered and widened keys are made again.
 
 Models get it by `attn_implementation="spinfast"` and a `layout=` keyword in the forward, which transformers hands
 down to every layer. A layout with an `attend` method of its own (a generator's cache) is asked instead.
@@ -15,7 +13,6 @@ Shape suffixes: 1 the batch of one, T packed tokens, K gathered keys, H query he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -69,40 +66,17 @@ class _PackedAttention(torch.autograd.Function):
         return *backward(grad_1THd, *ctx.saved_tensors, ctx.layout, ctx.scaling), None, None
 
 
-# CPU: torch's flash kernel on views ---------------------------------------------------------------------------------
+# CPU ---------------------------------------------------------------------------------------------------------------
 
 
-def _parts(layout: PackedLayout) -> Iterator[tuple[slice, slice, bool]]:
-    """(query rows, key rows, causal): each segment over itself, a later answer over its group's prompt as well."""
-    start = group = 0
-    for queries, keys in layout.segments:
-        rows = slice(start, start + queries)
-        group = start if queries == keys else group
-        yield rows, rows, True
-        if keys > queries:
-            yield rows, slice(group, group + keys - queries), False
-        start += queries
+def _numba_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
+    from spinfast_kernels import cpu_attention
+
+    found = cpu_attention.forward(q_1HTd[0], k_1GTd[0], v_1GTd[0], layout.segments, scaling)
+    return [x[None] for x in found]
 
 
-def _flash_cpu_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
-    _, H, T, d = q_1HTd.shape
-    out_1THd = q_1HTd.new_empty(1, T, H, d)
-    lse_1HT = q_1HTd.new_empty(1, H, T, dtype=torch.promote_types(q_1HTd.dtype, torch.float32))
-    for rows, keys, causal in _parts(layout):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q_1HTd[:, :, rows], k_1GTd[:, :, keys], v_1GTd[:, :, keys], 0.0, causal, scale=scaling
-        )
-        out = out.transpose(1, 2)
-        if not causal:
-            own = lse_1HT[:, :, rows]
-            both = torch.logaddexp(own, lse)
-            shares = [torch.exp(part - both).transpose(1, 2)[..., None] for part in (own, lse)]
-            out, lse = out_1THd[:, rows] * shares[0] + out * shares[1], both
-        out_1THd[:, rows], lse_1HT[:, :, rows] = out, lse
-    return out_1THd, lse_1HT
-
-
-def _flash_cpu_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT, layout, scaling):
+def _numba_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT, layout, scaling):
     from spinfast_kernels import cpu_attention
 
     tensors = (x[0] for x in (grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT))
@@ -175,7 +149,7 @@ def _xformers_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, layout,
 
 
 KERNELS = {
-    "numba": (_flash_cpu_forward, _flash_cpu_backward),
+    "numba": (_numba_forward, _numba_backward),
     "aten_efficient": (_aten_forward, _aten_backward),
     "xformers": (_xformers_forward, _xformers_backward),
 }

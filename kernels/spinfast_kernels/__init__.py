@@ -1,1 +1,1 @@
-"""Kernels of spinfast. Importable alone: needs torch, and triton for everything but `reference`."""
+"""Kernels of spinfast. Importable alone: needs torch, triton for a GPU's kernels and numba for a CPU's."""

@@ -7,6 +7,7 @@ bf16 tensors arrive as uint16 and are widened to fp32 in registers; arithmetic i
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -99,11 +100,10 @@ def sigmoid(x):
 
 
 def launch(kernel: Callable, *args) -> None:
-    """Run a compiled kernel over tensors, contiguous or not, as many threads as torch has. Meta tensors: nothing."""
+    """Run a compiled kernel over tensors, contiguous or not, on torch's threads. Meta tensors: nothing."""
     if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
         return
-    _share_torch_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), _most_threads()))
     kernel(*(_host(a) if isinstance(a, torch.Tensor) else a for a in args))
 
 
@@ -113,19 +113,30 @@ def _host(x: torch.Tensor) -> np.ndarray:
 
 
 @cache
-def _share_torch_threads() -> None:
-    """Let Numba's OpenMP layer resolve to torch's runtime: two pools of spinning threads starve each other.
+def _most_threads() -> int:
+    """Let Numba's OpenMP layer resolve to torch's runtime, and say how many threads it has.
 
-    As it starts, Numba's layer sets the number of threads and allows nested teams, which MKL's products inside
-    torch's loops would then open: both are taken back.
+    Two pools of spinning threads starve each other, so where that layer does not load (it asks for the system's
+    libgomp) a kernel gets one thread. As the layer starts, it sets the number of threads and allows nested teams,
+    which MKL's products inside torch's loops would then open: both are taken back.
     """
     threads = torch.get_num_threads()
-    numba.config.THREADING_LAYER = "omp"
     runtimes = [ctypes.CDLL(str(p), ctypes.RTLD_GLOBAL) for p in (Path(torch.__file__).parent / "lib").glob("libgomp*")]
+    shared = bool(runtimes) and _loads("numba.np.ufunc.omppool")
+    numba.config.THREADING_LAYER = "omp" if shared else "workqueue"
     numba.set_num_threads(1)
     for runtime in runtimes:
         runtime.omp_set_max_active_levels(1)
     torch.set_num_threads(threads)
+    return numba.config.NUMBA_NUM_THREADS if shared else 1
+
+
+def _loads(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def or_eager(kernel: Callable, eager: Callable) -> Callable:

@@ -1,14 +1,18 @@
-"""The backward of attention over packed segments on a CPU: dense products (AMX where there is bf16) around one
-compiled row pass, in place of torch's flash kernel, whose backward multiplies in fp32 and gains nothing from a
-second thread.
+"""Attention over packed segments on a CPU.
+
+Forward: torch's flash kernel on views. A later answer attends causally to itself and to its group's prompt; the two
+parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135).
+
+Backward: dense products (AMX where there is bf16) around one compiled row pass, because torch's flash kernel
+multiplies in fp32 there and gains nothing from a second thread.
 
     P = exp(scale Q K^T - lse), dP = dO V^T, dS = scale P (dP - delta), delta = rowsum(dO O)
     dV = P^T dO, dK = dS^T Q, dQ = dS K
 
-with the output and the log-sum-exp saved by the forward (Dao et al., arXiv 2205.14135). The query heads that share
-a key head are stacked: a product has their rows together, and dK, dV come out summed over them. Queries go in blocks
-of BLOCK rows, so that scores stay small and end at the last key the block sees. All is fp32, but with bf16 inputs
-the products round their operands to bf16, as flash attention on a GPU does.
+with the forward's output and log-sum-exp. The query heads that share a key head are stacked: a product has their
+rows together, and dK, dV come out summed over them. Queries go in blocks of BLOCK rows, so that scores stay small
+and end at the last key the block sees. All is fp32, but with bf16 inputs the products round their operands to bf16,
+as flash attention on a GPU does.
 
 Shapes: T tokens, H query heads, G key heads, d head dim, B rows of a block, R = (H / G) B stacked rows, K keys.
 """
@@ -22,10 +26,46 @@ import numpy as np
 import torch
 from numba import prange
 
-from spinfast_kernels.cpu import compiled, exp, launch, widen
+from spinfast_kernels.cpu import compiled, exp, launch, narrow, widen
 
 BLOCK = 256
 Segments = Sequence[tuple[int, int]]  # (queries, keys): a segment sees itself, causally, and keys - queries before it
+
+
+def forward(q_HTd, k_GTd, v_GTd, segments: Segments, scale: float):
+    """(output (T, H, d), log-sum-exp (H, T) fp32) of bf16 or fp32 inputs, any strides."""
+    H, T, d = q_HTd.shape
+    out_THd = q_HTd.new_empty(T, H, d)
+    lse_HT = q_HTd.new_empty(H, T, dtype=torch.float32)
+    for rows, seen in _segments(segments):
+        out_THd[rows], lse_HT[:, rows] = _flash(q_HTd, k_GTd, v_GTd, rows, rows, scale)
+        if seen.stop > seen.start:
+            launch(_merge_kernel, out_THd[rows], lse_HT[:, rows], *_flash(q_HTd, k_GTd, v_GTd, rows, seen, scale))
+    return out_THd, lse_HT
+
+
+def _flash(q_HTd, k_GTd, v_GTd, rows: slice, keys: slice, scale: float):
+    """(output (B, H, d), log-sum-exp (H, B)) of these rows over these keys, causal where they are the same."""
+    out_1HBd, lse_1HB = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_HTd[None, :, rows], k_GTd[None, :, keys], v_GTd[None, :, keys], 0.0, rows == keys, scale=scale
+    )
+    return out_1HBd[0].transpose(0, 1), lse_1HB[0]
+
+
+@compiled
+def _merge_kernel(out_BHd, lse_HB, more_BHd, more_lse_HB):
+    """Attention over two sets of keys of the attention over each, into the first's place."""
+    B, H, d = out_BHd.shape
+    for b in prange(B):
+        for h in range(H):
+            one, other = lse_HB[h, b], more_lse_HB[h, b]
+            top = max(one, other)
+            both = top + np.log(exp(one - top) + exp(other - top))
+            share, more_share = exp(one - both), exp(other - both)
+            for c in range(d):
+                mixed = share * widen(out_BHd[b, h, c]) + more_share * widen(more_BHd[b, h, c])
+                out_BHd[b, h, c] = narrow(mixed, out_BHd[b, h, c])
+            lse_HB[h, b] = both
 
 
 def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments, scale: float):

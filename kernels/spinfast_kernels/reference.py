@@ -1,7 +1,7 @@
 """The eager twins: every kernel of this package in plain torch, same names and signatures.
 
-They are the kernels' test oracle, the CPU backend and the benchmark's baseline. The GEMMs of a decoder layer are
-in blocks.py; here are its element-wise parts.
+They are the kernels' test oracle, what runs where nothing is compiled, and the benchmark's baseline. The GEMMs of a
+decoder layer are in blocks.py; here are its element-wise parts.
 
 Shapes: N scored tokens, D model dim, V vocabulary, S = 2P sequences (even: real, odd: generated), P pairs;
 in the layer: T tokens, F hidden features of the MLP, H heads of d.

@@ -75,6 +75,18 @@ def test_kernels_run_on_torchs_threads():
     assert ended.stdout.split() == ["2", "0", "1"]
 
 
+def test_without_the_systems_libgomp_a_kernel_has_one_thread():
+    """Numba's OpenMP layer does not load, its other pool would compete with torch's."""
+    hidden = "import sys; sys.modules['numba.np.ufunc.omppool'] = None\n"
+    ended = subprocess.run([sys.executable, "-c", hidden + THREADS], capture_output=True, text=True, check=True)
+    assert ended.stdout.split()[0] == "2"
+    check = "x = torch.randn(50, 8); print(torch.allclose(cpu_layer.swiglu(x, x), torch.nn.functional.silu(x) * x))"
+    layer = "import numba; print(numba.threading_layer(), numba.get_num_threads())"
+    script = f"{hidden}import torch\nfrom spinfast_kernels import cpu_layer\n{check}\n{layer}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True", "workqueue", "1"]
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     from spinfast_kernels import cpu_layer
 
