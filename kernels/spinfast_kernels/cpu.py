@@ -48,8 +48,9 @@ def narrow(_, x, like):
             return args[0]
         bits, sixteen = builder.bitcast(args[0], _I32), ir.Constant(_I32, 16)
         last = builder.and_(builder.lshr(bits, sixteen), ir.Constant(_I32, 1))
-        rounded = builder.add(bits, builder.add(last, ir.Constant(_I32, 0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, sixteen), _I16)
+        rounded = builder.lshr(builder.add(bits, builder.add(last, ir.Constant(_I32, 0x7FFF))), sixteen)
+        nan = builder.fcmp_unordered("uno", args[0], args[0])  # whose low bits alone would round to an infinity
+        return builder.trunc(builder.select(nan, ir.Constant(_I32, 0x7FC0), rounded), _I16)
 
     return like(x, like), codegen
 

@@ -31,7 +31,8 @@ def exponential(x_N, y_N):
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40))
 @example([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-45])
 def test_bf16_is_rounded_as_torch_does(numbers):
-    x = torch.tensor(numbers)
+    odd_nan = torch.tensor([0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    x = torch.cat((torch.tensor(numbers), odd_nan))
     for source in (x, x.bfloat16()):
         found = torch.empty(len(x), dtype=torch.bfloat16)
         launch(rounded, source, found)
