@@ -32,10 +32,9 @@ CLASSES = {  # class -> what the operator's name contains; the first that fits
     "attention": ("attention", "_PackedAttention"),
     "optimizer": ("_foreach", "_fused_adam", "Optimizer"),
     "copies and casts": ("::copy_", "::_to_copy", "::cat", "::clone", "::contiguous", "Memcpy"),
-    "SwiGLU": ("silu",),
     "softmax and head": ("softmax", "::exp", "::amax", "::gather", "::scatter", "_row_kernel", "_unit_kernel"),
     "reductions": ("::sum", "::mean", "norm", "vecdot", "::pow", "rsqrt"),
-    "element-wise": ("::mul", "::add", "::sub", "::div", "::neg", "::where", "::maximum", "elementwise", "_kernel"),
+    "element-wise": ("::mul", "::add", "::sub", "::div", "::neg", "::where", "::maximum", "elementwise", "_kernel", "silu"),
     "memory and indexing": ("::empty", "::zero", "::fill", "::index", "embedding", "::resize", "Memset"),
     "compiled parts and Python": ("_Projections", "_Mlp", "_RmsNorm", "_SwiGlu", "_Rope", "_LinearLogps"),
 }
