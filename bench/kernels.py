@@ -148,7 +148,7 @@ def batch(groups, vocabulary):
         return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
 
     made = [Group(ids(115), (ids(140), ids(140))) for _ in range(groups)]
-    return pack(made, list(range(groups)), "aten_efficient" if DEVICE == "cuda" else "sdpa").to(DEVICE)
+    return pack(made, list(range(groups)), "aten_efficient" if DEVICE == "cuda" else "numba").to(DEVICE)
 
 
 def layer(arguments):

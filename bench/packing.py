@@ -28,7 +28,7 @@ from spinfast.train import answer_logps
 from spinfast.types import Group
 
 LENGTHS = {"gsm8k-like": ((110, 25), (130, 50), (190, 70)), "ultrachat-like": ((170, 120), (280, 110), (270, 100))}
-PAD, ATTENTION = 0, "sdpa"
+PAD, ATTENTION = 0, "numba"
 
 
 def draw(kind: str, pairs: int, seed: int = 0) -> list[Group]:
@@ -87,9 +87,8 @@ def small_policy(device):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=device.dtype, attn_implementation=attention.NAME)
     lora = Lora(r=16, alpha=32)
-    policy = load_policy(
-        None, "bench", None, lora=lora, ops=operators.EAGER, profile=device, load_in_4bit=False, seed=0, base=base
-    )
+    ops, _ = operators.choose("auto", device.device)
+    policy = load_policy(None, "bench", None, lora=lora, ops=ops, profile=device, load_in_4bit=False, seed=0, base=base)
     for parameter in policy.trainable_parameters().values():
         parameter.data.normal_(std=0.02)
     return policy

@@ -154,12 +154,14 @@ def test_cpu_kernels(backend, case, dtype, head_dim, heads):
 
 
 def test_products_round_to_bf16_only_inside_the_backward_and_only_for_bf16():
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
     with cpu_attention._products_in(torch.float32):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+        assert products.fp32_precision == before
     with pytest.raises(KeyError), cpu_attention._products_in(torch.bfloat16):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert products.fp32_precision == "bf16"
         raise KeyError
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert products.fp32_precision == before
 
 
 def test_long_segments_are_cut_into_blocks(monkeypatch):

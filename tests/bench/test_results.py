@@ -81,7 +81,7 @@ def test_rates_are_positive_and_name_the_shapes():
     ("operator", "kind"),
     [
         ("aten::mm", "GEMMs"), ("aten::addmm_", "GEMMs"), ("aten::mul_", "element-wise"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::silu_backward", "SwiGLU"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::silu_backward", "element-wise"),
         ("aten::copy_", "copies and casts"), ("aten::linalg_vector_norm", "reductions"), ("something", "other"),
     ],
 )  # fmt: skip
