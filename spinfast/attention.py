@@ -159,6 +159,9 @@ KERNELS = {
 
 
 def _sdpa(query_1HTd, key_1GTd, value_1GTd, layout, scaling):
+    if query_1HTd.is_cpu and query_1HTd.dtype.itemsize == 2:  # torch's CPU kernel is coarse in 16 bit, and no faster
+        wide = (x.float() for x in (query_1HTd, key_1GTd, value_1GTd))
+        return _sdpa(*wide, layout, scaling).to(query_1HTd.dtype)
     q_lens, kv_lens = zip(*layout.segments, strict=True)
     queries = query_1HTd.split(q_lens, dim=2)
     gathered = (_gathered(x, query_1HTd.shape[1], layout) for x in (key_1GTd, value_1GTd))

@@ -160,16 +160,20 @@ def _attention(asked: str, capability: tuple[int, int] | None, dtype: torch.dtyp
     if capability is None:
         best, why = "numba", "torch's flash kernel forward, a compiled pass between products backward"
         obstacle = None if dtype in (torch.bfloat16, torch.float32) else f"has no kernels for {dtype}"
-        next_best, why_not_best = "sdpa", "one call per segment, because numba"
+        next_best, same, why_not_best = "sdpa", "torch's own", "one call per segment, because numba"
     else:
         best, why = "xformers", "installed, its kernels load"
         obstacle = _xformers_obstacle()
-        next_best, why_not_best = "aten_efficient", "the same cutlass kernel as xformers, which"
+        next_best, same, why_not_best = (
+            "aten_efficient",
+            "the same kernel",
+            "the same cutlass kernel as xformers, which",
+        )
     if asked not in ("auto", "sdpa", best, next_best):
         needs = "CPU" if asked == "numba" else "CUDA GPU"
         raise UserError(f"device.attention: {asked} needs a {needs}; use {next_best} (auto chooses)")
     if asked == best and obstacle:
-        raise UserError(f"device.attention: {best} {obstacle}; use {next_best}")
+        raise UserError(f"device.attention: {best} {obstacle}; use {next_best}, {same}")
     choice, why = (next_best, f"{why_not_best} {obstacle}") if obstacle else (best, why)
     if asked not in ("auto", choice):
         choice, why = asked, "asked for"

@@ -60,7 +60,7 @@ def _obstacle(name: str, kind: str) -> str | None:
         return None
     if COMPILED.get(kind) != name:
         needed = next(kind for kind, table in COMPILED.items() if table == name)
-        return f"the device is {kind} and its kernels need a {needed} device"
+        return f"the device is {kind} and its kernels need a {needed.upper()} device"
     return None if find_spec(name) else f"the {name} package is not installed"
 
 

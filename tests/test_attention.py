@@ -146,8 +146,14 @@ HEADS = [(4, 4), (14, 2), (9, 3)]  # no sharing, Qwen2.5-0.5B, SmolLM2-135M
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("numba", torch.bfloat16), ("numba", torch.float32), ("sdpa", torch.float64)],
-    ids=["numba-bf16", "numba-fp32", "sdpa-fp64"],
+    [
+        ("numba", torch.bfloat16),
+        ("numba", torch.float32),
+        ("sdpa", torch.float16),
+        ("sdpa", torch.bfloat16),
+        ("sdpa", torch.float64),
+    ],
+    ids=["numba-bf16", "numba-fp32", "sdpa-fp16", "sdpa-bf16", "sdpa-fp64"],
 )
 def test_cpu_kernels(backend, case, dtype, head_dim, heads):
     check_against_eager(backend, case, dtype, head_dim, heads)

@@ -58,7 +58,7 @@ def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import
     found = t4()
     assert found.attention == "aten_efficient"
     assert reason in found.reasons["attention"]
-    with pytest.raises(UserError, match=r"xformers .*; use aten_efficient"):
+    with pytest.raises(UserError, match=r"xformers .*; use aten_efficient, the same kernel"):
         t4("xformers")
 
 

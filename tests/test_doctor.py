@@ -101,7 +101,7 @@ def test_config_without_obstacles_has_no_problem(backends):
         ("data", {"source": "missing.jsonl"}, "data.source: no such file: missing.jsonl"),
         ("data", {"source": "someone/rows"}, "data.source: someone/rows is not on this machine"),
         ("device", {"profile": "t4"}, "device.profile: t4 needs a CUDA GPU"),
-        ("device", {"kernels": "triton"}, "device.kernels: triton: .*need a cuda device"),
+        ("device", {"kernels": "triton"}, "device.kernels: triton: .*need a CUDA device"),
         ("device", {"attention": "xformers"}, "device.attention: xformers: .*needs a CUDA GPU"),
     ],
 )

@@ -145,5 +145,5 @@ def or_eager(kernel: Callable, eager: Callable) -> Callable:
     return partial(_by_dtype, kernel, eager)
 
 
-def _by_dtype(kernel, eager, x, *args):
-    return (kernel if x.dtype in DTYPES else eager)(x, *args)
+def _by_dtype(kernel, eager, x, *args, **options):
+    return (kernel if x.dtype in DTYPES else eager)(x, *args, **options)

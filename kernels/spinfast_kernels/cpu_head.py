@@ -11,19 +11,18 @@ import torch
 from numba import prange
 
 from spinfast_kernels import reference
-from spinfast_kernels.cpu import DTYPES, compiled, exp, larger, launch, narrow, widen
+from spinfast_kernels.cpu import compiled, exp, larger, launch, narrow, or_eager, widen
 
 CHUNK_TOKENS, VOCAB_BLOCK = 512, 2048  # of 600 to 1,300 rows oneDNN multiplies on one thread only: bench/LOG.md
 
 
-def linear_logps(hidden_ND, weight_VD, targets_N, *, bias=None, temperature=1.0, chunk_tokens=None):
+def _linear_logps(hidden_ND, weight_VD, targets_N, *, bias=None, temperature=1.0, chunk_tokens=None):
     """reference.linear_logps."""
-    if hidden_ND.dtype not in DTYPES:
-        return reference.linear_logps(
-            hidden_ND, weight_VD, targets_N, bias=bias, temperature=temperature, chunk_tokens=chunk_tokens
-        )
     chunk = chunk_tokens or CHUNK_TOKENS
     return reference.swept_logps(_sweep, hidden_ND, weight_VD, targets_N, bias, temperature, chunk)
+
+
+linear_logps = or_eager(_linear_logps, reference.linear_logps)
 
 
 def _sweep(h_ND, weight_VD, targets_N, bias, temperature, need_unit):
