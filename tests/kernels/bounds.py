@@ -16,24 +16,36 @@ if not torch.cuda.is_available():
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def check(kernel, plain, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str, fixed=(), roundings=1):
+def check(
+    kernel, plain, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str, fixed=(), roundings=1, ill=False
+):
     """Run plain in fp64 (the truth), plain in `dtype` (eager) and kernel in `dtype`; compare outputs and gradients.
 
     `inputs` are fp64 CPU tensors; those named in `fixed` get no gradient, those named "lora_*" stay fp32 in the
     kernel's and eager's runs. Both functions take the inputs as keywords and return a tensor or a tuple of tensors.
+    With `ill`, tiny also has what one rounding of every input does to the truth.
     """
     rounded = {name: t.to(_dtype(name, dtype)).double() if t.is_floating_point() else t for name, t in inputs.items()}
     truth = _run(plain, rounded, torch.float64, "cpu", fixed)
     eager = _run(plain, rounded, dtype, device, fixed)
     found = _run(kernel, rounded, dtype, device, fixed)
+    moved = _run(plain, _moved(rounded, dtype), torch.float64, "cpu", fixed) if ill else truth
     assert found.keys() == truth.keys()
     for name, exact in truth.items():
         result = found[name].double().cpu()
         assert result.shape == exact.shape, name
         assert torch.isfinite(result).all(), f"{name} is not finite"
-        bound = 2 * (eager[name].double().cpu() - exact).norm() + roundings * torch.finfo(dtype).eps * exact.norm()
+        tiny = torch.finfo(dtype).eps * exact.norm() + (moved[name] - exact).norm()
+        bound = 2 * (eager[name].double().cpu() - exact).norm() + roundings * tiny
         error = (result - exact).norm()
         assert error <= bound, f"{name}: error {error:.3g} > bound {bound:.3g}"
+
+
+def _moved(inputs, dtype):
+    """The inputs, each number off by one rounding step up or down."""
+    generator, step = torch.Generator().manual_seed(11), torch.finfo(dtype).eps
+    signs = {name: 2 * torch.randint(2, t.shape, generator=generator) - 1 for name, t in inputs.items()}
+    return {name: t * (1 + step * signs[name]) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -192,12 +192,19 @@ def test_lora_mlp(ops, device, dtype, normed, residual, ranks):
 def test_lora_mlp_any_shape(module, T, D, F_, R, residual):
     """From D = 8: over one or two numbers the norm's gradient is a difference of equals, noise in any dtype.
 
-    Sums of up to 70 terms that cancel: at rank 1 an adapter's gradient was seen 40 roundings from the truth.
+    A sum whose terms cancel (an adapter's gradient at rank 1) is as uncertain as its inputs' roundings make it.
     """
     inputs = mlp_inputs(T, D, F_, (R, R, R), True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check(
-        mlp_kernel(module, residual), plain_mlp(residual), inputs, torch.float32, device, frozen(inputs), roundings=64
+        mlp_kernel(module, residual),
+        plain_mlp(residual),
+        inputs,
+        torch.float32,
+        device,
+        frozen(inputs),
+        roundings=8,
+        ill=True,
     )
 
 
