@@ -274,7 +274,12 @@ def _generator(arguments):
 
     device = profile(dtype=arguments.dtype)
     return VLLMGenerator(
-        _model(arguments), device=device.device, dtype=device.dtype, max_model_len=MAX_LEN, max_lora_rank=RANK
+        _model(arguments),
+        device=device.device,
+        capability=device.capability,
+        dtype=device.dtype,
+        max_model_len=MAX_LEN,
+        max_lora_rank=RANK,
     )
 
 

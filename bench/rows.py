@@ -32,7 +32,11 @@ def device_name(device: str = "cpu") -> str:
 
 
 def certificate(device: str = "cpu") -> dict:
-    """Device, versions, commit, dirty flag, command and date of a measurement."""
+    """Device, versions, commit, dirty flag, command and date of a measurement.
+
+    BENCH_COMMIT names the commit of a clean tree that travelled to the machine without its history.
+    """
+    carried = os.environ.get("BENCH_COMMIT", "")
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -43,8 +47,8 @@ def certificate(device: str = "cpu") -> dict:
         "device": device_name(device),
         "python": platform.python_version(),
         "versions": installed_versions(),
-        "commit": git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN)),
+        "commit": carried or git("rev-parse", "--short=12", "HEAD"),
+        "dirty": not carried and bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN)),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
     }
 

@@ -138,8 +138,7 @@ def _cuda(name: str, reasons: dict[str, str]) -> tuple[tuple[int, int], int, boo
 
 def _dtype(asked: str, capability: tuple[int, int] | None, reasons: dict[str, str]) -> torch.dtype:
     if capability is None:
-        fast = torch.cpu.get_capabilities()
-        if fast.get("amx_bf16") or fast.get("avx512_bf16"):
+        if _multiplies_bf16():
             choice, why = "bfloat16", "the CPU multiplies bf16 in hardware (AMX or AVX512-BF16)"
         else:
             choice, why = "float32", "the CPU has no bf16 arithmetic"
@@ -154,6 +153,14 @@ def _dtype(asked: str, capability: tuple[int, int] | None, reasons: dict[str, st
         choice, why = asked, "asked for"
     reasons["dtype"] = f"{choice}: {why}"
     return getattr(torch, choice)
+
+
+def _multiplies_bf16() -> bool:
+    """Has this CPU AMX or AVX512-BF16?"""
+    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _attention(asked: str, capability: tuple[int, int] | None, dtype: torch.dtype, reasons: dict[str, str]) -> str:

@@ -177,6 +177,7 @@ def open_players(
         )
     engine_options = {
         "device": device.device,
+        "capability": device.capability,
         "dtype": device.dtype,
         "max_model_len": context,
         "max_lora_rank": config.lora.r,

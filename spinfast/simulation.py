@@ -71,8 +71,7 @@ class Phases:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
         tokens = sum(map(packed_length, groups))
         plan = TrainPlan(len(groups), tokens, 1, 0, self.profile.attention, lr=0.0)
-        with self.policy.device:
-            state = settled(self.policy, optimizer)
+        state = settled(self.policy, optimizer)
         with self.counting(state, timeline) as ledger:
             if more_microbatches:
                 with ledger.allocating("gradients"):

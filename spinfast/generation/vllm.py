@@ -42,11 +42,15 @@ class VLLMGenerator:
         batch_size: int = 64,
         seed: int = 0,
         enforce_eager: bool = False,
+        capability: tuple[int, int] | None = None,
         engine=None,
     ):
-        """`engine` is an LLM that holds the weights already (Unsloth's); then kv_cache_bytes and batch_size are its."""
+        """`capability` is a GPU's, which decides on the attention kernel.
+
+        `engine` is an LLM that holds the weights already (Unsloth's); then kv_cache_bytes and batch_size are its."""
         self.model_path = Path(model_path)
         self.device = device
+        self.capability = capability
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.max_lora_rank = max_lora_rank
@@ -74,8 +78,10 @@ class VLLMGenerator:
         if self._made is not None:
             self._engine = self._made.llm_engine
             return self
-        device_arguments = vllm_compat.arguments(self.device, self.max_model_len, self._sleeps)
         vllm_compat.prepare(self.device)
+        device_arguments = vllm_compat.arguments(
+            self.device, self.capability, self.max_model_len, self._options["kv_cache_memory_bytes"], self._sleeps
+        )
         from vllm import EngineArgs, LLMEngine
 
         options = {

@@ -44,12 +44,9 @@ def version() -> tuple[int, int]:
 
 def prepare(device: torch.device) -> None:
     """Settings that must stand before vLLM is imported, and on a CPU the two replacements."""
-    found = version()
     os.environ.update(SETTINGS)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device.type == "cuda":
-        if found < (0, 19) and torch.cuda.get_device_capability() < (8, 0):
-            os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"
         return
     dispatch = {"dispatch_cpu_unquantized_gemm": _keep_plain}
     for module in ("model_executor.layers.utils", "model_executor.layers.vocab_parallel_embedding"):
@@ -63,8 +60,13 @@ def can_sleep(device: torch.device) -> bool:
     return device.type == "cuda" and version() >= (0, 31)
 
 
-def arguments(device: torch.device, max_model_len: int, sleep_mode: bool) -> dict:
-    """Engine arguments that depend on the device and the version."""
+def arguments(
+    device: torch.device, capability: tuple[int, int] | None, max_model_len: int, cache: int, sleep_mode: bool
+) -> dict:
+    """Engine arguments that depend on the device and the version; call it after `prepare`.
+
+    `capability` is that of the card or of the smaller one it rehearses, `cache` the bytes of the K/V cache.
+    """
     if device.type == "cpu":
         # A prompt cut in two would rewind its sampler's generator, which a CPU generator cannot.
         return {
@@ -72,9 +74,25 @@ def arguments(device: torch.device, max_model_len: int, sleep_mode: bool) -> dic
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, max_model_len),
         }
-    chosen = {"max_num_batched_tokens": max(2048, max_model_len), "enable_sleep_mode": sleep_mode}
-    if version() >= (0, 19) and torch.cuda.get_device_capability() < (8, 0):
-        chosen["attention_backend"] = "TRITON_ATTN"
+    from vllm import EngineArgs
+
+    free, total = torch.cuda.mem_get_info()
+    if free < cache:
+        raise UserError(
+            f"generation.kv_cache_gib: vLLM's cache needs {cache / 2**30:.2f} GiB, {free / 2**30:.2f} GiB of "
+            f"{total / 2**30:.2f} GiB are free; end what else holds the GPU (another notebook?), or grant less"
+        )
+    chosen = {
+        "max_num_batched_tokens": max(2048, max_model_len),
+        "enable_sleep_mode": sleep_mode,
+        # the cache is given in bytes; all that vLLM does with this share is to refuse to start where less is free
+        "gpu_memory_utilization": 0.95 * free / total,
+    }
+    if capability < (8, 0):  # else FlashInfer may be tried, which has no sm_75
+        if "attention_backend" in EngineArgs.__dataclass_fields__:
+            chosen["attention_backend"] = "TRITON_ATTN"
+        else:
+            os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"
     return chosen
 
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command):
     """In a process of its own: this one imported Triton with the interpreter on."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
