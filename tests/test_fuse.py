@@ -1,10 +1,19 @@
 """The fused layers against stock transformers + PEFT: same log-probs, same adapter gradients, and off again."""
 
 import copy
+import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    TinyLoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from spinfast_kernels.blocks import Lora
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -72,7 +81,9 @@ def test_whole_model(tiny_model, ops, arch, dtype):
         assert (fused[name] - truth).norm() <= bound, name
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj", "k_proj"]], ids="+".join)
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["down_proj", "k_proj"], ["embed_tokens", "up_proj"]], ids="+".join
+)
 def test_some_projections_without_an_adapter(tiny_model, ops, targets):
     model = peft_model(tiny_model(), target_modules=targets)
     stock = logps_and_gradients(model)
@@ -190,6 +201,35 @@ def test_refuses_what_it_would_get_wrong(tiny_model):
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=60000))
     with pytest.raises(UserError, match="expected a model of type qwen2, llama, qwen3, got gpt2"):
         fuse(get_peft_model(gpt2, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)), operators.EAGER)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "kind"),
+    [
+        (TinyLoraConfig(target_modules=["q_proj"]), "tinylora.layer.Linear"),
+        (LoHaConfig(target_modules=["down_proj"]), "loha.layer.Linear"),
+        (AdaLoraConfig(target_modules=["v_proj"], total_step=10), "adalora.layer.SVDLinear"),  # is a LoraLayer
+        (LNTuningConfig(target_modules=["post_attention_layernorm"]), "ln_tuning.layer.LNTuningLayer"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]), "utils.other.ModulesToSaveWrapper"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_what_is_neither_linear_nor_plain_lora(tiny_model, foreign, kind):
+    """Taken for a plain layer, it would be trained without effect."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    with pytest.raises(UserError, match=rf"expected plain LoRA .*layers\.0\.\w+.* is a peft\..*{re.escape(kind)}; use"):
+        fuse(get_peft_model(base, foreign), operators.EAGER)
+
+
+def test_refuses_weights_it_cannot_read(tiny_model):
+    class PackedLinear(torch.nn.Linear):
+        """Another quantisation's layer: its weight is not what it multiplies by."""
+
+    for targets in (["up_proj"], ["q_proj"]):  # under an adapter, and without one
+        base = AutoModelForCausalLM.from_pretrained(tiny_model())
+        base.model.layers[1].mlp.up_proj.__class__ = PackedLinear
+        with pytest.raises(UserError, match=r"expected plain LoRA .*layers\.1\.mlp\.up_proj.* is a .*PackedLinear; "):
+            fuse(get_peft_model(base, LoraConfig(target_modules=targets)), operators.EAGER)
 
 
 def test_choose_says_why_and_refuses_what_cannot_run(monkeypatch):

@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from spinfast_kernels.blocks import Lora, Norm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -22,6 +24,7 @@ from spinfast.errors import UserError
 from spinfast.ops import Ops
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
+KNOWN = ("Linear", "Linear4bit", "Embedding")  # names of classes in torch, bitsandbytes and PEFT's LoRA
 
 
 def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
@@ -48,9 +51,21 @@ def check(model: PeftModel) -> torch.nn.Module:
         raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
     decoder = model.get_base_model().get_decoder()
     for name, module in decoder.named_modules():
+        trained = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if trained or name.endswith(("_proj", ".base_layer")):
+            _check_kind(name, module, LoraLayer if trained else torch.nn.Module)
         if isinstance(module, LoraLayer):
             _check_lora(name, module)
     return decoder
+
+
+def _check_kind(name: str, module: torch.nn.Module, expected: type) -> None:
+    kind = type(module)
+    if not isinstance(module, expected) or kind.__name__ not in KNOWN:
+        raise UserError(
+            f"fused layers: expected plain LoRA on dense or bitsandbytes 4-bit linear layers, {name} is a "
+            f"{kind.__module__}.{kind.__qualname__}; use those"
+        )
 
 
 def _check_lora(name: str, module: LoraLayer) -> None:
