@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from spinfast.sums import add_rows, take_rows
 from spinfast.types import PackedLayout
 
 NAME = "spinfast"
@@ -88,16 +89,16 @@ def _numba_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse_1HT, layout
 
 def _gathered(x_1GTd, heads, layout):
     """(1, K, heads, d): the keys of all segments in order, each repeated for the query heads it serves."""
-    x_1KGd = x_1GTd.transpose(1, 2).index_select(1, layout.kv_index_K)
+    x_1KGd = take_rows(x_1GTd[0].transpose(0, 1), layout.kv_index_K)[None]
     return x_1KGd.repeat_interleave(heads // x_1KGd.shape[2], dim=2)
 
 
 def _ungathered(grad_1KHd, like_1GTd, layout):
-    """The transpose of `_gathered`."""
-    G = like_1GTd.shape[1]
-    summed_1KGd = grad_1KHd.unflatten(2, (G, -1)).sum(3)
-    grad_1TGd = torch.zeros_like(like_1GTd.transpose(1, 2)).index_add_(1, layout.kv_index_K, summed_1KGd)
-    return grad_1TGd.transpose(1, 2)
+    """The transpose of `_gathered`, rounded once: a prompt's rows gather what each answer sends back."""
+    G, T = like_1GTd.shape[1:3]
+    wide = torch.promote_types(grad_1KHd.dtype, torch.float32)
+    summed_KGd = grad_1KHd[0].unflatten(1, (G, -1)).sum(2, dtype=wide)
+    return add_rows(summed_KGd, layout.kv_index_K, T).to(like_1GTd.dtype).transpose(0, 1)[None]
 
 
 def _longest(layout):

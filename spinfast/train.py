@@ -22,6 +22,7 @@ from spinfast.errors import UserError
 from spinfast.objectives import Objective
 from spinfast.packing import bins, pack, packed_length
 from spinfast.policy import Policy
+from spinfast.sums import segment_sums, take_rows
 from spinfast.types import Group, PackedBatch
 
 log = logging.getLogger("spinfast")
@@ -91,7 +92,7 @@ def within_memory(
 
 def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     """Log-probs (N,) fp32 of the answers' tokens; the prompt's tokens never reach the head."""
-    hidden_ND = policy.hidden(batch).index_select(0, batch.scored_N)
+    hidden_ND = take_rows(policy.hidden(batch), batch.scored_N)
     return policy.ops.linear_logps(hidden_ND, policy.head_VD, batch.targets_N, bias=policy.head_bias_V)
 
 
@@ -99,8 +100,7 @@ def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
 def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     """Log-prob sums (S,) fp32 on the host, one per answer."""
     batch = batch.to(policy.device)
-    sums_S = torch.zeros(batch.sequences, device=policy.device, dtype=torch.float32)
-    return sums_S.index_add_(0, batch.sequence_ids_N, answer_logps(policy, batch)).cpu()
+    return segment_sums(answer_logps(policy, batch), batch.sequence_ids_N, batch.sequences).cpu()
 
 
 def score(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packed_cases import lengths, make_groups, plain_logps, plain_model, tiny_policy
 from spinfast_kernels import cpu_attention
 
-from spinfast.attention import packed_attention
+from spinfast.attention import _gathered, _ungathered, packed_attention
 from spinfast.packing import pack
 from spinfast.train import answer_logps
 
@@ -94,6 +94,7 @@ CASES = {
     "prompt shared by two answers of 200": [(100, (150, 200))],
     "many small groups, ones among them": [(3, (1, 9)), (1, (1, 1)), (17, (33, 2))],
     "four answers": [(20, (30, 1, 64, 7))],
+    "sixty answers, whose gradients a prompt of two gathers": [(2, (3,) * 60)],
 }
 
 
@@ -157,6 +158,19 @@ HEADS = [(4, 4), (14, 2), (9, 3)]  # no sharing, Qwen2.5-0.5B, SmolLM2-135M
 )
 def test_cpu_kernels(backend, case, dtype, head_dim, heads):
     check_against_eager(backend, case, dtype, head_dim, heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_a_shared_prompt_are_rounded_once(dtype):
+    """dK and dV of 300 answers and two query heads: as far off as the truth rounded to `dtype`, not 600 roundings."""
+    batch = pack(make_groups([(2, (2,) * 300), (1, (4, 1))]), [0, 1], "aten_efficient")
+    narrow = (1 + torch.rand(1, len(batch.layout.kv_index_K), 4, 8, dtype=torch.float64)).to(dtype)
+    wide = torch.zeros(1, 2, batch.tokens, 8, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(_gathered(wide, 4, batch.layout), wide, narrow.double())
+    found = _ungathered(narrow, wide.to(dtype), batch.layout)
+    assert found.dtype == dtype
+    rounding = (exact.to(dtype).double() - exact).abs() + 600 * torch.finfo(torch.float32).eps * exact
+    assert ((found.double() - exact).abs() <= 2 * rounding).all()
 
 
 def test_products_round_to_bf16_only_inside_the_backward_and_only_for_bf16():
