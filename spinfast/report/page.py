@@ -162,7 +162,7 @@ def _iterations(runs: Sequence[Run]) -> str:
             loss = f"{train['first_loss']:.3f} → {train['last_loss']:.3f}" if train else ""
             rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
             note = f'<span class="interval">rejected: {escape(rejected)}</span>' if rejected else ""
-            cells = [f"<td>{label(row['iteration'])}</td><td>{row['pairs'] or ''}{note}</td><td>{loss}</td>"]
+            cells = [f"<td>{escape(label(row['iteration']))}</td><td>{row['pairs'] or ''}{note}</td><td>{loss}</td>"]
             cells += [_cell(run, row, metric, *look[1:]) for metric, look in columns.items()]
             parts.append(f"<tr>{''.join(cells)}</tr>")
         parts.append("</table></div>")
@@ -202,7 +202,7 @@ def _figure(plot: Plot, several: bool) -> str:
     entries = [f'<span><i class="{look}"></i>{escape(name)}</span>' for name, look in looks.items()]
     legend = f'<div class="legend">{"".join(entries)}</div>' if several or len(looks) > 1 else ""
     data = base64.b64encode(plotting.to_csv(plot).encode()).decode()
-    link = f'<a download="{plot.name}.csv" href="data:text/csv;base64,{data}">CSV</a>'
+    link = f'<a download="{escape(plot.name)}.csv" href="data:text/csv;base64,{data}">CSV</a>'
     return (
         f"<figure><h3>{escape(plot.title)}</h3>{legend}{plotting.svg(plot)}"
         f"<figcaption><span>{escape(plot.y_label)}</span>{link}</figcaption></figure>"
@@ -240,7 +240,7 @@ def _memory_table(run: Run, several: bool) -> str:
         head.append("predicted, MiB")
         for line, (_, _, predicted) in zip(body, rows, strict=True):
             line.append("" if predicted is None else f"{predicted:,.0f}")
-    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body]
+    lines = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in body]
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     note = "Predicted: a phase's tensors. Measured without a GPU: the whole process, Python and libraries included."
     note = f"<p class='soft'>{note}</p>" if run.predicted_mib else ""

@@ -147,7 +147,8 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
         ]
         name, title = f"log-ratio-{stage}", stage_label(stage)
         if several:
-            name, title = f"{run.name.replace('/', '-')}-{name}", f"{run.name}: {title}"
+            name, title = f"{run.name}-{name}", f"{run.name}: {title}"
+        name = name.replace("/", "-")  # names a file
         made.append(
             Plot(name, title, "log p(policy) − log p(opponent), nats", "answers", "steps", series, group="ratios")
         )

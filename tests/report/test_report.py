@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -120,12 +121,13 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.addresses, self.tags, self.json, self._id = [], [], {}, None
+        self.addresses, self.tags, self.attributes, self.json, self._id = [], [], set(), {}, None
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append(tag)
+        self.attributes |= attrs.keys()
         self.addresses += [attrs[name] for name in ("src", "href", "srcset", "action") if name in attrs]
         self._id = attrs.get("id") if attrs.get("type") == "application/json" else None
 
@@ -169,6 +171,33 @@ def test_text_of_a_model_stays_text(run_copy):
     parsed = Page(page([read_run(run_copy)]))
     assert "img" not in parsed.tags
     assert parsed.json["transcript-data"][0][0]["answers"][0]["text"] == evil
+
+
+def test_names_of_a_run_stay_text(run_copy):
+    """Whoever sends a run directory chooses its name, its phases and what results.json calls an iteration."""
+    evil = '"><img src=x onerror=alert(1)>'
+    results = json.loads((run_copy / "results.json").read_text())
+    results[1] |= {"iteration": evil, "seconds": {evil: 1.0}, "rejected": {evil: 1}}
+    (run_copy / "results.json").write_text(json.dumps(results))
+    (run_copy / evil).mkdir()
+    for name in ("heldout.jsonl", "heldout_logps.safetensors"):
+        shutil.copy(run_copy / "sft" / name, run_copy / evil)
+    with (run_copy / "system.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0.0, "stage": evil, "phase": evil, "memory/rss_mib": 1.0}) + "\n")
+    other = shutil.copytree(run_copy, run_copy.with_name(f"{evil}run"))
+    for paths in ([other], [run_copy, other]):
+        parsed = Page(page(read_runs(paths)))
+        assert "img" not in parsed.tags
+        assert not any(name.startswith("on") for name in parsed.attributes)
+
+
+def test_a_stage_cannot_lead_out_of_the_reports_folder(run_copy):
+    results = json.loads((run_copy / "results.json").read_text())
+    results[1] |= {"iteration": "../run/sft"}
+    (run_copy / "results.json").write_text(json.dumps(results))
+    (run_copy / "report" / "log-ratio-..").mkdir(parents=True)
+    write_report([run_copy], png=False)
+    assert (run_copy / "report" / "log-ratio-..-run-sft.csv").is_file()
 
 
 def test_better_worse_and_noise_are_marked(judged):
@@ -258,8 +287,6 @@ def test_not_a_run(tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart(run_copy, tmp_path, played):
-    import shutil
-
     other = shutil.copytree(played[1], tmp_path / "other" / "run")
     assert [run.name for run in read_runs([run_copy, other])] == [f"{tmp_path.name}/run", "other/run"]
 
@@ -269,8 +296,6 @@ def test_a_run_named_twice_is_shown_once(run_copy):
 
 
 def test_of_many_runs_the_title_gives_the_number(run_copy, tmp_path):
-    import shutil
-
     copies = [shutil.copytree(run_copy, tmp_path / f"copy{i}") for i in range(3)]
     assert "<title>spinfast: 4 runs</title>" in page(read_runs([run_copy, *copies]))
 
