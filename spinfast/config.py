@@ -119,7 +119,7 @@ class Sft(Section):
 
 class Evaluate(Section):
     problems: int = Field(64, ge=0, description="held-out problems answered greedily; 0 turns evaluation off")
-    pairs: int = Field(64, ge=0, description="held-out prompts played for pair accuracy and diagnostics")
+    pairs: int = Field(64, ge=0, description="held-out prompts played for pair accuracy and diagnostics; 0 plays none")
     max_tokens: int = Field(256, gt=0, description="tokens of a held-out answer")
 
 

@@ -255,7 +255,7 @@ def conclude(game: Game, stage: Stage, label: str | int, previous: Stage, oppone
     if stage.path("metrics.jsonl").exists():
         game.run.restore_metrics(stage.name, files.read_jsonl(stage.path("metrics.jsonl")))
     game.policy.restore(adapters.load(stage.path("adapter")))
-    if game.heldout and not stage.finished("evaluate"):
+    if game.heldout and game.config.evaluate.problems and not stage.finished("evaluate"):
         with stage.phase("evaluate", *heldout.OUTPUTS):
             heldout.evaluate(game, stage, previous, opponent, at(game.config.spin.beta, stage.round))
     pairs = stage.path("pairs.parquet")

@@ -33,15 +33,16 @@ def evaluate(game, stage: Stage, previous: Stage, opponent: Adapter, beta: float
     """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the round started from.
 
     The base plays itself: previous is its own stage, pair accuracy 0.5, margin 0.
+    Without pairs to play there are no samples and no log-probs of them.
     """
     settings = game.config.evaluate
     metrics = greedy_metrics(game, stage, game.heldout[: settings.problems])
-    players = game.heldout[: settings.pairs]
-    sampling = game.sampling(game.config.generation.temperature, game.config.generation.max_tokens)
-    samples = draw(game, stage, players, sampling)
-    rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
-    files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    metrics |= play(game, stage, players, samples, read_samples(previous), opponent, beta)
+    if players := game.heldout[: settings.pairs]:
+        sampling = game.sampling(game.config.generation.temperature, game.config.generation.max_tokens)
+        samples = draw(game, stage, players, sampling)
+        rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
+        files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        metrics |= play(game, stage, players, samples, read_samples(previous), opponent, beta)
     files.write_json(stage.path("eval.json"), metrics)
 
 

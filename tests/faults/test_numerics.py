@@ -224,10 +224,10 @@ def test_an_adapter_that_is_not_finite_is_no_result(tmp_path, model, monkeypatch
 @pytest.mark.parametrize("fails_at", range(1, 12))
 def test_memory_runs_out_while_scoring_and_evaluating(tmp_path, model, monkeypatch, fails_at):
     """Every forward that scores, the opponent's pairs and held-out ones, is made again of smaller microbatches."""
-    plain = play(tmp_path, model, name="plain", spin={"iterations": 1}, evaluate={"problems": 0})
+    plain = play(tmp_path, model, name="plain", spin={"iterations": 1}, evaluate={"problems": 1})
     failing = FailingCall(train.batch_sequence_logps, fails_at)
     monkeypatch.setattr(train, "batch_sequence_logps", failing)
-    starved = play(tmp_path, model, name="starved", spin={"iterations": 1}, evaluate={"problems": 0})
+    starved = play(tmp_path, model, name="starved", spin={"iterations": 1}, evaluate={"problems": 1})
     assert failing.calls >= fails_at
     mine, other = (
         {row["iteration"]: row["evaluation"] for row in json.loads((run / "results.json").read_text())}
