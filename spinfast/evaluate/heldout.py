@@ -156,7 +156,10 @@ def verdicts(stage: Stage) -> list[float]:
 def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
     """Why to play no further iteration, or None."""
     results = [verdicts(stage) for stage in played]
-    return stopping.stop_reason(results, patience) if patience and results[0] else None
+    if not patience or not results[0]:
+        return None
+    starts = ("the base", "SFT")[: sum(stage.name in ("base", "sft") for stage in played)]
+    return stopping.stop_reason(results, patience, starts=starts)
 
 
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:

@@ -1,6 +1,7 @@
 """When to stop and what to keep, decided on the same held-out items for every iteration.
 
-results[0] are the base's verdicts (or margins, or any score per item), results[t + 1] those of iteration t.
+results[0] are the base's verdicts (or margins, or any score per item); those of a stage before self-play may follow,
+then the iterations'.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ def best(results: Sequence[Sequence[float]]) -> int:
     return int(np.argmax([np.mean(items) for items in results]))
 
 
-def stop_reason(results: Sequence[Sequence[float]], patience: int, confidence: float = 0.95) -> str | None:
+def stop_reason(
+    results: Sequence[Sequence[float]],
+    patience: int,
+    confidence: float = 0.95,
+    starts: Sequence[str] = ("the base",),
+) -> str | None:
     """Why to stop: none of the last `patience` iterations is significantly better than the best before them.
 
-    None means go on. patience counts iterations; the base alone never stops a run.
+    None means go on. patience counts iterations; what they start from never stops a run.
+    starts: names of the first results, which are no iterations: the base and, where there was one, the SFT stage.
     """
     if patience < 1:
         raise ValueError(f"patience: expected at least 1 iteration, got {patience}")
-    if len(results) <= patience:
+    if len(results) - len(starts) < patience:
         return None
     champion = best(results[:-patience])
     changes = [compare(results[champion], items, confidence) for items in results[-patience:]]
     if any(change["verdict"] == "better" for change in changes):
         return None
     last = changes[-1]
-    against = "the base" if champion == 0 else f"iteration {champion - 1}"
+    against = starts[champion] if champion < len(starts) else f"iteration {champion - len(starts)}"
     return (
         f"no held-out gain over {against} in the last {patience} iteration{'s' * (patience > 1)}: the last one is "
         f"{last['difference']:+.4f} [{last['low']:+.4f}, {last['high']:+.4f}] on {last['n']} items, "

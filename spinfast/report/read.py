@@ -31,6 +31,7 @@ class Run:
     steps: list[dict]  # metrics.jsonl
     system: list[dict]  # system.jsonl
     predicted_mib: dict[str, float]  # phase -> peak that was simulated before the run, where it was
+    iterations: int  # that it plays: fewer than configured where the game was over earlier
 
     @property
     def played(self) -> Path:
@@ -39,7 +40,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.rows) and self.rows[-1]["iteration"] == self.config["spin"]["iterations"] - 1
+        return bool(self.rows) and self.rows[-1]["iteration"] == self.iterations - 1
 
     @cached_property
     def stages(self) -> list[str]:
@@ -79,16 +80,20 @@ def read_run(path: Path) -> Run:
     def lines(name: str) -> list[dict]:
         return whole_lines(path / name) if (path / name).exists() else []
 
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    played = control_of(path) or path  # a control plays what its run did
+    ended = (played / "best.json").exists()  # what a run writes last
     return Run(
         path=path.resolve(),
         name=run_name(path),
         control=path.name if control_of(path) else None,
-        config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
+        config=config,
         environment=_json(path / "environment.json", {}),
         rows=_json(path / "results.json", []),
         steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
         system=lines("system.jsonl"),
         predicted_mib=_json(path / "plan.json", {}).get("predicted_mib", {}),
+        iterations=len(list(played.glob("iter_*"))) if ended else config["spin"]["iterations"],
     )
 
 

@@ -282,7 +282,10 @@ def story(run: Run) -> list[str]:
     last, c = label(run.rows[-1]["iteration"]), run.config
     seen = max((row["time"] for row in run.system if "time" in row), default=None)
     moment = f", as of {datetime.fromtimestamp(seen, UTC):%Y-%m-%d %H:%M} UTC" if seen else ""
-    state = "finished" if run.finished else f"not finished, the last row is {last}'s{moment}"
+    state = f"not finished, the last row is {last}'s{moment}"
+    if run.finished:
+        early = run.iterations < c["spin"]["iterations"]
+        state = f"finished{', early, for want of a held-out gain' if early else ''}"
     sentences = [f"{c['model']['name']} played {c['data']['source']}; the run is {state}."]
     top = best_row(run)
     if top is None:

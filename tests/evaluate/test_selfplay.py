@@ -212,6 +212,21 @@ def test_stop_when_no_heldout_gain(accuracies, patience, stops):
     assert (stopping.stop_reason(verdicts(*accuracies), patience) is not None) == stops
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "said"),
+    [
+        ((0.4, 0.4), 1, None),  # base and SFT: no iteration was played
+        ((0.4, 0.4, 0.4), 2, None),
+        ((0.4, 0.4, 0.4, 0.4), 2, "over the base in the last 2 iterations"),
+        ((0.4, 0.5, 0.5), 1, "over SFT in the last 1 iteration:"),  # what SFT brought is no gain of self-play
+        ((0.4, 0.5, 0.6, 0.6), 1, "over iteration 0 in the last 1 iteration:"),
+    ],
+)
+def test_the_sft_stage_is_no_iteration(accuracies, patience, said):
+    reason = stopping.stop_reason(verdicts(*accuracies), patience, starts=("the base", "SFT"))
+    assert reason is None if said is None else said in reason
+
+
 def test_stop_reason_in_words():
     reason = stopping.stop_reason(verdicts(0.4, 0.5, 0.3), 1)
     assert reason.startswith("no held-out gain over iteration 0 in the last 1 iteration: the last one is -0.2000 [")

@@ -235,6 +235,21 @@ def test_unfinished_run(run_copy):
     assert "Nothing was evaluated yet" in page([read_run(run_copy)])
 
 
+def test_a_run_that_stopped_early_is_finished_and_so_are_its_controls(run_copy, capsys):
+    control = shutil.copytree(run_copy, run_copy / "controls" / "coin")
+    (control / "best.json").unlink()  # only a run names its best
+    for path in (run_copy, control):
+        config = path / "config.yaml"
+        config.write_text(config.read_text().replace("iterations: 2", "iterations: 5"))
+    assert all(run.finished for run in read_runs([run_copy]))
+    assert "the run is finished, early, for want of a held-out gain." in study.story(read_run(run_copy))[0]
+    assert main([str(run_copy), "--watch", "1", "--no-png"]) == 0
+    results = json.loads((run_copy / "results.json").read_text())
+    for path in (run_copy, control):  # as while they are played, or looked at again
+        (path / "results.json").write_text(json.dumps(results[:-1]))
+    assert not any(run.finished for run in read_runs([run_copy]))
+
+
 def test_run_without_references(run_copy):
     for path in run_copy.glob("*/heldout.jsonl"):
         rows = [json.loads(line) | {"scores": {}, "reference": None} for line in path.read_text().splitlines()]
