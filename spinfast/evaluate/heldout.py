@@ -115,6 +115,7 @@ def play(
         real_lengths,
         [len(c.token_ids) for c in rivals],
         beta,
+        game.config.spin.loss,
         base_real_logps=base["real"] if base else None,
         base_generated_logps=base["rival"] if base else None,
     )

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from spinfast_kernels.reference import LOSSES
 
 from spinfast.evaluate.statistics import (
     Estimate,
@@ -39,10 +41,14 @@ def selfplay_metrics(
     real_lengths: Sequence[int],
     generated_lengths: Sequence[int],
     beta: float,
+    kind: str = "logistic",
     base_real_logps: Values | None = None,
     base_generated_logps: Values | None = None,
 ) -> Metrics:
-    """The pairs (real, the opponent's answer), as scored by policy, opponent and, where given, the base."""
+    """The pairs (real, the opponent's answer), as scored by policy, opponent and, where given, the base.
+
+    kind: the loss that was trained, one of spinfast_kernels.reference.LOSSES.
+    """
     arrays = _arrays(
         real_logps, generated_logps, opponent_real_logps, opponent_generated_logps, real_lengths, generated_lengths
     )
@@ -51,7 +57,7 @@ def selfplay_metrics(
     metrics = {
         "heldout/pair_accuracy": estimate(np.where(margin == 0, 0.5, margin > 0)),
         "heldout/margin": estimate(margin),
-        "heldout/loss": estimate(np.logaddexp(0.0, -margin)),
+        "heldout/loss": estimate(LOSSES[kind](torch.from_numpy(margin), beta).numpy()),
         "heldout/real_logp": estimate(real),
         "heldout/generated_logp": estimate(generated),
         "heldout/real_logp_per_token": estimate(real / real_length),

@@ -16,6 +16,8 @@ from spinfast.report import plots, study
 from spinfast.report.page import page
 from spinfast.report.read import read_runs
 
+SPOILED = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError  # what odd data ends in
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; with --watch again and again until every run is finished."""
@@ -44,7 +46,7 @@ def write_report(
         runs = read_runs(paths)
         finished = all(run.finished for run in runs)
         text, drawn = page(runs, refresh=None if finished else watch), study.plots(runs)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError, YAMLError) as error:
+    except (*SPOILED, SafetensorError, YAMLError) as error:
         if isinstance(error, UserError):
             raise
         said = " ".join(str(error).split())[:200]

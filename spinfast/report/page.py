@@ -35,7 +35,8 @@ COLUMNS = {  # metric -> (heading, digits, factor)
 SECTIONS = {
     "training": (
         "Training",
-        "What the optimizer saw. The first loss of every iteration is ln 2, or something is wrong.",
+        "What the optimizer saw. The first loss of every iteration is that of margin 0 (ln 2 if it is logistic), or "
+        "something is wrong.",
     ),
     "heldout": ("Held-out problems", "Never trained on; whiskers are 95 % intervals."),
     "ratios": (

@@ -18,13 +18,13 @@ import numpy as np
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
 from spinfast.names import label, stage_label, stage_name
+from spinfast.objectives.spin import loss_at_zero_margin
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
-LN2 = (math.log(2), "ln 2")
 TRAINING = {  # metric -> (title, level)
-    "train/loss": ("Training loss", LN2),
+    "train/loss": ("Training loss", None),  # its level is _first_loss
     "train/margin": ("Training margin", (0.0, "")),
     "train/pair_accuracy": ("Training pair accuracy", (0.5, "chance")),
     "train/real_logp_change": ("log p(real), change since the round began", (0.0, "")),
@@ -101,8 +101,20 @@ def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
     if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
         series = []  # there is none
     shown = tuple(marks.items()) if len(runs) == 1 else ()
+    if metric == "train/loss":
+        level = _first_loss(runs)
     name = metric.replace("/", "-")
     return Plot(name, title, "step", metric, "line", series, marks=shown, level=level, group="training")
+
+
+def _first_loss(runs: Sequence[Run]) -> tuple[float, str] | None:
+    """What every iteration starts at, by the loss that was trained; None where iterations or runs differ in it."""
+    played = [run.config["spin"] for run in runs]
+    found = {loss_at_zero_margin(c["loss"], beta) for c in played for beta in c["beta"][: c["iterations"]]}
+    if len(found) != 1:
+        return None
+    (value,) = found
+    return value, "ln 2" if value == math.log(2) else "l(0)"
 
 
 def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:

@@ -34,3 +34,8 @@ def test_an_early_stop_waits_for_the_iterations_it_was_asked_for_and_ends_the_ru
     assert [*evaluations(run_dir)] == ["base", "sft", 0, 1]  # a random model's accuracy stays 0
     assert "no held-out gain over the base in the last 2 iterations" in (run_dir / "log.txt").read_text()
     assert read_run(run_dir).finished
+
+
+def test_the_bases_loss_is_that_of_a_margin_of_0(tmp_path, tiny_model):
+    run_dir = play(tmp_path, tiny_model("llama"), spin={"iterations": 1, "loss": "hinge"})
+    assert evaluations(run_dir)["base"]["heldout/loss"] == {"value": 1.0, "stderr": 0.0, "n": 6}

@@ -56,6 +56,24 @@ def test_margin_is_beta_times_the_log_ratios():
     assert "heldout/real_logp_vs_base" not in metrics
 
 
+@pytest.mark.parametrize(
+    ("kind", "won", "even"),
+    [
+        ("logistic", math.log1p(math.exp(-0.5)), math.log(2)),
+        ("hinge", 0.5, 1.0),
+        ("exponential", math.exp(-0.5), 1.0),
+        ("ipo", (2.0 - 2.0) ** 2, 4.0),
+    ],
+)
+def test_the_loss_is_the_one_that_was_trained(kind, won, even):
+    """Log-ratios of 1 and -1 with beta 1/4: a margin of 1/2, where IPO's target is met."""
+    losses = [
+        selfplay.selfplay_metrics([-9.0 + c], [-8.0 - c], [-9.0], [-8.0], [5], [5], 0.25, kind)["heldout/loss"]["value"]
+        for c in (1.0, 0.0)
+    ]
+    assert losses == pytest.approx([won, even])
+
+
 def test_perplexity_error_is_the_spread_over_repeats():
     random = np.random.default_rng(0)
     lengths = random.integers(20, 200, (800, 100))

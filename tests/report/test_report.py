@@ -43,6 +43,39 @@ def test_training_curve_is_the_metrics_file(made, played):
     assert made["train-loss"].marks == ((1.0, "iteration 0"), (4.0, "iteration 1"))
 
 
+@pytest.mark.parametrize(
+    ("config", "level"),
+    [
+        ("loss: logistic", (math.log(2), "ln 2")),
+        ("loss: hinge", (1.0, "l(0)")),
+        ("loss: ipo", (pytest.approx(25.0), "l(0)")),
+        ("loss: ipo\n  beta: [0.1, 0.2]", None),  # another one in each iteration
+        ("loss: hinge\n  beta: [0.1, 0.2]", (1.0, "l(0)")),
+    ],
+)
+def test_the_first_loss_is_expected_where_the_runs_loss_puts_it(run_copy, config, level):
+    path = run_copy / "config.yaml"
+    path.write_text(path.read_text().replace("  beta:\n  - 0.1\n", "" if "beta" in config else "  beta: [0.1]\n"))
+    path.write_text(path.read_text().replace("loss: logistic", config))
+    runs = read_runs([run_copy])
+    assert next(plot for plot in study.plots(runs) if plot.name == "train-loss").level == level
+
+
+def test_a_loss_without_a_value_at_margin_0_is_no_runs(run_copy):
+    path = run_copy / "config.yaml"
+    path.write_text(path.read_text().replace("  - 0.1\n", "  - 0.0\n").replace("loss: logistic", "loss: ipo"))
+    with pytest.raises(UserError, match="not as a run writes it"):
+        write_report([run_copy], png=False)
+
+
+def test_runs_of_two_losses_have_no_common_first_loss(played, run_copy):
+    path = run_copy / "config.yaml"
+    path.write_text(path.read_text().replace("loss: logistic", "loss: hinge"))
+    drawn = {plot.name: plot for plot in study.plots(read_runs([played[0], run_copy]))}
+    assert drawn["train-loss"].level is None
+    assert drawn["train-margin"].level == (0.0, "")
+
+
 def test_heldout_points_are_the_results_with_intervals(made, played):
     rows = json.loads((played[0] / "results.json").read_text())
     series = made["heldout-margin"].series[0]
