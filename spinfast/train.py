@@ -136,10 +136,10 @@ def sequence_logps(
     if not groups:
         return []
     plan = TrainPlan(len(groups), microbatch_tokens, epochs=1, seed=0, attention=attention, lr=0.0)
-    return within_memory(plan, groups, partial(_sequence_logps, policy, groups))[0]
+    return within_memory(plan, groups, partial(logps_as_planned, policy, groups))[0]
 
 
-def _sequence_logps(policy, groups, plan) -> list[list[float]]:
+def logps_as_planned(policy: Policy, groups: Sequence[Group], plan: TrainPlan) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in groups]
     for rows in bins(groups, plan.microbatch_tokens):
         batch = pack(groups, rows, plan.attention)

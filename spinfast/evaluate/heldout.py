@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,13 +19,14 @@ from spinfast.evaluate.selfplay import (
     fresh_opponent_metrics,
     generation_metrics,
     kl_metrics,
+    log_ratios,
     selfplay_metrics,
 )
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
 from spinfast.record import RunDir, Stage
-from spinfast.train import sequence_logps
+from spinfast.train import TrainPlan, logps_as_planned, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", "heldout_logps.safetensors", "eval.json")
@@ -90,19 +93,13 @@ def play(
     groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
     groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
 
-    def logps() -> dict[str, np.ndarray]:
-        scored = sequence_logps(game.policy, groups, game.microbatch_tokens, game.device.attention)
-        real, own = np.array(scored[: len(players)]).T
-        return {"real": real, "sample": own, "rival": np.array(scored[len(players) :])[:, 0]}
-
-    policy = logps()
-    with game.policy.playing(opponent):
-        before = logps()
-    base = None
-    if not game.policy.folded:
-        with game.policy.base_only():
-            base = logps()
-    columns = {"policy": policy, "opponent": before} | ({"base": base} if base else {})
+    plan = TrainPlan(len(groups), game.microbatch_tokens, epochs=1, seed=0, attention=game.device.attention, lr=0.0)
+    scored, _ = within_memory(plan, groups, partial(score_players, game, stage, groups, opponent))
+    columns = {}
+    for who, logps in scored.items():
+        real, own = np.array(logps[: len(players)]).T
+        columns[who] = {"real": real, "sample": own, "rival": np.array(logps[len(players) :])[:, 0]}
+    policy, before, base = columns["policy"], columns["opponent"], columns.get("base")
     arrays = {f"{who}.{what}": torch.from_numpy(x.copy()) for who, has in columns.items() for what, x in has.items()}
     save_file(arrays, stage.path("heldout_logps.safetensors"))
     real_lengths = [len(e.real_ids) for e in players]
@@ -122,14 +119,34 @@ def play(
     ended = [c.finish_reason == "stop" for c in samples]
     metrics |= generation_metrics([c.token_ids for c in samples], real_lengths, ended)
     metrics |= fresh_opponent_metrics(
-        policy["real"] - before["real"],
-        policy["sample"] - before["sample"],
+        log_ratios(policy["real"], before["real"]),
+        log_ratios(policy["sample"], before["sample"]),
         real_lengths,
         sample_lengths,
         [True] * len(players),
         ended,
     )
     return metrics | (kl_metrics(policy["sample"], base["sample"], sample_lengths) if base else {})
+
+
+def score_players(
+    game, stage: Stage, groups: Sequence[Group], opponent: Adapter, plan: TrainPlan
+) -> dict[str, list[list[float]]]:
+    """Log-probs of the groups under policy, opponent and, where it is still there, base: all in one cut.
+
+    They are compared, and another cut rounds otherwise. The base plays itself, so it is scored once.
+    """
+    policy = game.policy
+    parts = {"policy": nullcontext, "opponent": partial(policy.playing, opponent)}
+    if not policy.folded:
+        parts["base"] = policy.base_only
+    if stage.name == "base":
+        return dict.fromkeys(parts, logps_as_planned(policy, groups, plan))
+    scored = {}
+    for who, playing in parts.items():
+        with playing():
+            scored[who] = logps_as_planned(policy, groups, plan)
+    return scored
 
 
 def draw(game, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:

@@ -31,6 +31,7 @@ from spinfast.evaluate.statistics import (
 
 Metrics = dict[str, Estimate]
 Values = Sequence[float] | np.ndarray
+ROUNDING = 8 * np.finfo(np.float32).eps  # of a log-prob that is an fp32 sum over an answer's tokens, relative
 
 
 def selfplay_metrics(
@@ -53,7 +54,8 @@ def selfplay_metrics(
         real_logps, generated_logps, opponent_real_logps, opponent_generated_logps, real_lengths, generated_lengths
     )
     real, generated, opponent_real, opponent_generated, real_length, generated_length = arrays
-    margin = beta * ((real - opponent_real) - (generated - opponent_generated))
+    real_change, generated_change = log_ratios(real, opponent_real), log_ratios(generated, opponent_generated)
+    margin = beta * (real_change - generated_change)
     metrics = {
         "heldout/pair_accuracy": estimate(np.where(margin == 0, 0.5, margin > 0)),
         "heldout/margin": estimate(margin),
@@ -62,16 +64,22 @@ def selfplay_metrics(
         "heldout/generated_logp": estimate(generated),
         "heldout/real_logp_per_token": estimate(real / real_length),
         "heldout/generated_logp_per_token": estimate(generated / generated_length),
-        "heldout/real_logp_change": estimate(real - opponent_real),
-        "heldout/generated_logp_change": estimate(generated - opponent_generated),
+        "heldout/real_logp_change": estimate(real_change),
+        "heldout/generated_logp_change": estimate(generated_change),
         "heldout/perplexity": perplexity(real, real_length),
     }
     if base_real_logps is not None:
-        metrics["heldout/real_logp_vs_base"] = estimate(real - np.asarray(base_real_logps, np.float64))
+        metrics["heldout/real_logp_vs_base"] = estimate(log_ratios(real, base_real_logps))
     if base_generated_logps is not None:
-        change = generated - np.asarray(base_generated_logps, np.float64)
-        metrics["heldout/generated_logp_vs_base"] = estimate(change)
+        metrics["heldout/generated_logp_vs_base"] = estimate(log_ratios(generated, base_generated_logps))
     return metrics
+
+
+def log_ratios(logps: Values, other_logps: Values) -> np.ndarray:
+    """log p/q of each sequence, 0 where it is within the rounding of two fp32 sums: its sign would decide a pair."""
+    logps, others = _arrays(logps, other_logps)
+    ratios = logps - others
+    return np.where(np.abs(ratios) <= ROUNDING * np.maximum(np.abs(logps), np.abs(others)), 0.0, ratios)
 
 
 def perplexity(logps: Values, lengths: Sequence[int]) -> Estimate:
@@ -93,7 +101,7 @@ def fresh_opponent_metrics(
 ) -> Metrics:
     """Can the policy's own log-ratio still tell real answers from fresh ones of its own, and is it length?
 
-    log ratio = log p_policy - log p_opponent of a whole answer; ended: its last token is an end token.
+    log ratio = log p_policy - log p_opponent of a whole answer (log_ratios); ended: its last token is an end token.
     Real and fresh answers come in the order of their prompts. 0.5: the game is over. Length and end token
     are scored in the direction in which they tell more, so that these two AUCs are never below 0.5.
     """

@@ -3,8 +3,11 @@
 import json
 
 import pytest
-from test_run import play
+from fixtures import FailingCall
+from safetensors.torch import load_file
+from test_run import SMALL, play
 
+from spinfast import train
 from spinfast.report.read import read_run
 
 
@@ -39,3 +42,21 @@ def test_an_early_stop_waits_for_the_iterations_it_was_asked_for_and_ends_the_ru
 def test_the_bases_loss_is_that_of_a_margin_of_0(tmp_path, tiny_model):
     run_dir = play(tmp_path, tiny_model("llama"), spin={"iterations": 1, "loss": "hinge"})
     assert evaluations(run_dir)["base"]["heldout/loss"] == {"value": 1.0, "stderr": 0.0, "n": 6}
+
+
+@pytest.mark.parametrize("fails_at", range(1, 12))
+def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch, fails_at):
+    """Memory runs out at any forward; a policy that did not move (lr 0) has its opponent's log-probs, bit for bit."""
+    monkeypatch.setattr(train, "batch_sequence_logps", FailingCall(train.batch_sequence_logps, fails_at))
+    settings = {"train": {"lr": 0.0}, "spin": {"iterations": 1}, "prompt": SMALL}
+    run_dir = play(tmp_path, tiny_model("llama"), **settings)
+    log = (run_dir / "log.txt").read_text()
+    assert "memory ran out" in log
+    assert "the game is over" not in " ".join(log.split())
+    for name, found in evaluations(run_dir).items():
+        assert found["heldout/pair_accuracy"] == found["fresh/auc_log_ratio"] == {"value": 0.5, "stderr": 0.0, "n": 6}
+        assert found["heldout/margin"] == found["heldout/real_logp_change"] == {"value": 0.0, "stderr": 0.0, "n": 6}
+        logps = load_file(run_dir / ("base" if name == "base" else "iter_000") / "heldout_logps.safetensors")
+        for answer in ("real", "sample", "rival"):
+            assert logps[f"policy.{answer}"].equal(logps[f"opponent.{answer}"])
+            assert logps[f"policy.{answer}"].equal(logps[f"base.{answer}"])

@@ -83,6 +83,29 @@ def test_perplexity_error_is_the_spread_over_repeats():
     assert np.mean([r["stderr"] for r in repeats]) == pytest.approx(spread, rel=0.1)
 
 
+@pytest.mark.parametrize(("moved", "told"), [(0.0, False), (-2e-3, True)])
+def test_rounding_decides_nothing_and_the_least_real_change_does(moved, told):
+    """Log-probs are fp32 sums. All answers' last bits err the same way, which no standard error would show."""
+    random = np.random.default_rng(0)
+    opponent = -random.uniform(20, 200, (2, N)).astype(np.float32)
+    policy = np.nextafter(np.nextafter(opponent, -np.inf), -np.inf)
+    policy[0] += np.float32(moved)
+    metrics = selfplay.selfplay_metrics(*policy, *opponent, LENGTHS, LENGTHS, 0.1, base_real_logps=opponent[0])
+    ratios = [selfplay.log_ratios(*sides) for sides in zip(policy, opponent, strict=True)]
+    metrics |= selfplay.fresh_opponent_metrics(*ratios, LENGTHS, LENGTHS, [True] * N, [True] * N)
+    for name, even in {
+        "heldout/pair_accuracy": 0.5,
+        "heldout/margin": 0.0,
+        "heldout/real_logp_change": 0.0,
+        "heldout/real_logp_vs_base": 0.0,
+        "fresh/auc_log_ratio": 0.5,
+    }.items():
+        assert (metrics[name]["value"] != even) == told, name
+    assert metrics["heldout/generated_logp_change"] == {"value": 0.0, "stderr": 0.0, "n": N}
+    found = {"iteration": 0, "pairs": N, "rejected": {}, "train": {}, "evaluation": metrics}
+    assert bool(advice.warnings([found])) == told
+
+
 def test_columns_must_match():
     with pytest.raises(ValueError, match=r"one value per sequence everywhere.*\(2,\), \(1,\)"):
         selfplay.perplexity([1.0, 2.0], [3])
