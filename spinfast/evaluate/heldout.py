@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -92,15 +92,13 @@ def play(
     """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base."""
     groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
     groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
-
     plan = TrainPlan(len(groups), game.microbatch_tokens, epochs=1, seed=0, attention=game.device.attention, lr=0.0)
     scored, _ = within_memory(plan, groups, partial(score_players, game, stage, groups, opponent))
-    columns = {}
-    for who, logps in scored.items():
-        real, own = np.array(logps[: len(players)]).T
-        columns[who] = {"real": real, "sample": own, "rival": np.array(logps[len(players) :])[:, 0]}
+    sides = {"real": [e.real_ids for e in players], "sample": [c.token_ids for c in samples]}
+    sides["rival"] = [c.token_ids for c in rivals]
+    columns = {who: answer_columns(groups, logps, players, sides) for who, logps in scored.items()}
     policy, before, base = columns["policy"], columns["opponent"], columns.get("base")
-    arrays = {f"{who}.{what}": torch.from_numpy(x.copy()) for who, has in columns.items() for what, x in has.items()}
+    arrays = {f"{who}.{what}": torch.from_numpy(x) for who, has in columns.items() for what, x in has.items()}
     save_file(arrays, stage.path("heldout_logps.safetensors"))
     real_lengths = [len(e.real_ids) for e in players]
     sample_lengths = [len(c.token_ids) for c in samples]
@@ -127,6 +125,23 @@ def play(
         ended,
     )
     return metrics | (kl_metrics(policy["sample"], base["sample"], sample_lengths) if base else {})
+
+
+def answer_columns(
+    groups: Sequence[Group],
+    logps: Sequence[Sequence[float]],
+    players: Sequence[Example],
+    sides: Mapping[str, Sequence[tuple[int, ...]]],
+) -> dict[str, np.ndarray]:
+    """side -> log-prob of its answer to each player; equal answers have one, or rounding would tell them apart."""
+    known: dict[tuple, float] = {}
+    for group, sums in zip(groups, logps, strict=True):
+        for answer, value in zip(group.answers, sums, strict=True):
+            known.setdefault((group.prompt_ids, answer), value)
+    return {
+        side: np.array([known[e.prompt_ids, answer] for e, answer in zip(players, answers, strict=True)])
+        for side, answers in sides.items()
+    }
 
 
 def score_players(

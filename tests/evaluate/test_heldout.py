@@ -1,14 +1,19 @@
 """The held-out look after a round, in runs of the whole program on a tiny model."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fixtures import FailingCall
 from safetensors.torch import load_file
 from test_run import SMALL, play
 
 from spinfast import train
+from spinfast.evaluate import heldout
 from spinfast.report.read import read_run
+from spinfast.types import Completion
 
 
 def evaluations(run_dir):
@@ -60,3 +65,25 @@ def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch,
         for answer in ("real", "sample", "rival"):
             assert logps[f"policy.{answer}"].equal(logps[f"opponent.{answer}"])
             assert logps[f"policy.{answer}"].equal(logps[f"base.{answer}"])
+
+
+def test_an_answer_that_both_sides_gave_has_one_score(tmp_path, monkeypatch):
+    """At the game's fixed point the opponent answers as the data does; rounding by place would choose a winner."""
+    random = np.random.default_rng(0)
+    monkeypatch.setattr(
+        heldout, "logps_as_planned", lambda policy, groups, plan: [[*-random.random(len(g.answers))] for g in groups]
+    )
+    policy = SimpleNamespace(folded=[], playing=lambda adapter: nullcontext(), base_only=nullcontext)
+    game = SimpleNamespace(
+        policy=policy,
+        microbatch_tokens=64,
+        device=SimpleNamespace(attention="sdpa"),
+        config=SimpleNamespace(spin=SimpleNamespace(loss="logistic")),
+    )
+    stage = SimpleNamespace(name="iter_000", path=lambda name: tmp_path / name)
+    players = [SimpleNamespace(prompt_ids=(1, i), real_ids=(5, i, 2)) for i in range(8)]
+    answers = [Completion(i, example.real_ids, "stop") for i, example in enumerate(players)]
+    metrics = heldout.play(game, stage, players, answers, answers, None, 0.1)
+    assert metrics["heldout/pair_accuracy"] == metrics["fresh/auc_log_ratio"] == {"value": 0.5, "stderr": 0.0, "n": 8}
+    assert metrics["heldout/margin"] == {"value": 0.0, "stderr": 0.0, "n": 8}
+    assert metrics["heldout/real_logp_change"]["stderr"] > 0
