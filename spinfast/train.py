@@ -99,8 +99,8 @@ def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
 def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     """Log-prob sums (S,) fp32 on the host, one per answer."""
     batch = batch.to(policy.device)
-    sums_S = torch.zeros(batch.sequences, device=policy.device, dtype=torch.float32)
-    return sums_S.index_add_(0, batch.sequence_ids_N, answer_logps(policy, batch)).cpu()
+    sums_S = torch.zeros(batch.sequences, device=policy.device, dtype=torch.float64)
+    return sums_S.index_add_(0, batch.sequence_ids_N, answer_logps(policy, batch).double()).float().cpu()
 
 
 def score(
