@@ -119,6 +119,7 @@ def _aten_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, seed, offse
     dq, dk, dv, _ = aten._efficient_attention_backward(
         grad_1THd.contiguous(), q_1HTd.transpose(1, 2), k_1KHd, v_1KHd, None, out_1THd, layout.q_starts,
         layout.kv_starts, *_longest(layout), lse, 0.0, seed, offset, CAUSAL_BOTTOM_RIGHT, False, scale=scaling,
+        num_splits_key=1,  # more would add up by atomics, in another order each time
     )  # fmt: skip
     return dq.transpose(1, 2), _ungathered(dk, k_1GTd, layout), _ungathered(dv, v_1GTd, layout)
 
