@@ -110,6 +110,12 @@ class VLLMGenerator:
             raise RuntimeError("the vLLM engine is not running; use the generator inside its with block")
         return self._engine
 
+    @property
+    def _idle_engine(self):
+        if self.engine.has_unfinished_requests():
+            raise RuntimeError("an earlier generate() is not finished; exhaust or close its iterator first")
+        return self.engine
+
     # The weights -----------------------------------------------------------------------------------------------
 
     @property
@@ -123,7 +129,7 @@ class VLLMGenerator:
     def rest(self) -> None:
         """Free the K/V cache until the next answer, where vLLM can free it alone; elsewhere it keeps its bytes."""
         if self._sleeps and not self._asleep:
-            vllm_compat.release_kv_cache(self.engine)
+            vllm_compat.release_kv_cache(self._idle_engine)
             self._asleep = True
 
     # Generation ------------------------------------------------------------------------------------------------
@@ -157,9 +163,7 @@ class VLLMGenerator:
 
     def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
         """(position, vLLM's output) as the prompts finish; leaving early drops the rest."""
-        engine = self.engine
-        if engine.has_unfinished_requests():
-            raise RuntimeError("an earlier generate() is not finished; exhaust or close its iterator first")
+        engine = self._idle_engine
         if self._asleep:
             vllm_compat.restore_kv_cache(engine)
             self._asleep = False

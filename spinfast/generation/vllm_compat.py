@@ -131,8 +131,16 @@ def install_adapter(engine, adapter: Adapter, number: int) -> None:
         )
 
 
+def drain(engine) -> None:
+    """Let go of finished requests: the worker hears of them, and a batch that ran ahead comes back, in later steps."""
+    core = engine.engine_core.engine_core
+    while core.scheduler.has_requests() or core.batch_queue:
+        engine.step()
+
+
 def release_kv_cache(engine) -> None:
     """Give the KV cache's memory back until `restore_kv_cache`. Higher sleep levels would unmap the shared weights."""
+    drain(engine)
     engine.sleep(level=0)
     engine.release_kv_cache_memory()
 

@@ -1,6 +1,7 @@
 """vLLM's answers against the policy's own: same weights, same adapter, same tokens; what the engine may not touch."""
 
 import os
+from collections import deque
 from dataclasses import replace
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 
 from spinfast import adapter as adapters
 from spinfast.errors import UserError
+from spinfast.generation import vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.generation.weight_sharing import checksum, verify
@@ -123,6 +125,40 @@ def test_leaving_early_drops_the_rest(generator, prompts):
         generator.prompt_logps(requests[0].prompt_ids, None)
     stream.close()
     assert len(answers(generator, requests, sampling, None)) == len(requests)
+
+
+@pytest.fixture(params=["one batch at a time", "two batches in flight"])
+def sleeper(request, generator, monkeypatch):
+    """The engine as a GPU's: its K/V cache can be released, here in name only; on a GPU batches run ahead."""
+    core = generator.engine.engine_core.engine_core
+    if request.param == "two batches in flight":
+        monkeypatch.setattr(core, "batch_queue_size", 2)
+        monkeypatch.setattr(core, "batch_queue", deque(maxlen=2))
+        monkeypatch.setattr(core, "step_fn", core.step_with_batch_queue)
+    generator.released = []
+    monkeypatch.setattr(core.model_executor, "discard", generator.released.append)
+    monkeypatch.setattr(generator, "_sleeps", True)
+    yield generator
+    del generator.released
+    vllm_compat.restore_kv_cache(generator.engine)
+    generator._asleep = False
+
+
+def test_rests_after_answers_and_goes_on(sleeper, prompts):
+    """vLLM releases nothing while finished requests wait to be told to the worker, or a batch is in flight."""
+    requests, sampling = ask(prompts, tokens=4)
+    before = answers(sleeper, requests, sampling, None)
+    sleeper.rest()
+    sleeper.rest()
+    assert sleeper.released == [("kv_cache",)]
+    stream = sleeper.generate([replace(requests[i % 4], index=i) for i in range(12)], sampling, None)
+    next(stream)
+    with pytest.raises(RuntimeError, match="not finished"):
+        sleeper.rest()
+    stream.close()
+    sleeper.rest()
+    assert sleeper.released == [("kv_cache",)] * 2
+    assert tokens(answers(sleeper, requests, sampling, None)) == tokens(before)
 
 
 def test_more_prompts_than_places(generator, prompts):
