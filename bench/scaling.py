@@ -4,7 +4,7 @@
 
 One quantity varies, the others stay. Each point is a process of its own that scores and trains one iteration of
 random pairs (time and memory do not depend on the weights' values) and reports the steady step and the peak above
-the model. Beside it the bytes that the simulation (spinfast.simulation) predicts for the same step. Rows go to
+the model. Beside it the bytes that the simulation (spinfast.memory.simulation) predicts for the same step. Rows go to
 results/scaling.jsonl; `python -m bench results` draws them.
 """
 
@@ -27,9 +27,9 @@ from bench.peers.compare import child
 from bench.peers.spinfast_loop import train_plan, unshuffled
 from spinfast.config import Lora
 from spinfast.device import profile
+from spinfast.memory.simulation import Simulation
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.simulation import Simulation
 from spinfast.types import Group
 
 PROMPT, ANSWER, STEPS = 128, 128, 4

@@ -21,17 +21,18 @@ from pathlib import Path
 import psutil
 import torch
 
-from spinfast import __version__, files
+from spinfast import __version__
 from spinfast.config import Config, load_config
 from spinfast.device import GIB, profile
 from spinfast.environment import installed_versions
 from spinfast.errors import UserError
-from spinfast.game import choose_backend
 from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
 from spinfast.ops import choose
 from spinfast.policy import unsloth_environment
 from spinfast.run import default_config, parse
+from spinfast.session import choose_backend
+from spinfast.store import files
 
 SETS = {  # requirements/, as far as versions must go together
     "cpu": {

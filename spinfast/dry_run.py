@@ -17,15 +17,15 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from spinfast import ops as operators
-from spinfast import planner
 from spinfast.config import Config
+from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile, profile
-from spinfast.game import choose_backend, load_data
-from spinfast.memory import KINDS
+from spinfast.memory import planner
+from spinfast.memory.ledger import KINDS
+from spinfast.memory.planner import Plan
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.packing import packed_length
-from spinfast.planner import Plan
-from spinfast.renderer import Renderer
+from spinfast.session import choose_backend, load_data
 from spinfast.types import Example, Group
 
 

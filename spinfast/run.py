@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": "spinfast.evaluate.cli",
     "report": "spinfast.report.cli",
     "doctor": "spinfast.doctor",
-    "replay": "spinfast.failed_step",
+    "replay": "spinfast.store.failed_step",
 }
 
 
@@ -105,13 +105,13 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     # imported late, so that a wrong config is told at once
     import torch
 
-    from spinfast.controls import play_controls
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
-    from spinfast.game import open_game
-    from spinfast.loop import self_play
+    from spinfast.methods.controls import play_controls
+    from spinfast.methods.spin import self_play
     from spinfast.progress import Display
-    from spinfast.record import RunDir
+    from spinfast.session import open_game
+    from spinfast.store.record import RunDir
 
     quiet_libraries()
     started = time.monotonic()

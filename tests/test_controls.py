@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run import fingerprints, write_config
 
-from spinfast import controls
-from spinfast.controls import CONTROLS, keep, shuffle, toss
+from spinfast.data.pairs import read_pairs
 from spinfast.interrupt import EXIT_CODE, Stopped
-from spinfast.pairs import read_pairs
+from spinfast.methods import controls
+from spinfast.methods.controls import CONTROLS, keep, shuffle, toss
 from spinfast.report import study
 from spinfast.report.cli import write_report
 from spinfast.report.read import read_runs

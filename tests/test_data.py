@@ -9,10 +9,10 @@ from fixtures import SPECIAL, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spinfast import sources
-from spinfast.data import check_overlap, load_examples
+from spinfast.data import sources
+from spinfast.data.formats import check_overlap, load_examples
+from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
-from spinfast.renderer import Renderer
 
 RENDERER = Renderer(tiny_tokenizer())
 Q, A, A2 = "How many eggs?", "Six and six.\n#### 1,012", "Yes."

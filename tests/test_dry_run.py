@@ -15,8 +15,8 @@ from spinfast.config import parse_config
 from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run
 from spinfast.errors import UserError
+from spinfast.memory.planner import HEAD_CHUNKS, heaviest, plan, worst_batch
 from spinfast.packing import packed_length
-from spinfast.planner import HEAD_CHUNKS, heaviest, plan, worst_batch
 from spinfast.run import main
 
 MIDDLING = Qwen2Config(

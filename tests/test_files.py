@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinfast import files
+from spinfast.store import files
 
 
 def fill(path):

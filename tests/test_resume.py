@@ -8,10 +8,10 @@ import signal
 import pytest
 from test_run import fingerprints, play, train_rows, write_config
 
-from spinfast import files
 from spinfast.interrupt import EXIT_CODE
 from spinfast.progress import Tick
 from spinfast.run import main
+from spinfast.store import files
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spinfast import adapter as adapters
-from spinfast import files, ops, train
+from spinfast import ops, train
 from spinfast.config import load_config
+from spinfast.data.pairs import read_pairs
 from spinfast.device import profile
-from spinfast.loop import check_first_loss
+from spinfast.methods.spin import check_first_loss
 from spinfast.objectives.spin import Spin
-from spinfast.pairs import read_pairs
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
+from spinfast.store import files
 from spinfast.train import sequence_logps
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 from spinfast import ops
 from spinfast.config import Lora
 from spinfast.device import profile
+from spinfast.memory.simulation import Simulation
 from spinfast.objectives.sft import Sft
-from spinfast.simulation import Simulation
 from spinfast.sums import add_rows, segment_sums, take_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,8 @@ from test_run import play
 
 from spinfast.config import parse_config
 from spinfast.errors import UserError
-from spinfast.record import RunDir
-from spinfast.trackers import Service
+from spinfast.store.record import RunDir
+from spinfast.store.trackers import Service
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from test_run import play, train_rows, write_config
 
 from spinfast.config import parse_config
 from spinfast.errors import UserError
-from spinfast.files import read_jsonl
-from spinfast.game import choose_backend
 from spinfast.policy import import_unsloth
+from spinfast.session import choose_backend
+from spinfast.store.files import read_jsonl
 
 PROBE = Path(__file__).parent / "unsloth_probe.py"
 slow = pytest.mark.slow

@@ -50,10 +50,10 @@ def write_work(arguments, scratch: Path) -> dict:
     """The prompts as text, and an adapter that changes nothing, as before the first iteration."""
     from transformers import AutoConfig
 
-    from spinfast.data import load_examples
+    from spinfast.data.formats import load_examples
+    from spinfast.data.renderer import Renderer
     from spinfast.device import profile
     from spinfast.models import load_tokenizer, resolve_model
-    from spinfast.renderer import Renderer
 
     path = resolve_model(arguments.model).path
     renderer = Renderer(load_tokenizer(path))

@@ -1,7 +1,7 @@
 """The largest batch and the longest answers within a budget of device memory, weights included.
 
 CUDA: measured, the allocator capped at the budget, one process per trial, for every peer. Without a GPU: simulated
-(spinfast.simulation, as a T4 would hold it), for spinfast alone. One microbatch, no checkpointing unless asked for.
+(memory/simulation.py, as a T4 would hold it), for spinfast alone. One microbatch, no checkpointing unless asked for.
 Memory alone counts: an answer may be longer than the model's context.
 """
 
@@ -17,9 +17,9 @@ from bench.peers import compare
 from bench.peers import work as given
 from spinfast.config import Lora
 from spinfast.device import GIB, profile
-from spinfast.memory import apply_checkpointing
+from spinfast.memory.ledger import apply_checkpointing
+from spinfast.memory.simulation import Simulation
 from spinfast.ops import choose
-from spinfast.simulation import Simulation
 from spinfast.types import Group
 
 PROMPT, ANSWER, LONGEST = 256, 256, 2**16

@@ -6,10 +6,10 @@ import torch
 
 from bench.peers.watch import Watch
 from bench.peers.work import Work, load
-from spinfast import adapter as adapters
 from spinfast.device import profile
 from spinfast.objectives.spin import Spin
 from spinfast.packing import packed_length
+from spinfast.policy.adapters import files as adapters
 from spinfast.train import TrainPlan, score, start_training, step_rows, train
 
 

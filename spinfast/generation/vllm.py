@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from spinfast import adapter as adapters
 from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.generation import check_fits, vllm_compat, weight_sharing
+from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Completion, Request, Sampling
 
 

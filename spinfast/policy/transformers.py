@@ -19,11 +19,11 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spinfast import adapter as adapters
 from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.generation.weight_sharing import checksum
 from spinfast.ops import Ops
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.fuse import fuse
 from spinfast.types import Adapter, PackedBatch
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from spinfast import files
 from spinfast.evaluate.advice import warnings
 from spinfast.names import label, stage_name
 from spinfast.report import study
 from spinfast.report.read import Run, read_run
+from spinfast.store import files
 
 SHOWN = {  # metric -> (name, digits, factor)
     "heldout/accuracy_strict": ("accuracy, strict (%)", 1, 100),

@@ -10,11 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from spinfast import files
 from spinfast.errors import UserError
 from spinfast.report import plots, study
 from spinfast.report.page import page
 from spinfast.report.read import read_runs
+from spinfast.store import files
 
 SPOILED = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError  # what odd data ends in
 

@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from spinfast import files
 from spinfast.errors import UserError
 from spinfast.names import control_of, run_name, stage_name
-from spinfast.record import whole_lines
+from spinfast.store import files
+from spinfast.store.record import whole_lines
 
 
 @dataclass(frozen=True)

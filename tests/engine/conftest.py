@@ -8,6 +8,7 @@ import torch
 from spinfast_kernels import cpu_ops  # noqa: F401 - Numba's library, once loaded, stopped vLLM from starting
 
 from spinfast.config import Lora
+from spinfast.data.renderer import Renderer
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.vllm import VLLMGenerator
@@ -15,7 +16,6 @@ from spinfast.models import load_tokenizer, resolve_model
 from spinfast.ops import EAGER
 from spinfast.packing import pack
 from spinfast.policy.transformers import load_policy
-from spinfast.renderer import Renderer
 from spinfast.train import answer_logps
 from spinfast.types import Group
 

@@ -14,8 +14,8 @@ from scipy import stats
 from test_run import write_config
 
 from spinfast.evaluate.answers import score_gsm8k
-from spinfast.files import read_jsonl
 from spinfast.generation.transformers import TransformersGenerator
+from spinfast.store.files import read_jsonl
 from spinfast.types import Request, Sampling
 
 RARE = 1e-3  # a true hypothesis is rejected once in a thousand; the seeds are fixed, so it is rejected always or never

@@ -8,13 +8,13 @@ import psutil
 import pytest
 import torch
 
-from spinfast import adapter as adapters
 from spinfast.errors import UserError
 from spinfast.generation import vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.generation.weight_sharing import checksum, verify
 from spinfast.packing import pack
+from spinfast.policy.adapters import files as adapters
 from spinfast.train import answer_logps
 from spinfast.types import Group, Request, Sampling
 

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 from warm import computed, differing
 
-from spinfast import files, room
 from spinfast.errors import UserError
 from spinfast.progress import Tick
 from spinfast.run import main
+from spinfast.store import files, room
 
 pytestmark = pytest.mark.faults
 PHASES = [

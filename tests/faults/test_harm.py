@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_saves import harm_file
 from warm import computed, differing
 
-from spinfast import files
 from spinfast.run import main
+from spinfast.store import files
 
 pytestmark = pytest.mark.faults
 HARMS = ["truncated", "emptied", "bit flipped", "swapped", "removed"]

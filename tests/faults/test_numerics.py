@@ -8,10 +8,11 @@ from fixtures import FailingCall
 from packed_cases import tiny_policy
 from test_run import play, train_rows, write_config
 
-from spinfast import adapter as adapters
-from spinfast import loop, train
+from spinfast import train
+from spinfast.methods import spin as loop
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin
+from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
 from spinfast.train import TrainPlan, start_training, train_step
 from spinfast.types import Group

@@ -14,8 +14,8 @@ import pytest
 import torch
 from packed_cases import tiny_policy
 
-from spinfast import adapter as adapters
-from spinfast import checkpoint, files
+from spinfast.policy.adapters import files as adapters
+from spinfast.store import checkpoint, files
 from spinfast.train import start_training
 
 DIED = 9

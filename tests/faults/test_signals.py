@@ -8,8 +8,8 @@ import time
 import pytest
 from warm import computed, differing
 
-from spinfast import checkpoint
 from spinfast.interrupt import EXIT_CODE
+from spinfast.store import checkpoint
 
 pytestmark = pytest.mark.faults
 REACHED = {  # phase -> the file whose existence says that it has begun

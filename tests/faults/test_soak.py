@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_run import write_config
 
-from spinfast import loop
+from spinfast.methods import spin as loop
 from spinfast.run import main
 
 pytestmark = pytest.mark.faults

@@ -21,8 +21,8 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
         "spinfast.run",
-        "spinfast.loop",
-        "spinfast.controls",
+        "spinfast.methods.spin",
+        "spinfast.methods.controls",
         "spinfast.environment",
         "spinfast.generation.transformers",
         "torch.utils.tensorboard",

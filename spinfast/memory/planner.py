@@ -20,11 +20,11 @@ from transformers import PretrainedConfig
 from spinfast.config import Config
 from spinfast.device import CONTEXT, GIB, GPUS, DeviceProfile
 from spinfast.errors import UserError
-from spinfast.memory import Usage, apply_checkpointing, apply_head_chunk
+from spinfast.memory.ledger import Usage, apply_checkpointing, apply_head_chunk
+from spinfast.memory.simulation import Phases, Simulation
 from spinfast.objectives.sft import Sft
 from spinfast.ops import Ops
 from spinfast.packing import bins, packed_length
-from spinfast.simulation import Phases, Simulation
 from spinfast.types import Group
 
 FRAGMENTATION = 0.05  # of the peak

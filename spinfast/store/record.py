@@ -27,11 +27,11 @@ import psutil
 import torch
 import yaml
 
-from spinfast import files
 from spinfast.config import Config
 from spinfast.device import fresh_memory
 from spinfast.errors import UserError
-from spinfast.trackers import Trackers, check_installed
+from spinfast.store import files
+from spinfast.store.trackers import Trackers, check_installed
 
 log = logging.getLogger("spinfast")
 

@@ -22,21 +22,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from safetensors.torch import load_file, save_file
 
-from spinfast import adapter as adapters
-from spinfast import checkpoint, failed_step, files
 from spinfast.config import at
+from spinfast.data.pairs import make_pairs, read_pairs, write_pairs
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
-from spinfast.game import Game
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import finishing_steps, stop_if_asked
 from spinfast.names import stage_name
 from spinfast.objectives import Objective
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin, loss_at_zero_margin
-from spinfast.pairs import make_pairs, read_pairs, write_pairs
-from spinfast.record import Stage
+from spinfast.policy.adapters import files as adapters
 from spinfast.report.card import write_card
+from spinfast.session import Game
+from spinfast.store import checkpoint, failed_step, files
+from spinfast.store.record import Stage
 from spinfast.train import NonFinite, TrainPlan, score, start_training, train
 from spinfast.types import Adapter, Completion, Group, Request
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from spinfast import adapter as adapters
-from spinfast import files, ops
+from spinfast import ops
 from spinfast.config import parse_config
 from spinfast.device import profile
 from spinfast.errors import UserError
@@ -23,7 +22,9 @@ from spinfast.models import resolve_model
 from spinfast.objectives import Objective
 from spinfast.objectives.sft import Sft
 from spinfast.objectives.spin import Spin
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
+from spinfast.store import files
 from spinfast.train import NonFinite, TrainPlan, accumulate, batch_sequence_logps, start_training, step_batches
 from spinfast.types import Group
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spinfast import attention
 from spinfast.device import DeviceProfile
-from spinfast.memory import META, Ledger, Usage, counting
+from spinfast.memory.ledger import META, Ledger, Usage, counting
 from spinfast.objectives import Objective
 from spinfast.objectives.spin import Spin
 from spinfast.ops import Ops

@@ -16,12 +16,12 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 
-from spinfast import files
-from spinfast.game import Game
-from spinfast.loop import conclude, optimise, score_opponent, train_policy
+from spinfast.data.pairs import read_pairs, write_pairs
+from spinfast.methods.spin import conclude, optimise, score_opponent, train_policy
 from spinfast.objectives.sft import Sft
-from spinfast.pairs import read_pairs, write_pairs
-from spinfast.record import RunDir, Stage
+from spinfast.session import Game
+from spinfast.store import files
+from spinfast.store.record import RunDir, Stage
 from spinfast.types import Group, Pair
 
 Deal = Callable[[Sequence[Pair], int], list[Pair]]

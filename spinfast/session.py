@@ -14,23 +14,24 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from spinfast import adapter as adapters
-from spinfast import attention, files, room
+from spinfast import attention
 from spinfast import ops as operators
 from spinfast.config import Config, Data, at
-from spinfast.data import LoadedData, check_overlap, load_examples
+from spinfast.data.formats import LoadedData, check_overlap, load_examples
+from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile, cap_memory, profile
 from spinfast.errors import UserError
 from spinfast.generation import Generator, prompt_seed
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
-from spinfast.memory import apply_checkpointing, apply_head_chunk
+from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
+from spinfast.memory.planner import engine_cache, plan
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
-from spinfast.planner import engine_cache, plan
 from spinfast.policy import import_unsloth
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_policy
 from spinfast.progress import Display
-from spinfast.record import RunDir, Stage
-from spinfast.renderer import Renderer
+from spinfast.store import files, room
+from spinfast.store.record import RunDir, Stage
 from spinfast.train import TrainPlan
 from spinfast.types import Adapter, Example, Sampling
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spinfast.errors import UserError
-from spinfast.files import expanded
+from spinfast.store.files import expanded
 
 MAX_LINE_BYTES = 8 << 20  # one row of text; a longer line is a file of another kind
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")

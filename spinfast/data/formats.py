@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from spinfast.data.renderer import Renderer
+from spinfast.data.sources import choose_rows, open_table
 from spinfast.errors import UserError
-from spinfast.renderer import Renderer
-from spinfast.sources import choose_rows, open_table
 from spinfast.types import Example
 
 Turns = list[dict[str, str]]

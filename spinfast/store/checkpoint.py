@@ -14,10 +14,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from spinfast import adapter as adapters
-from spinfast import files, room
 from spinfast.errors import UserError
 from spinfast.policy import Policy
+from spinfast.policy.adapters import files as adapters
+from spinfast.store import files, room
 from spinfast.train import TrainState
 from spinfast.types import Adapter
 
