@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from spinfast.errors import UserError
 
@@ -29,7 +29,7 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-PerIteration = Annotated[
+PerRound = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)
 ]
 
@@ -63,18 +63,35 @@ class Prompt(Section):
 
 
 class Lora(Section):
+    kind: Literal["lora"] = Field("lora", description="what is trained beside the frozen base")
     r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's target_modules")
     init: Literal["continue", "merge"] = Field(
-        "continue",
-        description="next iteration trains the same adapter on, or merges it and starts a fresh one",
+        "continue", description="the next round trains the same adapter on, or merges it and starts a fresh one"
     )
 
 
-class Spin(Section):
+class Optimisation(Section):
+    """What every stage of training has; a method's section adds its own keys and defaults."""
+
+    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="SPIN's paper uses RMSProp on full weights")
+    lr: PerRound = Field((1e-5,), description="peak learning rate; a list gives one value per round")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up")
+    epochs: int = Field(1, gt=0, le=10_000, description="passes over the data of a round")
+    groups_per_step: int = Field(16, gt=0, description="groups (a prompt with its answers) of one optimizer step")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class Sft(Optimisation):
+    lr: PerRound = Field((1e-4,), description="peak learning rate")
+
+
+class Spin(Optimisation):
     iterations: int = Field(3, gt=0, description="rounds of self-play")
-    beta: PerIteration = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
+    beta: PerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
     mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
     stop_patience: int = Field(
@@ -92,29 +109,13 @@ class Generation(Section):
 
 
 class Train(Section):
-    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="the paper uses RMSProp on full weights")
-    lr: PerIteration = Field((1e-5,), description="peak learning rate; a list gives one value per iteration")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up (paper: 0.1)")
-    epochs: int = Field(1, gt=0, le=10_000, description="passes over the pairs in each iteration (paper: 2)")
-    pairs_per_step: int = Field(16, gt=0, description="pairs of one optimizer step (paper: 64)")
     microbatch_tokens: int | Literal["auto"] = Field(
         "auto", description="packed tokens of one forward; auto: the memory plan's choice"
     )
     checkpointing: bool | Literal["auto"] = Field("auto", description="recompute activations in the backward")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     save_every_steps: int = Field(50, gt=0, description="steps between checkpoints")
     save_every_seconds: float = Field(300, gt=0, description="seconds between checkpoints, whichever comes first")
     max_overflows: int = Field(20, gt=0, description="abort after so many non-finite steps in a row")
-
-
-class Sft(Section):
-    epochs: int = Field(
-        0, ge=0, le=10_000, description="supervised warm-up on the real answers before iteration 0; 0 is none"
-    )
-    lr: float = Field(1e-4, gt=0, le=1e6, description="peak learning rate of the warm-up")
-    examples_per_step: int = Field(16, gt=0, description="examples of one optimizer step")
 
 
 class Evaluate(Section):
@@ -124,7 +125,7 @@ class Evaluate(Section):
 
 
 class Device(Section):
-    profile: str = Field("auto", description="auto, cpu, t4, l4, a10, a100, h100; a smaller one rehearses it")
+    profile: str = Field("auto", description="auto, cpu, t4, l4, a10, a100, h100, h200; a smaller one rehearses it")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="compute dtype")
     kernels: Literal["auto", "eager", "triton", "numba"] = Field("auto", description="table of operators")
     attention: Literal["auto", "xformers", "aten_efficient", "numba", "sdpa"] = Field(
@@ -134,15 +135,18 @@ class Device(Section):
 
 
 class Config(Section):
+    method: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        ("spin",), description="what is played, stage after stage: sft, spin"
+    )
     model: Model
     data: Data
     heldout: Data | None = Field(None, description="held-out data; null: no evaluation")
     prompt: Prompt = Prompt()
-    lora: Lora = Lora()
+    adapter: Lora = Lora()
+    sft: Sft = Sft()
     spin: Spin = Spin()
     generation: Generation = Generation()
     train: Train = Train()
-    sft: Sft = Sft()
     evaluate: Evaluate = Evaluate()
     device: Device = Device()
     report_to: tuple[Literal["wandb", "trackio"], ...] = Field(
@@ -150,17 +154,54 @@ class Config(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seeds adapter, order and sampling")
 
+    @classmethod
+    def methods(cls) -> list[str]:
+        """The methods there are: those that have a section."""
+        return [
+            name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Optimisation)
+        ]
+
+    @field_validator("method")
+    @classmethod
+    def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        strangers = [name for name in names if name not in cls.methods()]
+        if strangers:
+            raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them")
+        if len({*names}) < len(names):
+            raise ValueError("expected each method once")
+        return names
+
+    def identity(self) -> dict:
+        """What a run's results depend on, defaults left out: a key that is added later with one changes nothing."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=CHANGES_NO_RESULT)
+
     def hash(self) -> str:
         """16 hex digits that name what the run computes; a run directory belongs to one of them."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def dump(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Every value, as YAML; sections of methods that are not named are left out, as a config must."""
+        unnamed = {*self.methods()} - {*self.method}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unnamed), sort_keys=False)
 
 
-def at(values: Sequence[float], iteration: int) -> float:
-    """The value for this iteration; the last one holds for all later ones."""
-    return values[min(iteration, len(values) - 1)]
+CHANGES_NO_RESULT = {"report_to": True, "train": {"save_every_steps", "save_every_seconds", "max_overflows"}}
+MOVED = {  # keys of the first edition
+    "lora": "adapter",
+    "sft.examples_per_step": "sft.groups_per_step",
+    "train.pairs_per_step": "spin.groups_per_step",
+    **{
+        f"train.{key}": f"spin.{key}"
+        for key in ("optimizer", "lr", "weight_decay", "schedule", "warmup_ratio", "epochs", "max_grad_norm")
+    },
+}
+
+
+def at(values: Sequence[float], number: int) -> float:
+    """The value for this round; the last one holds for all later ones."""
+    return values[min(number, len(values) - 1)]
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -188,12 +229,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return parse_config(tree, where=f"config {path}")
 
 
-def parse_config(tree: dict, where: str = "config") -> Config:
+def parse_config(tree: dict, where: str = "config", kind: type[Config] = Config) -> Config:
     """Validate a plain tree."""
     try:
-        return Config.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {_one_line(error, kind)}") from None
+    for name in kind.methods():
+        if name in tree and name not in config.method:
+            raise UserError(
+                f"{where}: section {name} has no use, method is [{', '.join(config.method)}]; "
+                f"name {name} there too, or leave the section out"
+            )
+    return config
 
 
 def _override(tree: dict, override: str) -> None:
@@ -212,20 +260,24 @@ def _override(tree: dict, override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, kind: type[Config]) -> str:
     first = error.errors()[0]
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _siblings(first["loc"]), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_siblings(first['loc']))}"
+        if dotted in MOVED:
+            return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
+        siblings = _siblings(first["loc"], kind)
+        near = difflib.get_close_matches(str(first["loc"][-1]), siblings, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
-    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]}, got {reprlib.repr(first['input'])}"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 
-def _siblings(location: tuple) -> list[str]:
-    section: Any = Config
+def _siblings(location: tuple, kind: type[Config]) -> list[str]:
+    section: Any = kind
     for part in location[:-1]:
         section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields)

@@ -9,7 +9,7 @@ product anew for every token count, which took a tenth of a step (bench/LOG.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -98,7 +98,18 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
         targets_N=torch.tensor(targets, dtype=torch.int64),
         sequence_ids_N=torch.tensor(sequence_ids, dtype=torch.int64),
         sequences=sequences,
+        given=_given([groups[row] for row in rows]),
     )
+
+
+def _given(groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    """The groups' constants end to end, in fp32; all groups of a batch have the same."""
+
+    def numbers(name: str) -> Iterator[float]:
+        for value in (value for group in groups for value in group.given[name]):
+            yield from value if isinstance(value, tuple) else (value,)
+
+    return {name: torch.tensor([*numbers(name)], dtype=torch.float32) for name in groups[0].given}
 
 
 def pack_all(groups: Sequence[Group], max_tokens: int, backend: str = "sdpa") -> list[PackedBatch]:

@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
+from spinfast.config import Optimisation
 from spinfast.errors import UserError
 from spinfast.objectives import Objective
 from spinfast.packing import bins, pack, packed_length
@@ -30,64 +31,71 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class TrainPlan:
-    """How a list of groups becomes optimizer steps."""
+class Budget:
+    """How much is computed at once, and by which attention."""
 
-    groups_per_step: int
     microbatch_tokens: int
-    epochs: int
-    seed: int
     attention: str
-    lr: float
-    schedule: str = "linear"
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
-    max_overflows: int = 20
+    longest: int = 0  # packed tokens of the longest group to come; microbatches never get smaller
     shrunk: Callable[[int], None] = lambda tokens: None  # told the new microbatch_tokens when memory ran out
 
-    def steps(self, groups: int) -> int:
-        return self.epochs * math.ceil(groups / self.groups_per_step)
+
+class Steps(Protocol):
+    """The groups of every optimizer step, asked for when it is their turn; a resumed run must get the same."""
+
+    longest: int  # packed tokens of the longest group there can be
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Sequence[Group]: ...
 
 
-def step_rows(plan: TrainPlan, groups: int) -> list[list[int]]:
-    """The rows of every optimizer step: a seeded shuffle per epoch, cut into steps. Pure, so resume recomputes it."""
-    rows = []
-    for epoch in range(plan.epochs):
-        order = list(range(groups))
-        random.Random(plan.seed * 1_000_003 + epoch).shuffle(order)
-        rows += [order[i : i + plan.groups_per_step] for i in range(0, groups, plan.groups_per_step)]
-    return rows
+class Epochs:
+    """Steps over a list of groups: a seeded shuffle per epoch, cut into steps."""
+
+    def __init__(self, groups: Sequence[Group], per_step: int, epochs: int, seed: int):
+        self.groups = groups
+        self.longest = max(map(packed_length, groups), default=0)
+        self.rows: list[list[int]] = []  # positions in `groups`, of every step
+        for epoch in range(epochs):
+            order = list(range(len(groups)))
+            random.Random(seed * 1_000_003 + epoch).shuffle(order)
+            self.rows += [order[i : i + per_step] for i in range(0, len(groups), per_step)]
+        self.first = self.rows[: len(self.rows) // epochs]  # the steps in which every group occurs once
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> list[Group]:
+        return [self.groups[row] for row in self.rows[step]]
 
 
-def step_batches(plan: TrainPlan, groups: Sequence[Group], rows: Sequence[int]) -> list[PackedBatch]:
-    """The microbatches of one step."""
-    chosen = [groups[row] for row in rows]
-    return [
-        pack(groups, [rows[i] for i in positions], plan.attention) for positions in bins(chosen, plan.microbatch_tokens)
-    ]
+def batches(groups: Sequence[Group], budget: Budget) -> list[PackedBatch]:
+    """The microbatches of a list of groups."""
+    return [pack(groups, rows, budget.attention) for rows in bins(groups, budget.microbatch_tokens)]
 
 
 def within_memory(
-    plan: TrainPlan, groups: Sequence[Group], attempt: Callable[[TrainPlan], Result]
-) -> tuple[Result, TrainPlan]:
-    """attempt(plan), and again with half the microbatch each time memory runs out; returns the plan that fitted."""
-    longest = max(map(packed_length, groups))
+    budget: Budget, groups: Sequence[Group], attempt: Callable[[Budget], Result]
+) -> tuple[Result, Budget]:
+    """attempt(budget), and again with half the microbatch each time memory runs out; returns the one that fitted."""
+    longest = max(budget.longest, *map(packed_length, groups))
     while True:
         try:
-            return attempt(plan), plan
+            return attempt(budget), budget
         except torch.OutOfMemoryError as error:
-            if plan.microbatch_tokens <= longest:
+            if budget.microbatch_tokens <= longest:
                 raise UserError(
-                    f"memory ran out with microbatches of {plan.microbatch_tokens} tokens, the longest group; set "
+                    f"memory ran out with microbatches of {budget.microbatch_tokens} tokens, the longest group; set "
                     "train.checkpointing=true or lower prompt.max_prompt_tokens, prompt.max_answer_tokens or "
                     f"generation.max_tokens ({' '.join(str(error).split())[:200]})"
                 ) from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tokens = max(plan.microbatch_tokens // 2, longest)
-        log.warning("memory ran out at %d tokens; microbatches have %d from here on", plan.microbatch_tokens, tokens)
-        plan = replace(plan, microbatch_tokens=tokens)
-        plan.shrunk(tokens)
+        tokens = max(budget.microbatch_tokens // 2, longest)
+        log.warning("memory ran out at %d tokens; microbatches have %d from here on", budget.microbatch_tokens, tokens)
+        budget = replace(budget, microbatch_tokens=tokens)
+        budget.shrunk(tokens)
 
 
 def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
@@ -104,49 +112,46 @@ def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
 
 
 def score(
-    policy: Policy, groups: Sequence[Group], plan: TrainPlan, advance: Callable[[int, int], None]
-) -> tuple[torch.Tensor, TrainPlan]:
-    """Log-prob sums (groups, answers) of a list whose groups all have the same number of answers, and the plan that
-    fitted.
+    policy: Policy, epochs: Epochs, budget: Budget, advance: Callable[[int, int], None]
+) -> tuple[torch.Tensor, Budget]:
+    """Log-prob sums (groups, answers) of groups that all have as many answers, and the budget that fitted.
 
-    advance(groups, tokens) is called after each step's rows. If memory runs out all are scored again, so that all are
-    cut alike: another cut rounds otherwise.
+    Cut into the microbatches of the first epoch. advance(groups, tokens) is called after each step's rows. If memory
+    runs out all are scored again, so that all are cut alike: another cut rounds otherwise.
     """
+    groups = epochs.groups
+    if budget.longest < epochs.longest:
+        budget = replace(budget, longest=epochs.longest)
     scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
-    first_epoch = step_rows(plan, len(groups))[: plan.steps(len(groups)) // plan.epochs]
-    for rows in first_epoch:
-        tokens, fitting = within_memory(plan, groups, partial(_score_rows, policy, groups, rows, scores))
-        if fitting is not plan:
-            return score(policy, groups, fitting, advance)
+    for rows in epochs.first:
+        chosen = [groups[row] for row in rows]
+        (sums, tokens), fitting = within_memory(budget, groups, partial(_scored, policy, chosen))
+        if fitting is not budget:
+            return score(policy, epochs, fitting, advance)
+        scores[rows] = torch.tensor(sums)
         advance(len(rows), tokens)
-    return scores, plan
+    return scores, budget
 
 
-def _score_rows(policy, groups, rows, scores, plan) -> int:
-    batches = step_batches(plan, groups, rows)
-    for batch in batches:
-        scores[list(batch.rows)] = batch_sequence_logps(policy, batch).view(len(batch.rows), -1)
-    return sum(batch.tokens for batch in batches)
-
-
-def sequence_logps(
-    policy: Policy, groups: Sequence[Group], microbatch_tokens: int, attention: str
-) -> list[list[float]]:
+def sequence_logps(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
     """Log-prob sums per group and answer, any number of answers each, in the order given."""
-    if not groups:
-        return []
-    plan = TrainPlan(len(groups), microbatch_tokens, epochs=1, seed=0, attention=attention, lr=0.0)
-    return within_memory(plan, groups, partial(logps_as_planned, policy, groups))[0]
+    return within_memory(budget, groups, partial(logps_in_cut, policy, groups))[0] if groups else []
 
 
-def logps_as_planned(policy: Policy, groups: Sequence[Group], plan: TrainPlan) -> list[list[float]]:
+def logps_in_cut(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
+    """The same in the budget's microbatches and no others; raises torch.OutOfMemoryError."""
+    return _scored(policy, groups, budget)[0]
+
+
+def _scored(policy, groups, budget) -> tuple[list[list[float]], int]:
+    """The log-prob sums, and the tokens that it took."""
     scores: list[list[float]] = [[] for _ in groups]
-    for rows in bins(groups, plan.microbatch_tokens):
-        batch = pack(groups, rows, plan.attention)
+    packed = batches(groups, budget)
+    for batch in packed:
         sums = iter(batch_sequence_logps(policy, batch).tolist())
         for row in batch.rows:
             scores[row] = [next(sums) for _ in groups[row].answers]
-    return scores
+    return scores, sum(batch.tokens for batch in packed)
 
 
 # Optimisation --------------------------------------------------------------------------------------------------
@@ -157,6 +162,7 @@ class TrainState:
     """All that a step changes besides the adapter."""
 
     optimizer: torch.optim.Optimizer
+    scaled: bool  # fp16 gradients need a loss scale
     step: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0  # since the scale last changed
@@ -176,58 +182,73 @@ def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: 
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[optimizer]
     return TrainState(
         make(list(parameters.values()), lr=0.0, weight_decay=weight_decay, foreach=True),
+        scaled,
         loss_scale=2.0**12 if scaled else 1.0,
         names=list(parameters),
     )
 
 
 class NonFinite(UserError):
-    """Every one of the last steps was skipped. Carries what reproduces the last of them (failed_step.py)."""
+    """Every one of the last steps was skipped. Carries what reproduces the last of them (store/failed_step.py)."""
 
-    def __init__(self, message: str, rows: list[int], loss_scale: float, microbatch_tokens: int):
+    def __init__(self, message: str, groups: Sequence[Group], loss_scale: float, microbatch_tokens: int):
         super().__init__(message)
-        self.rows, self.loss_scale, self.microbatch_tokens = rows, loss_scale, microbatch_tokens
+        self.groups, self.loss_scale, self.microbatch_tokens = groups, loss_scale, microbatch_tokens
 
 
 def train(
-    policy: Policy, groups: Sequence[Group], objective: Objective, plan: TrainPlan, state: TrainState, scaled: bool
+    policy: Policy,
+    steps: Steps,
+    objective: Objective,
+    settings: Optimisation,
+    lr: float,
+    budget: Budget,
+    state: TrainState,
+    max_overflows: int,
 ) -> Iterator[dict[str, float]]:
     """Optimise from state.step to the end, yielding the metrics of each step after it was made.
 
     A caller may save policy and state between two yields and continue from there later. Raises NonFinite after
     max_overflows skipped steps in a row, and if not a single step could be made.
     """
-    schedule = step_rows(plan, len(groups))
-    while state.step < len(schedule):
-        rows = schedule[state.step]
-        lr = learning_rate(plan, state.step, len(schedule))
+    budget = replace(budget, longest=steps.longest)
+    while state.step < len(steps):
+        groups = steps[state.step]
+        now = learning_rate(settings, lr, state.step, len(steps))
         for parameter_group in state.optimizer.param_groups:
-            parameter_group["lr"] = lr
+            parameter_group["lr"] = now
         scale = state.loss_scale
-        metrics, plan = train_step(policy, groups, rows, objective, plan, state, scaled)
+        metrics, budget = train_step(policy, groups, objective, settings.max_grad_norm, budget, state)
         state.step += 1
-        if state.overflows_in_a_row >= min(plan.max_overflows, len(schedule)):
+        if state.overflows_in_a_row >= min(max_overflows, len(steps)):
             message = (
                 f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient (the last, step "
                 f"{state.step}: loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}, loss scale "
                 f"{scale:g})"
             )
-            raise NonFinite(message, rows, scale, plan.microbatch_tokens)
-        yield {"step": state.step, "steps": len(schedule), "train/lr": lr, **metrics}
+            raise NonFinite(message, groups, scale, budget.microbatch_tokens)
+        yield {"step": state.step, "steps": len(steps), "train/lr": now, **metrics}
 
 
-def train_step(policy, groups, rows, objective, plan, state, scaled) -> tuple[dict[str, float], TrainPlan]:
-    """Accumulate, clip, update; the plan comes back, smaller if it did not fit. A non-finite step is skipped."""
-    weight = sum(objective.weight(groups[row]) for row in rows)
+def train_step(
+    policy: Policy,
+    groups: Sequence[Group],
+    objective: Objective,
+    max_grad_norm: float,
+    budget: Budget,
+    state: TrainState,
+) -> tuple[dict[str, float], Budget]:
+    """Accumulate, clip, update; the budget comes back, smaller if it did not fit. A non-finite step is skipped."""
+    weight = sum(map(objective.weight, groups))
 
-    def attempt(plan: TrainPlan) -> tuple[dict[str, float], int]:
-        return accumulate(policy, step_batches(plan, groups, rows), objective, weight, state)
+    def attempt(budget: Budget) -> tuple[dict[str, float], int]:
+        return accumulate(policy, batches(groups, budget), objective, weight, state)
 
-    (metrics, tokens), plan = within_memory(plan, groups, attempt)
+    (metrics, tokens), budget = within_memory(budget, groups, attempt)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     spike = norm / (statistics.median(state.recent_norms or [norm]) or 1.0)
     skipped = not (math.isfinite(norm) and math.isfinite(metrics["train/loss"]))
     if skipped:
@@ -239,49 +260,49 @@ def train_step(policy, groups, rows, objective, plan, state, scaled) -> tuple[di
             log.warning("step %d: the gradient's norm, %.3g, is %.0f times its median", state.step + 1, norm, spike)
     state.optimizer.zero_grad(set_to_none=True)
     scale = state.loss_scale
-    _update_loss_scale(state, skipped, scaled)
+    _update_loss_scale(state, skipped)
     metrics |= {"train/grad_norm": norm, "train/grad_spike": spike}
     metrics |= {"train/loss_scale": scale, "train/overflows": state.overflows}
-    return metrics | {"train/tokens": tokens, "train/microbatch_tokens": plan.microbatch_tokens}, plan
+    return metrics | {"train/tokens": tokens, "train/microbatch_tokens": budget.microbatch_tokens}, budget
 
 
-def accumulate(policy, batches, objective, weight, state) -> tuple[dict[str, float], int]:
+def accumulate(policy, packed, objective, weight, state) -> tuple[dict[str, float], int]:
     """The step's scaled gradients, from zero; the means of its metrics and its tokens."""
     state.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
-    for batch in batches:
+    for batch in packed:
         batch = batch.to(policy.device)
-        loss = objective(batch, answer_logps(policy, batch))
+        loss = objective(batch, answer_logps(policy, batch), policy.ops)
         (loss.total * (state.loss_scale / weight)).backward()
         for name, value in {"train/loss": loss.total.detach(), **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value
     metrics = {name: (value / weight).item() for name, value in sums.items()}
-    return metrics, sum(batch.tokens for batch in batches)
+    return metrics, sum(batch.tokens for batch in packed)
 
 
-def _update_loss_scale(state: TrainState, skipped: bool, scaled: bool) -> None:
+def _update_loss_scale(state: TrainState, skipped: bool) -> None:
     if skipped:
         state.overflows += 1
         state.overflows_in_a_row += 1
         state.good_steps = 0
-        state.loss_scale = max(state.loss_scale / 2, 1.0) if scaled else 1.0
+        state.loss_scale = max(state.loss_scale / 2, 1.0) if state.scaled else 1.0
         return
     state.overflows_in_a_row = 0
     state.good_steps += 1
-    if scaled and state.good_steps == GROWTH_INTERVAL:
+    if state.scaled and state.good_steps == GROWTH_INTERVAL:
         state.good_steps = 0
         state.loss_scale = min(state.loss_scale * 2, MAX_LOSS_SCALE)
 
 
-def learning_rate(plan: TrainPlan, step: int, steps: int) -> float:
+def learning_rate(settings: Optimisation, peak: float, step: int, steps: int) -> float:
     """Linear warm-up over warmup_ratio of the steps, then linear or cosine decay to zero, or constant."""
-    warmup = math.ceil(plan.warmup_ratio * steps)
+    warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
-        return plan.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[plan.schedule]
-    return plan.lr * factor
+    }[settings.schedule]
+    return peak * factor

@@ -5,7 +5,8 @@ Shape suffixes: T packed tokens, N scored tokens, S sequences (answers), K gathe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,10 +70,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt and the answers that share it: two in SPIN, one in SFT, any number elsewhere."""
+    """A prompt and the answers that share it: two in SPIN, one in SFT, any number elsewhere.
+
+    given: constants of the answers by name, that packing lays beside them as tensors: one number per answer (a
+    reference's log-prob, an advantage, a label), or a tuple per answer with one number per token.
+    """
 
     prompt_ids: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
+    given: Mapping[str, tuple] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class PackedBatch:
     targets_N: torch.Tensor  # (N,) int64
     sequence_ids_N: torch.Tensor  # (N,) int64, ascending, 0 .. sequences-1, group by group
     sequences: int
+    given: Mapping[str, torch.Tensor]  # the groups' constants, fp32: (S,) per answer or (N,) per scored token
 
     @property
     def tokens(self) -> int:
@@ -117,16 +124,13 @@ class PackedBatch:
 
 
 def _moved(value, device):
-    from dataclasses import fields, is_dataclass, replace
-
-    changes = {}
-    for field in fields(value):
-        item = getattr(value, field.name)
-        if isinstance(item, torch.Tensor):
-            changes[field.name] = item.to(device, non_blocking=True)
-        elif is_dataclass(item):
-            changes[field.name] = _moved(item, device)
-    return replace(value, **changes)
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device) for name, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{part.name: _moved(getattr(value, part.name), device) for part in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
