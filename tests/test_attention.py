@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +173,32 @@ def test_gradients_of_a_shared_prompt_are_rounded_once(dtype):
     assert found.dtype == dtype
     rounding = (exact.to(dtype).double() - exact).abs() + 600 * torch.finfo(torch.float32).eps * exact
     assert ((found.double() - exact).abs() <= 2 * rounding).all()
+
+
+def test_xformers_mask_is_made_once_for_all_layers(monkeypatch):
+    """It pins host memory: not anew in each layer, forward and backward; a batch elsewhere has one of its own."""
+    made = []
+
+    def from_seqlens(q_lengths, kv_lengths, *, device):
+        made.append((q_lengths, kv_lengths, device.type))
+        return object()
+
+    bias = SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=SimpleNamespace(from_seqlens=from_seqlens))
+    modules = {"xformers": SimpleNamespace(), "xformers.ops": SimpleNamespace(), "xformers.ops.fmha.attn_bias": bias}
+    fmha = SimpleNamespace(
+        attn_bias=bias,
+        cutlass=SimpleNamespace(FwOp=None, BwOp=None),
+        memory_efficient_attention_forward_requires_grad=lambda q, k, v, bias, **_: (q.clone(), q[..., 0]),
+        memory_efficient_attention_backward=lambda grad, out, lse, q, k, v, bias, **_: (q, k, v),
+    )
+    for name, module in (modules | {"xformers.ops.fmha": fmha}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for length, device in ((3, "cpu"), (4, "cpu"), (4, "meta")):
+        layout = pack(make_groups([(2, (3, length))]), [0], "xformers").to(device).layout
+        x = torch.ones(1, 2, layout.segments[0][0] + layout.segments[1][0], 8, device=device, requires_grad=True)
+        for _ in range(2):  # layers
+            packed_attention(x, x, x, layout, 1.0).sum().backward()
+    assert made == [((4, n - 1), (4, n + 1), device) for n, device in ((3, "cpu"), (4, "cpu"), (4, "meta"))]
 
 
 def test_products_round_to_bf16_only_inside_the_backward_and_only_for_bf16():

@@ -4,12 +4,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from spinfast.device import profile
 from spinfast.errors import UserError
+from spinfast.generation import vllm_compat
+from spinfast.policy.transformers import _seeded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
 
@@ -65,6 +68,21 @@ def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
 def test_no_xformers():
     assert t4().reasons["attention"].endswith("as xformers, which is not installed")
+
+
+@pytest.mark.parametrize("forked", [vllm_compat.undisturbed, lambda: _seeded(0)], ids=["engine", "adapter"])
+def test_seeds_of_two_cards_come_back_without_a_warning(monkeypatch, forked):
+    states, host = {0: torch.tensor([1]), 1: torch.tensor([2])}, torch.get_rng_state()
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    with warnings.catch_warnings(action="error"):
+        with forked():
+            torch.rand(1)
+            states |= {0: torch.tensor([3]), 1: torch.tensor([4])}
+    assert states == {0: torch.tensor([1]), 1: torch.tensor([2])}
+    assert torch.equal(torch.get_rng_state(), host)
 
 
 GROWTH = """
