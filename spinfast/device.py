@@ -22,21 +22,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published figures of a card: usable memory in bytes, sustained dense fp16 FLOP/s, bytes/s."""
+    """Published figures of a card: usable memory in bytes, sustained dense fp16 FLOP/s."""
 
     capability: tuple[int, int]
     memory: int
     flops: float
-    bandwidth: float
 
 
 GPUS = {
-    "t4": Gpu((7, 5), int(14.7 * GIB), 24e12, 320e9),
-    "l4": Gpu((8, 9), int(22.0 * GIB), 60e12, 300e9),
-    "a10": Gpu((8, 6), int(22.0 * GIB), 70e12, 600e9),
-    "a100": Gpu((8, 0), int(39.0 * GIB), 220e12, 1555e9),
-    "h100": Gpu((9, 0), int(79.0 * GIB), 600e12, 3350e9),
-    "h200": Gpu((9, 0), int(139.0 * GIB), 600e12, 4800e9),
+    "t4": Gpu((7, 5), int(14.7 * GIB), 24e12),
+    "l4": Gpu((8, 9), int(22.0 * GIB), 60e12),
+    "a10": Gpu((8, 6), int(22.0 * GIB), 70e12),
+    "a100": Gpu((8, 0), int(39.0 * GIB), 220e12),
+    "h100": Gpu((9, 0), int(79.0 * GIB), 600e12),
+    "h200": Gpu((9, 0), int(139.0 * GIB), 600e12),
 }
 
 

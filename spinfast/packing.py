@@ -101,10 +101,5 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
     )
 
 
-def pack_all(groups: Sequence[Group], max_tokens: int, backend: str = "sdpa") -> list[PackedBatch]:
-    """All groups under the token budget, longest first."""
-    return [pack(groups, rows, backend) for rows in bins(groups, max_tokens)]
-
-
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
