@@ -124,10 +124,14 @@ def _aten_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, seed, offse
     return dq.transpose(1, 2), _ungathered(dk, k_1GTd, layout), _ungathered(dv, v_1GTd, layout)
 
 
-def _xformers_bias(layout, device):
-    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
+def _xformers_bias(layout):
+    """Kept on the layout, for every layer asks for it, forward and backward, and making it pins host memory."""
+    if "xformers_bias" not in vars(layout):
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask as Mask
 
-    return BlockDiagonalCausalFromBottomRightMask.from_seqlens(*zip(*layout.segments, strict=True), device=device)
+        lengths = zip(*layout.segments, strict=True)
+        vars(layout)["xformers_bias"] = Mask.from_seqlens(*lengths, device=layout.q_starts.device)
+    return vars(layout)["xformers_bias"]
 
 
 def _xformers_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
@@ -135,7 +139,7 @@ def _xformers_forward(q_1HTd, k_1GTd, v_1GTd, layout, scaling):
 
     k_1KHd, v_1KHd = (_gathered(x, q_1HTd.shape[1], layout) for x in (k_1GTd, v_1GTd))
     return memory_efficient_attention_forward_requires_grad(
-        q_1HTd.transpose(1, 2), k_1KHd, v_1KHd, _xformers_bias(layout, q_1HTd.device), scale=scaling, op=cutlass.FwOp,
+        q_1HTd.transpose(1, 2), k_1KHd, v_1KHd, _xformers_bias(layout), scale=scaling, op=cutlass.FwOp,
     )  # fmt: skip
 
 
@@ -145,7 +149,7 @@ def _xformers_backward(grad_1THd, q_1HTd, k_1GTd, v_1GTd, out_1THd, lse, layout,
     k_1KHd, v_1KHd = (_gathered(x, q_1HTd.shape[1], layout) for x in (k_1GTd, v_1GTd))
     dq, dk, dv = memory_efficient_attention_backward(
         grad_1THd.contiguous(), out_1THd, lse, q_1HTd.transpose(1, 2), k_1KHd, v_1KHd,
-        _xformers_bias(layout, q_1HTd.device), scale=scaling, op=cutlass.BwOp,
+        _xformers_bias(layout), scale=scaling, op=cutlass.BwOp,
     )  # fmt: skip
     return dq.transpose(1, 2), _ungathered(dk, k_1GTd, layout), _ungathered(dv, v_1GTd, layout)
 

@@ -22,21 +22,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published figures of a card: usable memory in bytes, sustained dense fp16 FLOP/s, bytes/s."""
+    """Published figures of a card: usable memory in bytes, sustained dense fp16 FLOP/s."""
 
     capability: tuple[int, int]
     memory: int
     flops: float
-    bandwidth: float
 
 
 GPUS = {
-    "t4": Gpu((7, 5), int(14.7 * GIB), 24e12, 320e9),
-    "l4": Gpu((8, 9), int(22.0 * GIB), 60e12, 300e9),
-    "a10": Gpu((8, 6), int(22.0 * GIB), 70e12, 600e9),
-    "a100": Gpu((8, 0), int(39.0 * GIB), 220e12, 1555e9),
-    "h100": Gpu((9, 0), int(79.0 * GIB), 600e12, 3350e9),
-    "h200": Gpu((9, 0), int(139.0 * GIB), 600e12, 4800e9),
+    "t4": Gpu((7, 5), int(14.7 * GIB), 24e12),
+    "l4": Gpu((8, 9), int(22.0 * GIB), 60e12),
+    "a10": Gpu((8, 6), int(22.0 * GIB), 70e12),
+    "a100": Gpu((8, 0), int(39.0 * GIB), 220e12),
+    "h100": Gpu((9, 0), int(79.0 * GIB), 600e12),
+    "h200": Gpu((9, 0), int(139.0 * GIB), 600e12),
 }
 
 
@@ -123,16 +122,18 @@ def cap_memory(memory: int) -> None:
 def _cuda(name: str, reasons: dict[str, str]) -> tuple[tuple[int, int], int, bool, str]:
     card = torch.cuda.get_device_name()
     real_capability = torch.cuda.get_device_capability()
-    total = torch.cuda.get_device_properties(0).total_memory
+    free, total = torch.cuda.mem_get_info()
+    free = min(total, free + torch.cuda.memory_reserved() + CONTEXT)  # what this process holds is its to use
+    available = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     words = re.findall(r"[a-z0-9]+", card.lower())
     known = next((key for key in GPUS if key in words), None)
     if name == "auto" or name == known:
-        reasons["device"] = f"{card}, capability {real_capability[0]}.{real_capability[1]}"
-        return real_capability, total, False, known or card
+        reasons["device"] = f"{card}, capability {real_capability[0]}.{real_capability[1]}, {available}"
+        return real_capability, free, False, known or card
     gpu = GPUS[name]
-    if gpu.memory > total or gpu.capability > real_capability:
-        raise UserError(f"device.profile: a {card} ({total / GIB:.1f} GiB) cannot rehearse a {name}")
-    reasons["device"] = f"{name} rehearsed on {card}: memory capped at {gpu.memory / GIB:.1f} GiB"
+    if gpu.memory > free or gpu.capability > real_capability:
+        raise UserError(f"device.profile: a {card} ({available}) cannot rehearse a {name}")
+    reasons["device"] = f"{name} rehearsed on {card}: memory capped at {gpu.memory / GIB:.1f} GiB, {available}"
     return gpu.capability, gpu.memory, True, name
 
 

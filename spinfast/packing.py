@@ -112,10 +112,5 @@ def _given(groups: Sequence[Group]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([*numbers(name)], dtype=torch.float32) for name in groups[0].given}
 
 
-def pack_all(groups: Sequence[Group], max_tokens: int, backend: str = "sdpa") -> list[PackedBatch]:
-    """All groups under the token budget, longest first."""
-    return [pack(groups, rows, backend) for rows in bins(groups, max_tokens)]
-
-
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

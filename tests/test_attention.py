@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +122,7 @@ def results(function, inputs, layout, gradient):
 
 
 def check_against_eager(backend, case, dtype, head_dim, heads, device="cpu"):
-    """err(ours, fp64) <= 2 * err(eager in the same dtype, fp64) + tiny, for the output and each gradient."""
+    """err(ours, fp64) <= 2 err(eager in the same dtype, fp64) + one rounding, in 2-norms, for output and gradients."""
     groups = make_groups(CASES[case])
     batch = pack(groups, range(len(groups)), backend).to(device)
     generator = torch.Generator().manual_seed(0)
@@ -133,9 +135,10 @@ def check_against_eager(backend, case, dtype, head_dim, heads, device="cpu"):
     truth = results(dense, wide, batch.layout, gradient)
     eager = results(dense, narrow, batch.layout, gradient)
     ours = results(packed_attention, narrow, batch.layout, gradient)
+    roundings = 8 if dtype == torch.float64 else 1  # eager is the truth there, both chains have four each way
     for name, expected in truth.items():
-        bound = 2 * (eager[name].double() - expected).abs().max() + 4 * torch.finfo(dtype).tiny + 1e-6
-        error = (ours[name].double() - expected).abs().max()
+        bound = 2 * (eager[name].double() - expected).norm() + roundings * torch.finfo(dtype).eps * expected.norm()
+        error = (ours[name].double() - expected).norm()
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
 
 
@@ -171,6 +174,32 @@ def test_gradients_of_a_shared_prompt_are_rounded_once(dtype):
     assert found.dtype == dtype
     rounding = (exact.to(dtype).double() - exact).abs() + 600 * torch.finfo(torch.float32).eps * exact
     assert ((found.double() - exact).abs() <= 2 * rounding).all()
+
+
+def test_xformers_mask_is_made_once_for_all_layers(monkeypatch):
+    """It pins host memory: not anew in each layer, forward and backward; a batch elsewhere has one of its own."""
+    made = []
+
+    def from_seqlens(q_lengths, kv_lengths, *, device):
+        made.append((q_lengths, kv_lengths, device.type))
+        return object()
+
+    bias = SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=SimpleNamespace(from_seqlens=from_seqlens))
+    modules = {"xformers": SimpleNamespace(), "xformers.ops": SimpleNamespace(), "xformers.ops.fmha.attn_bias": bias}
+    fmha = SimpleNamespace(
+        attn_bias=bias,
+        cutlass=SimpleNamespace(FwOp=None, BwOp=None),
+        memory_efficient_attention_forward_requires_grad=lambda q, k, v, bias, **_: (q.clone(), q[..., 0]),
+        memory_efficient_attention_backward=lambda grad, out, lse, q, k, v, bias, **_: (q, k, v),
+    )
+    for name, module in (modules | {"xformers.ops.fmha": fmha}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for length, device in ((3, "cpu"), (4, "cpu"), (4, "meta")):
+        layout = pack(make_groups([(2, (3, length))]), [0], "xformers").to(device).layout
+        x = torch.ones(1, 2, layout.segments[0][0] + layout.segments[1][0], 8, device=device, requires_grad=True)
+        for _ in range(2):  # layers
+            packed_attention(x, x, x, layout, 1.0).sum().backward()
+    assert made == [((4, n - 1), (4, n + 1), device) for n, device in ((3, "cpu"), (4, "cpu"), (4, "meta"))]
 
 
 def test_products_round_to_bf16_only_inside_the_backward_and_only_for_bf16():

@@ -4,12 +4,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from spinfast.device import profile
+from spinfast.device import GIB, GPUS, profile
 from spinfast.errors import UserError
+from spinfast.generation import vllm_compat
+from spinfast.policy.transformers import _seeded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
 
@@ -65,6 +68,64 @@ def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
 def test_no_xformers():
     assert t4().reasons["attention"].endswith("as xformers, which is not installed")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(name, capability, total, free, own): the machine has this card; GiB in all, free, and this process's."""
+
+    def install(name, capability, total, free, own=0.0):
+        answers = {
+            "is_available": True,
+            "get_device_name": name,
+            "get_device_capability": capability,
+            "mem_get_info": (int(free * GIB), int(total * GIB)),
+            "memory_reserved": int(own * GIB),
+        }
+        for query, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, query, lambda answer=answer: answer)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "memory"),
+    [
+        pytest.param(14.3, 0.0, 14.74, id="idle: all of it, though the context has been made"),
+        pytest.param(6.0, 0.0, 6.5, id="another notebook holds a model"),
+        pytest.param(6.0, 2.0, 8.5, id="part of it is this process's own"),
+    ],
+)
+def test_a_cards_memory_is_what_is_free(card, free, own, memory):
+    card("Tesla T4", (7, 5), 14.74, free, own)
+    found = profile()
+    assert found.memory == pytest.approx(memory * GIB, abs=1)
+    assert found.reasons["device"] == f"Tesla T4, capability 7.5, {memory:.1f} of 14.7 GiB free"
+
+
+def test_a_rehearsal_needs_the_smaller_cards_memory_free(card):
+    card("NVIDIA H100 80GB HBM3", (9, 0), 79.2, 20.0)
+    found = profile("t4")
+    assert (found.memory, found.rehearsal) == (GPUS["t4"].memory, True)
+    assert "memory capped at 14.7 GiB, 20.5 of 79.2 GiB free" in found.reasons["device"]
+    card("NVIDIA H100 80GB HBM3", (9, 0), 79.2, 10.0)
+    with pytest.raises(UserError, match=r"a NVIDIA H100 80GB HBM3 \(10.5 of 79.2 GiB free\) cannot rehearse a t4"):
+        profile("t4")
+
+
+@pytest.mark.parametrize("forked", [vllm_compat.undisturbed, lambda: _seeded(0)], ids=["engine", "adapter"])
+def test_seeds_of_two_cards_come_back_without_a_warning(monkeypatch, forked):
+    states, host = {0: torch.tensor([1]), 1: torch.tensor([2])}, torch.get_rng_state()
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    with warnings.catch_warnings(action="error"):
+        with forked():
+            torch.rand(1)
+            states |= {0: torch.tensor([3]), 1: torch.tensor([4])}
+    assert states == {0: torch.tensor([1]), 1: torch.tensor([2])}
+    assert torch.equal(torch.get_rng_state(), host)
 
 
 GROWTH = """

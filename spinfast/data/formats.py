@@ -49,7 +49,6 @@ def load_examples(
     split: str = "train",
     revision: str | None = None,
     size: int | None = None,
-    skip: int = 0,
     seed: int = 0,
     turns: Literal["first", "last"] = "first",
     system: str | None = None,
@@ -58,19 +57,17 @@ def load_examples(
 ) -> LoadedData:
     """Read, check and render a data set.
 
-    `size` rows are chosen by a shuffle that depends on `seed` alone, after `skip` rows of that shuffle, so that
-    windows of one source never share a row. `turns` says which answer of a longer conversation is learnt from.
-    `system` is put before conversations that have no system turn. `columns` maps a recognised column's name to the
-    data's ({"question": "problem"}). `bad_rows` "skip" counts faulty rows as rejected.
+    `size` rows are chosen by a shuffle that depends on `seed` alone. `turns` says which answer of a longer
+    conversation is learnt from. `system` is put before conversations that have no system turn. `columns` maps a
+    recognised column's name to the data's ({"question": "problem"}). `bad_rows` "skip" counts faulty rows as rejected.
     """
-    rows = None if size is None else skip + size
-    table = open_table(source, subset=subset, split=split, revision=revision, rows=rows, seed=seed)
+    table = open_table(source, subset=subset, split=split, revision=revision, rows=size, seed=seed)
     columns = dict(columns or {})
     if missing := sorted(set(columns.values()) - set(table.columns)):
         raise UserError(f"data {source}: no column {missing[0]!r}; columns are {', '.join(table.columns)}")
     form = _recognise(source, set(table.columns) | set(columns))
 
-    chosen = choose_rows(table, skip, size, seed)
+    chosen = choose_rows(table, size, seed)
     examples: list[Example] = []
     rejected: Counter[str] = Counter()
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()

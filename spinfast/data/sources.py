@@ -182,12 +182,9 @@ def _reasoning_gym(source: str, split: str, rows: int | None, seed: int) -> Tabl
     return Table(source, columns, rows, row, lambda i: f"{source}, problem {i + 1}", shuffled=True)
 
 
-def choose_rows(table: Table, skip: int, size: int | None, seed: int) -> Sequence[int]:
-    """Rows [skip, skip + size) of a shuffle that depends on the seed alone: two windows never share a row."""
+def choose_rows(table: Table, size: int | None, seed: int) -> Sequence[int]:
+    """The first `size` rows of a shuffle that depends on the seed alone."""
     order: Sequence[int] = range(table.length)
     if not table.shuffled:
         order = sorted(order, key=lambda i: hashlib.blake2b(f"{seed}/{i}".encode(), digest_size=8).digest())
-    chosen = order[skip:] if size is None else order[skip : skip + size]
-    if not chosen:
-        raise UserError(f"data {table.name}: has {table.length} rows, none are left after skipping {skip}")
-    return chosen
+    return order[:size]

@@ -168,7 +168,7 @@ class VLLMGenerator:
             vllm_compat.restore_kv_cache(engine)
             self._asleep = False
         lora_request = self.swap(adapter)
-        engine.reset_prefix_cache()  # adapter and, where rounds are merged, base may have changed
+        vllm_compat.reset_prefix_cache(engine)  # adapter and, where rounds are merged, base may have changed
         open_requests = {}
         for position, (prompt_ids, params) in enumerate(prompts):
             name = str(next(self._numbers))

@@ -138,6 +138,16 @@ def drain(engine) -> None:
         engine.step()
 
 
+def reset_prefix_cache(engine) -> None:
+    """Forget the keys and values of all earlier prompts, which another adapter or base would have made otherwise."""
+    scheduler = engine.engine_core.engine_core.scheduler  # older engines do not pass its verdict on
+    if scheduler.reset_prefix_cache():
+        return
+    drain(engine)
+    if not scheduler.reset_prefix_cache():
+        raise RuntimeError("vLLM holds keys and values of an earlier adapter or base and will not forget them")
+
+
 def release_kv_cache(engine) -> None:
     """Give the KV cache's memory back until `restore_kv_cache`. Higher sleep levels would unmap the shared weights."""
     drain(engine)
@@ -167,7 +177,7 @@ def undisturbed() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     hidden = {name: sys.modules.pop(name) for name in ("llvmlite.binding.ffi",) if name in sys.modules}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         sys.modules.update(hidden)

@@ -60,7 +60,6 @@ class Plot:
     marks: tuple[tuple[float, str], ...] = ()  # vertical lines, labelled at the top
     level: tuple[float, str] | None = None  # a horizontal line
     group: str = ""  # the section of the page
-    note: str = ""
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:

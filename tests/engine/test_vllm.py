@@ -161,6 +161,25 @@ def test_rests_after_answers_and_goes_on(sleeper, prompts):
     assert tokens(answers(sleeper, requests, sampling, None)) == tokens(before)
 
 
+def test_answers_never_use_an_earlier_adapters_keys(generator, prompts, monkeypatch):
+    """vLLM refuses to forget blocks that a request still holds: asked again once it is gone, else an error."""
+    requests, sampling = ask(prompts, tokens=4)
+    before, verdicts = answers(generator, requests, sampling, None), [False]
+    scheduler = generator.engine.engine_core.engine_core.scheduler
+    reset = scheduler.reset_prefix_cache
+
+    def refusing(*arguments, **options):
+        return verdicts.pop() if verdicts else reset(*arguments, **options)
+
+    monkeypatch.setattr(scheduler, "reset_prefix_cache", refusing)
+    assert tokens(answers(generator, requests, sampling, None)) == tokens(before)
+    assert not verdicts
+    verdicts += [False, False]
+    with pytest.raises(RuntimeError, match="vLLM holds keys and values of an earlier adapter or base"):
+        answers(generator, requests, sampling, None)
+    assert tokens(answers(generator, requests, sampling, None)) == tokens(before)
+
+
 def test_more_prompts_than_places(generator, prompts):
     requests, sampling = ask(prompts, tokens=3, temperature=1.0)
     many = [replace(requests[i % 4], index=i, seed=i) for i in range(19)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spinfast_kernels import cpu_ops, triton_ops
 from spinfast_kernels.blocks import Lora, Norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALING, EPS = 2.0, 1e-6
 
@@ -271,11 +272,35 @@ def test_a_second_backward_is_refused(module, device, name):
         out.sum().backward()
 
 
-def test_no_gradient_into_the_base(ops, device):
-    """A frozen first layer asks for dA and dB only: no dX GEMM is made."""
-    inputs = {n: t.to(device).float() for n, t in weights("o", 8, 12, 2, 1).items()}
-    a, b = inputs["lora_A_o"].requires_grad_(), inputs["lora_B_o"].requires_grad_()
-    y = ops.lora_linear(torch.randn(5, 8, device=device), inputs["weight_o"], None, a, b, SCALING)
-    y.sum().backward()
-    assert a.grad.dtype == b.grad.dtype == torch.float32
-    assert inputs["weight_o"].grad is None
+class Products(TorchDispatchMode):
+    """Collects the shapes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if "mm" in function._schema.name:
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["a first layer", "a later layer"])
+@pytest.mark.parametrize("block", ["linear", "qkv", "mlp"])
+def test_products_of_the_backward(ops, device, block, asked):
+    """A first layer asks for dA and dB only: no dX is multiplied out. The frozen base never gets a gradient."""
+    T, D = 5, 8
+    shapes = {"linear": [(D, 12)], "qkv": [(D, 12), (D, 6), (D, 6)], "mlp": [(D, 20), (D, 20), (20, D)]}[block]
+    inputs = {}
+    for number, (I, O) in enumerate(shapes):
+        inputs |= {name: t.to(device).float() for name, t in weights(str(number), I, O, 2, 10 * number).items()}
+    adapters = [t.requires_grad_() for name, t in inputs.items() if name.startswith("lora")]
+    parts = [projection(inputs, str(number)) for number in range(len(shapes))]
+    x = torch.randn(T, D, device=device, requires_grad=asked)
+    outputs = ops.lora_linear(x, *parts[0]) if block == "linear" else getattr(ops, f"lora_{block}")(x, *parts)
+    with Products() as products:
+        sum(y.sum() for y in (outputs if block == "qkv" else (outputs,))).backward()
+    assert all(t.grad.dtype == torch.float32 for t in adapters)
+    assert all(t.grad is None for name, t in inputs.items() if name.startswith("weight"))
+    assert ((T, D) in products.shapes) == (x.grad is not None) == asked
