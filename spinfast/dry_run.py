@@ -14,45 +14,41 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig
 
-from spinfast import ops as operators
 from spinfast.config import Config
+from spinfast.data import load_data
 from spinfast.data.renderer import Renderer
-from spinfast.device import DeviceProfile, profile
+from spinfast.device import DeviceProfile
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS
-from spinfast.memory.planner import Plan
-from spinfast.models import load_tokenizer, resolve_model
+from spinfast.memory.planner import Load, Plan
+from spinfast.methods.run import loads
 from spinfast.packing import packed_length
-from spinfast.session import choose_backend, load_data
-from spinfast.types import Example, Group
+from spinfast.session import choose_backend, look
+from spinfast.types import Example
 
 
 def dry_run(config: Config, console: Console | None = None) -> Plan:
     """Print everything a run of this config would do, and the plan's refusal if it would not fit."""
     console = console or Console()
-    device = profile(config.device.profile, config.device.dtype, config.device.attention, plan_only=True)
-    model = resolve_model(config.model.name, config.model.revision)
-    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
-    renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
+    machine = look(config, plan_only=True)
+    device, model, renderer = machine.device, machine.model, machine.renderer
     examples = load_data(config, renderer)["data"].examples
-    ops, kernels = operators.choose(config.device.kernels, device.device)
     engine, why = choose_backend(config)
 
     console.rule("config")
     console.print(config.dump(), markup=False, highlight=False)
     console.rule("device")
-    reasons = {**device.reasons, "kernels": kernels, "generation": f"{engine}: {why}"}
+    reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
     for name, reason in {**reasons, "model": f"{model.name} at {model.revision}"}.items():
         console.print(f"{name}: {reason}", markup=False, highlight=False)
-    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
-    planned = planner.plan(config, device, shape, ops, engine, lengths)
+    work = loads(config, examples)
+    planned = planner.plan(config, device, machine.shape, machine.ops, work, engine)
     console.rule("plan")
     console.print(str(planned), markup=False, highlight=False)
     console.print(plan_table(planned))
     console.rule("steps")
-    for line in step_lines(config, device, shape, planned, examples):
+    for line in step_lines(config, device, machine.shape, planned, work):
         console.print(line, markup=False, highlight=False)
     for example in examples[:2]:
         console.rule(f"sample {example.index}: trained tokens in green")
@@ -78,27 +74,33 @@ def plan_table(planned: Plan) -> Table:
     return table
 
 
-def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, examples: Sequence[Example]) -> list[str]:
-    """Steps per iteration, and how long scoring and training them takes at the most."""
-    groups = [Group(e.prompt_ids, (e.real_ids, (0,) * config.generation.max_tokens)) for e in examples]
-    first = math.ceil(len(groups) / config.train.pairs_per_step) * config.train.epochs
-    later = first * 2 if config.spin.mix_previous else first
-    one_pass = planner.seconds(
-        device, shape, groups, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
-    )
-    source = f"roofline of the {device.name}, sustained rates from published figures"
+def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, loads: Sequence[Load]) -> list[str]:
+    """Steps of each method's rounds, and how long scoring and training them takes at the most."""
+    to_rate, source = 1.0, f"roofline of the {device.name}, sustained rates from published figures"
     if device.device.type == "cpu":
         rate = matmul_rate(device, shape.hidden_size, shape.intermediate_size)
-        one_pass *= planner.CPU_RATE / rate
+        to_rate = planner.CPU_RATE / rate
         source = f"a matrix product measured here, {rate / 1e9:.0f} GFLOP/s"
-    # scoring is the forward with half of the head
-    hours = one_pass * (config.train.epochs + 0.5) * (1 + (config.spin.iterations - 1) * later / first) / 3600
+    lines, seconds = [], 0.0
+    for load in loads:
+        one_pass = planner.seconds(
+            device, shape, load.everything, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
+        )
+        scoring = 0.5 if load.objective.at_start is not None else 0.0  # the forward with half of the head
+        epochs, first, *later = load.settings.epochs, *load.rounds
+        seconds += to_rate * one_pass * (epochs + scoring) * sum(load.rounds) / first
+        tokens = sum(map(packed_length, load.everything)) / len(load.everything)
+        rounds = f", {later[0]} in each of {len(later)} later rounds" if later else ""
+        lines.append(
+            f"{load.method}: {len(load.everything)} groups of {tokens:.0f} packed tokens on average, "
+            f"{load.settings.groups_per_step} a step: {first} steps{rounds}"
+        )
+    limit = config.generation.max_tokens
+    generated = f" if every generated answer had {limit} tokens" if any(load.generates for load in loads) else ""
     return [
-        f"{len(groups)} pairs of {sum(map(packed_length, groups)) / len(groups):.0f} packed tokens on average, "
-        f"{config.train.pairs_per_step} a step",
-        f"{first} steps in iteration 0, {later} in each later one, {config.spin.iterations} iterations",
-        f"about {hours:.2f} h of scoring and training if every generated answer had {config.generation.max_tokens} "
-        f"tokens, generation and evaluation not counted ({source})",
+        *lines,
+        f"about {seconds / 3600:.2f} h of scoring and training{generated}, generation and evaluation not counted "
+        f"({source})",
     ]
 
 

@@ -1,23 +1,13 @@
-"""What stages and runs are called: base, sft and 0, 1, 2 in results.json; base, sft, iter_000 as directories."""
+"""What stages and runs are called by people."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def stage_name(iteration: str | int) -> str:
-    """The directory of a row of results.json."""
-    return iteration if isinstance(iteration, str) else f"iter_{iteration:03d}"
-
-
 def label(iteration: str | int) -> str:
-    """A row of results.json for people."""
+    """A row of results.json: a stage that is alone of its method by its name, others by their number."""
     return {"base": "base", "sft": "SFT"}.get(iteration, f"iteration {iteration}")
-
-
-def stage_label(stage: str) -> str:
-    """A stage's directory for people."""
-    return label(int(stage.removeprefix("iter_")) if stage.startswith("iter_") else stage)
 
 
 def control_of(run: Path) -> Path | None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from spinfast.config import Config, load_config
 from spinfast.errors import UserError
 from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
+from spinfast.names import label
 
 log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
@@ -107,10 +108,10 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
 
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
+    from spinfast.methods import play as play_methods
     from spinfast.methods.controls import play_controls
-    from spinfast.methods.spin import self_play
+    from spinfast.methods.run import open_run
     from spinfast.progress import Display
-    from spinfast.session import open_game
     from spinfast.store.record import RunDir
 
     quiet_libraries()
@@ -120,11 +121,11 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
         display.log_to(run_dir / "log.txt")
         log.info("config: %s, run directory: %s", chosen, run_dir)
         describe(run_dir / "environment.json")
-        with open_game(config, record, display) as game:
-            for row in self_play(game):
-                log.info("iteration %s done", row["iteration"])
-            for name, row in play_controls(game) if controls else ():
-                log.info("control %s: iteration %s done", name, row["iteration"])
+        with open_run(config, record, display) as opened:
+            for row in play_methods(opened):
+                log.info("%s done", label(row["iteration"]))
+            for name, row in play_controls(opened) if controls else ():
+                log.info("control %s: %s done", name, label(row["iteration"]))
         display.table(record.results())
         for sentence in warnings(record.results()):
             log.warning(sentence)

@@ -12,6 +12,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -62,6 +63,12 @@ class Epochs:
             random.Random(seed * 1_000_003 + epoch).shuffle(order)
             self.rows += [order[i : i + per_step] for i in range(0, len(groups), per_step)]
         self.first = self.rows[: len(self.rows) // epochs]  # the steps in which every group occurs once
+
+    def of(self, groups: Sequence[Group]) -> Epochs:
+        """The same steps over other groups, one for each."""
+        steps = copy(self)
+        steps.groups = groups
+        return steps
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_cases import lengths, make_groups, tiny_policy
+from spinfast.objectives.sft import Sft
+from spinfast.objectives.spin import Spin
 
 from spinfast import ops
 from spinfast.errors import UserError
-from spinfast.objectives.sft import Sft
-from spinfast.objectives.spin import Spin
 from spinfast.packing import bins, pack, packed_length
 from spinfast.train import TrainPlan, score, start_training, train, train_step
 

@@ -43,6 +43,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
     parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
     parser.add_argument("--dtype", default="auto", help="device.dtype, as in a config")
+    parser.add_argument("--attention", default="auto", help="device.attention, as in a config")
+    parser.add_argument("--backend", default="transformers", help="generation.backend, as in a config; auto: vLLM")
+    parser.add_argument("--load-in-4bit", action="store_true", help="model.load_in_4bit, as in a config")
+    parser.add_argument("--template", action="append", default=[], metavar="NAME=VALUE", help="template variables")
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers (avg@k)")
     return parser.parse_args(argv)
 
@@ -93,46 +97,75 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
-    """Model, adapter and generator for the duration of the block."""
-    from spinfast import ops
-    from spinfast.config import Lora
-    from spinfast.data.renderer import Renderer
-    from spinfast.device import profile
-    from spinfast.generation.transformers import TransformersGenerator
-    from spinfast.models import load_tokenizer, resolve_model
+    """Model, adapter and generator for the duration of the block, opened as a run opens them."""
+    from spinfast.config import parse_config
+    from spinfast.memory.planner import StepPlan
+    from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
-    from spinfast.policy.transformers import load_policy
-    from spinfast.train import sequence_logps
+    from spinfast.session import look, open_session
+    from spinfast.train import Budget, sequence_logps
 
-    device = profile(arguments.profile, arguments.dtype)
-    model = resolve_model(arguments.model, arguments.revision)
-    renderer = Renderer(load_tokenizer(model.path))
-    adapter = adapters.load(arguments.adapter, model.revision) if arguments.adapter else None
-    lora = Lora()
-    if adapter:
-        lora = Lora(
-            r=adapter.config["r"], alpha=adapter.config["lora_alpha"], target_modules=adapter.config["target_modules"]
-        )
-    table, why = ops.choose("auto", device.device)
-    log.info("kernels: %s", why)
-    policy = load_policy(
-        model.path, model.name, model.revision, lora=lora, ops=table, profile=device, load_in_4bit=False, seed=0
-    )
-    if adapter:
-        policy.load_adapter(adapter)
-    microbatch = max(4096, 2 * arguments.max_length)
-    with TransformersGenerator(
-        policy, batch_size=arguments.batch_size, max_model_len=arguments.max_length
-    ) as generator:
+    length = arguments.max_length
+    tree = {
+        "model": {
+            "name": arguments.model,
+            "revision": arguments.revision,
+            "load_in_4bit": arguments.load_in_4bit,
+        },
+        "data": {"source": "the tasks'"},
+        "prompt": {"max_prompt_tokens": length - SHORTEST // 2, "template": _template(arguments.template)},
+        "generation": {
+            "backend": arguments.backend,
+            "batch_size": arguments.batch_size,
+            "max_tokens": SHORTEST // 2,
+        },
+        "evaluate": {"max_tokens": SHORTEST // 2},
+        "device": {
+            "profile": arguments.profile,
+            "dtype": arguments.dtype,
+            "attention": arguments.attention,
+        },
+    }
+    adapter = None
+    if arguments.adapter:
+        revision = resolve_model(arguments.model, arguments.revision).revision
+        adapter = adapters.load(arguments.adapter, revision)
+        c = adapter.config
+        tree["adapter"] = {"r": c["r"], "alpha": c["lora_alpha"], "target_modules": c["target_modules"]}
+    config = parse_config(tree, "eval")
+    machine = look(config)
+    budget = Budget(max(4096, 2 * length), machine.device.attention)
+    with open_session(config, machine, StepPlan(budget.microbatch_tokens)) as session:
+        if adapter:
+            session.policy.load_adapter(adapter)
+            session.check_generator(_canary_prompt(machine.renderer), adapter)
         yield Engine(
-            tokenizer=renderer.tokenizer,
-            prompt_ids=renderer.prompt_ids,
-            generate=lambda requests, sampling: generator.generate(requests, sampling, adapter),
-            sequence_logps=lambda groups: sequence_logps(policy, groups, microbatch, device.attention),
-            stop_ids=renderer.stop_ids,
-            max_length=arguments.max_length,
+            tokenizer=machine.renderer.tokenizer,
+            prompt_ids=machine.renderer.prompt_ids,
+            generate=lambda requests, sampling: session.generator.generate(requests, sampling, adapter),
+            sequence_logps=lambda groups: sequence_logps(session.policy, groups, budget),
+            stop_ids=machine.renderer.stop_ids,
+            max_length=length,
             seed=arguments.seed,
         )
+
+
+def _template(items: Sequence[str]) -> dict:
+    """NAME=VALUE, the value in JSON where it is JSON: enable_thinking=false is no text."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UserError(f"--template {item}: expected NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _canary_prompt(renderer) -> tuple[int, ...]:
+    return tuple(renderer.prompt_ids([{"role": "user", "content": "What is the sum of twelve and thirty?"}]))
 
 
 def _folder(item: str) -> tuple[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -24,38 +24,47 @@ from spinfast.evaluate.selfplay import (
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
+from spinfast.objectives import Pairwise
+from spinfast.policy import Policy
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import TrainPlan, logps_as_planned, within_memory
+from spinfast.train import Budget, logps_in_cut, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", "heldout_logps.safetensors", "eval.json")
 
 
-def evaluate(game, stage: Stage, previous: Stage, opponent: Adapter, beta: float) -> None:
-    """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the round started from.
+def evaluate(run, stage: Stage, previous: Stage, opponent: Adapter, game: Pairwise) -> None:
+    """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the stage started from.
 
     The base plays itself: previous is its own stage, pair accuracy 0.5, margin 0.
     Without pairs to play there are no samples and no log-probs of them.
     """
-    settings = game.config.evaluate
-    metrics = greedy_metrics(game, stage, game.heldout[: settings.problems])
-    if players := game.heldout[: settings.pairs]:
-        sampling = game.sampling(game.config.generation.temperature, game.config.generation.max_tokens)
-        samples = draw(game, stage, players, sampling)
+    settings, session = run.config.evaluate, run.session
+    text = session.machine.renderer.text
+    problems, players = run.heldout[: settings.problems], run.heldout[: settings.pairs]
+    metrics = greedy_metrics(
+        stage, problems, draw(run, stage, problems, session.sampling(0.0, settings.max_tokens)), text
+    )
+    if players:
+        generation = run.config.generation
+        sampling = session.sampling(generation.temperature, generation.max_tokens)
+        samples = draw(run, stage, players, sampling)
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
         files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-        metrics |= play(game, stage, players, samples, read_samples(previous), opponent, beta)
+        rivals = read_samples(previous)
+        metrics |= play(run.policy, run.budget, stage, players, samples, rivals, opponent, game)
     files.write_json(stage.path("eval.json"), metrics)
 
 
-def greedy_metrics(game, stage: Stage, problems: Sequence[Example]) -> Metrics:
-    """Answer greedily, write the transcripts, score those that have a reference."""
-    answers = draw(game, stage, problems, game.sampling(0.0, game.config.evaluate.max_tokens))
+def greedy_metrics(
+    stage: Stage, problems: Sequence[Example], answers: Sequence[Completion], text: Callable[[Sequence[int]], str]
+) -> Metrics:
+    """Write the transcripts of the greedy answers and score those that have a reference."""
     transcripts, strict, flexible = [], [], []
     for example, completion in zip(problems, answers, strict=True):
-        text = game.renderer.text(completion.token_ids)
-        scores = {} if example.reference is None else score_gsm8k(text, example.reference)
+        answer = text(completion.token_ids)
+        scores = {} if example.reference is None else score_gsm8k(answer, example.reference)
         if scores:
             strict.append(scores["exact_match,strict-match"])
             flexible.append(scores["exact_match,flexible-extract"])
@@ -65,7 +74,7 @@ def greedy_metrics(game, stage: Stage, problems: Sequence[Example]) -> Metrics:
                 "prompt": list(example.messages),
                 "real": example.answer,
                 "reference": example.reference,
-                "text": text,
+                "text": answer,
                 "scores": scores,
                 "finish_reason": completion.finish_reason,
                 "tokens": len(completion.token_ids),
@@ -81,50 +90,51 @@ def greedy_metrics(game, stage: Stage, problems: Sequence[Example]) -> Metrics:
 
 
 def play(
-    game,
+    policy: Policy,
+    budget: Budget,
     stage: Stage,
     players: Sequence[Example],
     samples: Sequence[Completion],
     rivals: Sequence[Completion],
     opponent: Adapter,
-    beta: float,
+    game: Pairwise,
 ) -> Metrics:
     """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base."""
     groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
     groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
-    plan = TrainPlan(len(groups), game.microbatch_tokens, epochs=1, seed=0, attention=game.device.attention, lr=0.0)
-    scored, _ = within_memory(plan, groups, partial(score_players, game, stage, groups, opponent))
+    alone = stage.method == "base"
+    scored, _ = within_memory(budget, groups, partial(score_players, policy, groups, None if alone else opponent))
     sides = {"real": [e.real_ids for e in players], "sample": [c.token_ids for c in samples]}
     sides["rival"] = [c.token_ids for c in rivals]
     columns = {who: answer_columns(groups, logps, players, sides) for who, logps in scored.items()}
-    policy, before, base = columns["policy"], columns["opponent"], columns.get("base")
+    own, before, base = columns["policy"], columns["opponent"], columns.get("base")
     arrays = {f"{who}.{what}": torch.from_numpy(x) for who, has in columns.items() for what, x in has.items()}
     save_file(arrays, stage.path("heldout_logps.safetensors"))
     real_lengths = [len(e.real_ids) for e in players]
     sample_lengths = [len(c.token_ids) for c in samples]
     metrics = selfplay_metrics(
-        policy["real"],
-        policy["rival"],
+        own["real"],
+        own["rival"],
         before["real"],
         before["rival"],
         real_lengths,
         [len(c.token_ids) for c in rivals],
-        beta,
-        game.config.spin.loss,
+        game.beta,
+        game.kind,
         base_real_logps=base["real"] if base else None,
         base_generated_logps=base["rival"] if base else None,
     )
     ended = [c.finish_reason == "stop" for c in samples]
     metrics |= generation_metrics([c.token_ids for c in samples], real_lengths, ended)
     metrics |= fresh_opponent_metrics(
-        log_ratios(policy["real"], before["real"]),
-        log_ratios(policy["sample"], before["sample"]),
+        log_ratios(own["real"], before["real"]),
+        log_ratios(own["sample"], before["sample"]),
         real_lengths,
         sample_lengths,
         [True] * len(players),
         ended,
     )
-    return metrics | (kl_metrics(policy["sample"], base["sample"], sample_lengths) if base else {})
+    return metrics | (kl_metrics(own["sample"], base["sample"], sample_lengths) if base else {})
 
 
 def answer_columns(
@@ -145,34 +155,34 @@ def answer_columns(
 
 
 def score_players(
-    game, stage: Stage, groups: Sequence[Group], opponent: Adapter, plan: TrainPlan
+    policy: Policy, groups: Sequence[Group], opponent: Adapter | None, budget: Budget
 ) -> dict[str, list[list[float]]]:
     """Log-probs of the groups under policy, opponent and, where it is still there, base: all in one cut.
 
-    They are compared, and another cut rounds otherwise. The base plays itself, so it is scored once.
+    They are compared, and another cut rounds otherwise. Without an opponent the policy is the base, which plays
+    itself and is scored once.
     """
-    policy = game.policy
     parts = {"policy": nullcontext, "opponent": partial(policy.playing, opponent)}
     if not policy.folded:
         parts["base"] = policy.base_only
-    if stage.name == "base":
-        return dict.fromkeys(parts, logps_as_planned(policy, groups, plan))
+    if opponent is None:
+        return dict.fromkeys(parts, logps_in_cut(policy, groups, budget))
     scored = {}
     for who, playing in parts.items():
         with playing():
-            scored[who] = logps_as_planned(policy, groups, plan)
+            scored[who] = logps_in_cut(policy, groups, budget)
     return scored
 
 
-def draw(game, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:
+def draw(run, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:
     """One completion per example, in their order."""
     requests = [
-        Request(e.index, e.prompt_ids, prompt_seed(game.config.seed, stage.round, e.index, f"heldout {stage.name}"))
+        Request(e.index, e.prompt_ids, prompt_seed(run.config.seed, stage.number, e.index, f"heldout {stage.name}"))
         for e in examples
     ]
     answers = {}
-    with game.display.phase(f"{stage.name} evaluate", len(requests), "answers") as tick:
-        for completion in game.generator.generate(requests, sampling, game.policy.adapter()):
+    with run.display.phase(f"{stage.name} evaluate", len(requests), "answers") as tick:
+        for completion in run.generator.generate(requests, sampling, run.policy.adapter()):
             answers[completion.index] = completion
             tick.advance(tokens=len(completion.token_ids))
             stop_if_asked()
@@ -191,7 +201,8 @@ def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
     results = [verdicts(stage) for stage in played]
     if not patience or not results[0]:
         return None
-    starts = ("the base", "SFT")[: sum(stage.name in ("base", "sft") for stage in played)]
+    before = [stage.method for stage in played if stage.method != played[-1].method]
+    starts = ["the base" if method == "base" else method.upper() for method in before]
     return stopping.stop_reason(results, patience, starts=starts)
 
 

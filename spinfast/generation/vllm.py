@@ -221,6 +221,6 @@ def _served_rank(rank: int) -> int:
     ranks = (8, 16, 32, 64, 128, 256, 320, 512)
     if rank > ranks[-1]:
         raise UserError(
-            f"lora.r: vLLM serves ranks up to {ranks[-1]}, got {rank}; use generation.backend: transformers"
+            f"adapter.r: vLLM serves ranks up to {ranks[-1]}, got {rank}; use generation.backend: transformers"
         )
     return next(served for served in ranks if served >= rank)

@@ -127,7 +127,7 @@ def install_adapter(engine, adapter: Adapter, number: int) -> None:
         manager.remove_all_adapters()
         raise UserError(
             f"adapter: vLLM has no slot for {len(strangers)} of its modules (first: {strangers[0]}); "
-            "leave them out of lora.target_modules, or use generation.backend: transformers"
+            "leave them out of adapter.target_modules, or use generation.backend: transformers"
         )
 
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
-from spinfast.config import Config
+from spinfast.config import Config, Optimisation
 from spinfast.device import CONTEXT, GIB, GPUS, DeviceProfile
 from spinfast.errors import UserError
 from spinfast.memory.ledger import Usage, apply_checkpointing, apply_head_chunk
 from spinfast.memory.simulation import Phases, Simulation
-from spinfast.objectives.sft import Sft
+from spinfast.objectives import Objective
 from spinfast.ops import Ops
 from spinfast.packing import bins, packed_length
 from spinfast.types import Group
@@ -33,6 +33,37 @@ CPU_RATE = 2e11  # FLOP/s where nothing was measured; only ratios matter to the 
 HOST_COPY = 6e9  # bytes/s to pinned memory, PCIe 3.0 x16 with half to spare
 LARGEST_MICROBATCH = 16384
 HEAD_CHUNKS = (1024, 512, 256, 128)  # tokens; beyond, no GEMM gets faster
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a method asks of machine and disk: all groups of its first round, and what is done with them.
+
+    rounds: optimizer steps of each of its stages.
+    """
+
+    method: str
+    everything: Sequence[Group]
+    objective: Objective
+    settings: Optimisation
+    rounds: tuple[int, ...]
+    generates: bool = False
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those of the fullest step that a shuffle could bring."""
+        return sorted(self.everything, key=_content, reverse=True)[: self.settings.groups_per_step]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a step is made; head_chunk None is the kernel's own."""
+
+    microbatch_tokens: int
+    checkpoint_layers: int = 0
+    offload: bool = False
+    head_chunk: int | None = None
+    predicted_mib: dict[str, int] = field(default_factory=dict)  # by phase
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,11 @@ class Plan:
     reserve: int
     budget: int
     step_seconds: float
+
+    @property
+    def step(self) -> StepPlan:
+        predicted = {name: round(usage.peak / 2**20) for name, usage in self.phases.items()}
+        return StepPlan(self.microbatch_tokens, self.checkpoint_layers, self.offload, self.head_chunk, predicted)
 
     @property
     def peak(self) -> int:
@@ -77,22 +113,23 @@ def plan(
     profile: DeviceProfile,
     model: PretrainedConfig,
     ops: Ops,
+    loads: Sequence[Load],
     engine: str = "transformers",
-    lengths: Sequence[tuple[int, int]] = (),
 ) -> Plan:
-    """`lengths` are the data's (prompt, real answer) token counts; without them the config's limits are assumed.
+    """The fastest way through the heaviest load in which the others fit too.
 
     Raises UserError if nothing fits, saying what would.
     """
-    groups = heaviest(config, lengths)
-    simulation = Simulation(model, profile, config.lora, ops, config.model.load_in_4bit)
-    kv_cache = engine_cache(config, model, profile) if engine == "vllm" else 0
+    heaviest = max(loads, key=lambda load: sum(map(packed_length, load.groups)))
+    groups = heaviest.groups
+    simulation = Simulation(model, profile, config.adapter, ops, config.model.load_in_4bit)
+    kv_cache = engine_cache(config, model, profile) if engine == "vllm" and heaviest.generates else 0
     several = sum(map(packed_length, groups))
 
     def usage(tokens, layers, offload, chunk=HEAD_CHUNKS[-1]):
         apply_checkpointing(simulation.policy, layers, offload)
         apply_head_chunk(simulation.policy, chunk)
-        return training(config, simulation, groups, tokens)
+        return training(heaviest, simulation, tokens)
 
     def room(peak):
         return profile.memory - kv_cache - reserve(profile, peak) - peak
@@ -118,7 +155,8 @@ def plan(
         chunk, train = next(((chunk, train) for chunk, train in chunks if room(train.peak) >= 0), (None, None))
         if train is None:
             continue
-        phases = {"train": train, **other_phases(config, simulation, groups, option.tokens, engine)}
+        others = [load for load in loads if load is not heaviest]
+        phases = {heaviest.method: train, **other_phases(config, simulation, heaviest, others, option.tokens, engine)}
         result = Plan(
             option.tokens, option.layers, model.num_hidden_layers, option.offload, chunk, kv_cache, phases,
             reserve(profile, max(phase.peak for phase in phases.values())), profile.memory, option.seconds,
@@ -129,17 +167,24 @@ def plan(
     raise UserError(_refusal(smallest, profile, kv_cache, usage(longest, smallest.layers, smallest.offload), longest))
 
 
-def heaviest(config: Config, lengths: Sequence[tuple[int, int]]) -> list[Group]:
-    """The pairs of the worst step: as many of the longest as a step has, every generated answer at its limit."""
-    prompt = config.prompt
-    known = sorted(lengths, key=sum, reverse=True)[: config.train.pairs_per_step]
-    shapes = known or [(prompt.max_prompt_tokens, prompt.max_answer_tokens)] * config.train.pairs_per_step
-    return [Group((0,) * p, ((0,) * r, (0,) * config.generation.max_tokens)) for p, r in shapes]
+def shapes(config: Config, lengths: Sequence[tuple[int, int]], groups_per_step: int) -> list[tuple[int, int]]:
+    """The data's (prompt, answer) token counts; a step of the config's limits where there are none yet."""
+    limits = (config.prompt.max_prompt_tokens, config.prompt.max_answer_tokens)
+    return list(lengths) or [limits] * groups_per_step
+
+
+def steps(settings: Optimisation, groups: int) -> int:
+    """Optimizer steps over so many groups."""
+    return settings.epochs * math.ceil(groups / settings.groups_per_step)
+
+
+def _content(group: Group) -> int:
+    return len(group.prompt_ids) + sum(map(len, group.answers))
 
 
 def worst_batch(groups: Sequence[Group], tokens: int) -> list[Group]:
-    """The fullest microbatch: most tokens plus keys, with the generated answers long, or short and so more of them."""
-    short = [Group(group.prompt_ids, (group.answers[0], (0,))) for group in groups]
+    """The fullest microbatch: most tokens plus keys, with the later answers long, or short and so more of them."""
+    short = [Group(group.prompt_ids, (group.answers[0], *((0,) for _ in group.answers[1:]))) for group in groups]
     batches = [[chosen[i] for i in rows] for chosen in (groups, short) for rows in bins(chosen, tokens)]
     return max(batches, key=lambda batch: sum(packed_length(g) + len(g.prompt_ids) for g in batch))
 
@@ -199,21 +244,24 @@ def estimated(option: Candidate, anchors: dict, probe: int, layers: int) -> Cand
     return Candidate(option.tokens, option.layers, option.offload, option.seconds, int(bytes_))
 
 
-def training(config: Config, phases: Phases, groups: Sequence[Group], tokens: int) -> Usage:
-    """A SPIN step's fullest microbatch."""
-    batch = worst_batch(groups, tokens)
-    more = sum(map(packed_length, groups)) > sum(map(packed_length, batch))
-    return phases.spin(batch, config.train.optimizer, config.spin.loss, more).usage
+def training(load: Load, phases: Phases, tokens: int) -> Usage:
+    """A step's fullest microbatch."""
+    batch = worst_batch(load.groups, tokens)
+    more = sum(map(packed_length, load.groups)) > sum(map(packed_length, batch))
+    return phases.train(batch, load.objective, load.settings.optimizer, more).usage
 
 
-def other_phases(config: Config, run: Phases, groups: Sequence[Group], tokens: int, engine: str) -> dict[str, Usage]:
-    """Scoring, the SFT stage where there is one, and generation where the policy's own module does it."""
-    phases = {"score": run.score(worst_batch(groups, tokens))}
-    if config.sft.epochs:
-        alone = [Group(group.prompt_ids, group.answers[:1]) for group in groups]
-        batch = max(([alone[i] for i in rows] for rows in bins(alone, tokens)), key=len)
-        phases["sft"] = run.train(batch, Sft(), config.train.optimizer, True).usage
-    if engine == "transformers":
+def other_phases(
+    config: Config, run: Phases, heaviest: Load, others: Sequence[Load], tokens: int, engine: str
+) -> dict[str, Usage]:
+    """Scoring where there is a reference, the other methods, and generation where the policy's own module does it."""
+    phases = {}
+    if heaviest.objective.at_start is not None:
+        phases["score"] = run.score(worst_batch(heaviest.groups, tokens))
+    for load in others:
+        batch = max(([load.groups[i] for i in rows] for rows in bins(load.groups, tokens)), key=len)
+        phases[load.method] = run.train(batch, load.objective, load.settings.optimizer, True).usage
+    if engine == "transformers" and any(load.generates for load in [heaviest, *others]):
         longest = config.prompt.max_prompt_tokens + config.generation.max_tokens
         phases["generate"] = run.generate(config.generation.batch_size, longest, config.generation.top_p)
     return phases

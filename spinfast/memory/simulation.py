@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from spinfast import attention
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import META, Ledger, Usage, counting
-from spinfast.objectives import Objective
-from spinfast.objectives.spin import Spin
+from spinfast.objectives import REFERENCE, Objective
 from spinfast.ops import Ops
 from spinfast.packing import pack, packed_length
 from spinfast.policy import Policy
 from spinfast.policy.transformers import TransformersPolicy, load_policy
-from spinfast.train import TrainPlan, TrainState, batch_sequence_logps, start_training, train_step
+from spinfast.train import Budget, TrainState, batch_sequence_logps, start_training, train_step
 from spinfast.types import Group, Request, Sampling
 
 CUDA_BLOCK = 512  # the caching allocator rounds every request up to this
@@ -69,26 +68,22 @@ class Phases:
         self, groups: Sequence[Group], objective: Objective, optimizer: str, more_microbatches: bool, timeline=False
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
-        tokens = sum(map(packed_length, groups))
-        plan = TrainPlan(len(groups), tokens, 1, 0, self.profile.attention, lr=0.0)
-        state = settled(self.policy, optimizer)
+        given = {REFERENCE: (0.0,) * len(groups[0].answers)} if objective.at_start is not None else {}
+        groups = [replace(group, given=given) for group in groups]
+        budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
+        state = settled(self.policy, optimizer, self.profile.scaled_loss)
         with self.counting(state, timeline) as ledger:
             if more_microbatches:
                 with ledger.allocating("gradients"):
                     held = [torch.empty_like(p) for p in self.policy.trainable_parameters().values()]
-            train_step(self.policy, groups, range(len(groups)), objective, plan, state, self.profile.scaled_loss)
+            train_step(self.policy, groups, objective, 1.0, budget, state)
             held = []  # noqa: F841
         return ledger
 
-    def spin(self, groups, optimizer: str, kind: str, more_microbatches: bool, timeline: bool = False) -> Ledger:
-        opponent = torch.zeros(len(groups), 2, device=self.policy.device)
-        objective = Spin(opponent, beta=0.1, kind=kind, ops=self.policy.ops)
-        return self.train(groups, objective, optimizer, more_microbatches, timeline)
 
-
-def settled(policy: Policy, optimizer: str) -> TrainState:
+def settled(policy: Policy, optimizer: str, scaled: bool) -> TrainState:
     """A training state whose optimizer holds its moments, as from the second step on. Moves nothing: lr is 0."""
-    state = start_training(policy, optimizer, 0.0, scaled=False)
+    state = start_training(policy, optimizer, 0.0, scaled)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()

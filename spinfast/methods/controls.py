@@ -16,10 +16,13 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 
+from spinfast.config import at
 from spinfast.data.pairs import read_pairs, write_pairs
-from spinfast.methods.spin import conclude, optimise, score_opponent, train_policy
-from spinfast.objectives.sft import Sft
-from spinfast.session import Game
+from spinfast.fit import fit
+from spinfast.methods.phases import conclude, epochs
+from spinfast.methods.run import Run, begin
+from spinfast.methods.spin import game, train_policy
+from spinfast.objectives import Nll
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
 from spinfast.types import Group, Pair
@@ -27,62 +30,59 @@ from spinfast.types import Group, Pair
 Deal = Callable[[Sequence[Pair], int], list[Pair]]
 
 
-def play_controls(game: Game) -> Iterator[tuple[str, dict]]:
+def play_controls(run: Run) -> Iterator[tuple[str, dict]]:
     """Play every control of the run, yielding (its name, row of its results.json)."""
     for name in CONTROLS:
-        with closing(RunDir(game.run.path / "controls" / name, game.config)) as run:
-            shutil.copy(game.run.path / "environment.json", run.path)
-            for row in play_control(replace(game, run=run), game.run, name):
+        with closing(RunDir(run.directory.path / "controls" / name, run.config)) as directory:
+            shutil.copy(run.directory.path / "environment.json", directory.path)
+            control = begin(run.session, directory, run.display, run.examples, run.heldout)
+            for row in play_control(control, run.played, name):
                 yield name, row
 
 
-def play_control(game: Game, played: RunDir, name: str) -> Iterator[dict]:
-    """One control of the run `played`, in game.run."""
-    for label in ("base", "sft"):
-        if (played.path / label).is_dir():
-            previous = borrow(game, played, label)
-            yield conclude(game, previous, label, previous, game.policy.adapter())
-    for iteration, source in enumerate(sorted(played.path.glob("iter_*"))):
-        stage = game.run.stage(source.name)
-        opponent = game.become_opponent(previous)
-        deal(game, stage, played.stage(source.name), CONTROLS[name])
-        if name == "sft":
-            imitate(game, stage, iteration)
-        else:
-            score_opponent(game, stage, iteration)
-            train_policy(game, stage, iteration)
-        yield conclude(game, stage, iteration, previous, opponent)
-        previous = stage
+def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]:
+    """One control of a run whose stages were `played`."""
+    last = None
+    for stage in played:
+        if stage.method != "spin":
+            last = borrow(run, stage, last)
+            yield conclude(run, last, run.played[-1] if run.played else last, run.policy.adapter())
+            continue
+        same = run.stage(stage.name, last, "spin", stage.number)
+        start = run.become(last, merge=run.config.adapter.init == "merge" and last.method != "base")
+        pairs = deal(run, same, stage, CONTROLS[name])
+        imitate(run, same, pairs) if name == "sft" else train_policy(run, same, pairs)
+        yield conclude(run, same, last, start, game(run.config, stage.number))
+        last = same
 
 
-def borrow(game: Game, played: RunDir, label: str) -> Stage:
+def borrow(run: Run, stage: Stage, last: Stage | None) -> Stage:
     """A stage that control and run have in common, copied whole."""
-    target = game.run.path / label
+    target = run.directory.path / stage.name
     if not target.exists():
-        beside = target.with_name(f".{label}.partial")
+        beside = target.with_name(f".{stage.name}.partial")
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(played.path / label, beside)
+        shutil.copytree(stage.directory, beside)
         beside.rename(target)
-    return game.run.stage(label)
+    return run.stage(stage.name, last, stage.method, stage.number)
 
 
-def deal(game: Game, stage: Stage, source: Stage, dealt: Deal) -> None:
+def deal(run: Run, stage: Stage, source: Stage, dealt: Deal) -> list[Pair]:
     """The run's pairs of this round, changed as the control asks."""
-    if stage.finished("pair"):
-        return
-    with stage.phase("pair", "pairs.parquet"):
-        pairs = dealt(read_pairs(source.path("pairs.parquet")), game.config.seed)
-        with files.replacing(stage.path("pairs.parquet")) as path:
-            write_pairs(path, pairs, game.examples, game.renderer.text)
+    path = stage.path("pairs.parquet")
+    if not stage.finished("pair"):
+        with stage.phase("pair", path.name):
+            pairs = dealt(read_pairs(source.path(path.name)), run.config.seed)
+            with files.replacing(path) as partial:
+                write_pairs(partial, pairs, run.examples, run.session.machine.renderer.text)
+    return read_pairs(path)
 
 
-def imitate(game: Game, stage: Stage, iteration: int) -> None:
+def imitate(run: Run, stage: Stage, pairs: Sequence[Pair]) -> None:
     """SFT on the real answers of the round's pairs, with SPIN's learning rate and steps."""
-    if not stage.finished("train"):
-        pairs = read_pairs(stage.path("pairs.parquet"))
-        groups = [Group(pair.prompt_ids, (pair.real_ids,)) for pair in pairs]
-        identity = {"pairs": files.sha256(stage.path("pairs.parquet"))}
-        optimise(game, stage, groups, Sft(), game.spin_plan(iteration), identity)
+    c, t = run.config.spin, stage.number
+    groups = [Group(pair.prompt_ids, (pair.real_ids,)) for pair in pairs]
+    fit(run, stage, epochs(run, groups, c, t + 1), Nll(), c, at(c.lr, t))
 
 
 def shuffle(pairs: Sequence[Pair], seed: int) -> list[Pair]:

@@ -63,15 +63,18 @@ class TransformersPolicy:
         self.ops = ops
         self.lora = lora
         self.folded: list[Adapter] = []  # adapters merged into the base, oldest first
+        self._before: list[torch.Tensor] = []  # the weights that the first merge changed, on the host
         base.requires_grad_(False)
         base.config.use_cache = False
         with _seeded(seed):
             try:
                 self.model = get_peft_model(base, lora, autocast_adapter_dtype=True)
             except (ValueError, re.error) as error:
-                raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
+                raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from error
         if isinstance(self.model.get_output_embeddings(), LoraLayer):
-            raise UserError("lora.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out")
+            raise UserError(
+                "adapter.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out"
+            )
         self.model.train()
         self.unfuse = fuse(self.model, ops)
         self.causal_lm = base
@@ -112,7 +115,7 @@ class TransformersPolicy:
     def base_only(self) -> Iterator[None]:
         """The base without its adapter (and without what earlier rounds merged, if any was)."""
         if self.folded:
-            raise UserError("the base alone is gone once adapters were merged; use lora.init: continue")
+            raise UserError("the base alone is gone once adapters were merged; use adapter.init: continue")
         with self.model.disable_adapter():
             yield
 
@@ -143,8 +146,8 @@ class TransformersPolicy:
         if misfits or strangers:
             raise UserError(
                 f"adapter does not fit the model: {len(misfits)} tensors missing or of another shape, "
-                f"{len(strangers)} unknown (first: {(misfits + strangers)[0]}); check model.name, lora.r, "
-                "lora.target_modules"
+                f"{len(strangers)} unknown (first: {(misfits + strangers)[0]}); check model.name, adapter.r, "
+                "adapter.target_modules"
             )
         set_peft_model_state_dict(self.model, adapter.tensors)
 
@@ -156,28 +159,48 @@ class TransformersPolicy:
         adapters.save(self.full_adapter(), path)
 
     def restore(self, adapter: Adapter) -> None:
-        """Become base + `adapter` again, a full_adapter() of an earlier process: fold all parts but the last."""
-        parts = adapters.unstack(adapter, self.lora.r)
-        for part in parts[len(self.folded) : -1]:
+        """Become base + `adapter`, a full_adapter() of this or an earlier process: fold all parts but the last."""
+        *merged, last = adapters.unstack(adapter, self.lora.r)
+        if not _starts_with(merged, self.folded):
+            self._unfold()
+        for part in merged[len(self.folded) :]:
             self.load_adapter(part)
             self._fold()
-        self.load_adapter(parts[-1])
+        self.load_adapter(last)
+
+    def restart(self, seed: int) -> None:
+        """The base as it was loaded, and a fresh adapter (A random by `seed`, B zero)."""
+        self._unfold()
+        self._fresh(seed)
 
     def merge_and_restart(self, seed: int) -> None:
         """Fold the adapter into the base and start a fresh one (A random by `seed`, B zero)."""
         self._fold()
+        self._fresh(seed)
+
+    def _fresh(self, seed: int) -> None:
         with _seeded(seed):
             for module in self._lora_layers():
                 module.reset_lora_parameters("default", init_lora_weights=True)
 
     @torch.no_grad()
     def _fold(self) -> None:
+        weights = [module.get_base_layer().weight for module in self._lora_layers()]
+        if any(not weight.is_floating_point() for weight in weights):
+            raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
+        if not self.folded:
+            self._before = [weight.to("cpu", copy=True) for weight in weights]
         self.folded.append(self.adapter())
-        for module in self._lora_layers():
-            weight = module.get_base_layer().weight
-            if not weight.is_floating_point():
-                raise UserError("lora.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
+        for module, weight in zip(self._lora_layers(), weights, strict=True):
             weight.copy_(weight.float() + module.get_delta_weight("default").float())
+
+    @torch.no_grad()
+    def _unfold(self) -> None:
+        """Put back the weights that merging changed; subtracting would leave its roundings."""
+        if self.folded:
+            for module, weight in zip(self._lora_layers(), self._before, strict=True):
+                module.get_base_layer().weight.copy_(weight)
+        self.folded, self._before = [], []
 
     def _lora_layers(self) -> list[LoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -189,6 +212,15 @@ class TransformersPolicy:
 
 def _plain(value):
     return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def _starts_with(parts: list[Adapter], first: list[Adapter]) -> bool:
+    """Are the `first` adapters the first of these?"""
+    return len(parts) >= len(first) and all(
+        torch.equal(part.tensors[name], tensor)
+        for part, other in zip(parts, first, strict=False)
+        for name, tensor in other.tensors.items()
+    )
 
 
 @contextmanager

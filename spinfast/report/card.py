@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from spinfast.evaluate.advice import warnings
-from spinfast.names import label, stage_name
+from spinfast.names import label
 from spinfast.report import study
 from spinfast.report.read import Run, read_run
 from spinfast.store import files
@@ -54,9 +54,7 @@ def card(run: Run, iteration: str | int, adapter_config: dict) -> str:
         "training data": _data(c["data"]),
         "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
         "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
-        "made by": f"{label(iteration)} of {c['spin']['iterations']} iterations; beta {_list(c['spin']['beta'])}, "
-        f"{c['spin']['loss']} loss, learning rate {_list(c['train']['lr'])}, {c['train']['epochs']} epoch(s), "
-        f"{c['train']['pairs_per_step']} pairs per step, seed {c['seed']}",
+        "made by": _made_by(run, iteration),
         "pairs": _pairs(run, iteration),
         "software": ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items()),
     }
@@ -97,6 +95,20 @@ def _list(values: list[float]) -> str:
 def _data(data: dict) -> str:
     parts = [data["source"], data["subset"], f"split {data['split']}", data["revision"], f"seed {data['seed']}"]
     return ", ".join([*(part for part in parts if part), f"{data['size'] or 'all'} examples"])
+
+
+def _made_by(run: Run, iteration: str | int) -> str:
+    """The stage and what its method was given."""
+    method, c = next((row["method"] for row in run.rows if row["iteration"] == iteration), "base"), run.config
+    if method == "base":
+        return "nothing yet: the adapter before any training"
+    used = c[method]
+    parts = [label(iteration)]
+    if method == "spin":
+        parts[0] += f" of {used['iterations']} iterations"
+        parts += [f"beta {_list(used['beta'])}", f"{used['loss']} loss"]
+    parts += [f"learning rate {_list(used['lr'])}", f"{used['epochs']} epoch(s)"]
+    return ", ".join([*parts, f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"])
 
 
 def _pairs(run: Run, iteration: str | int) -> str:
@@ -141,6 +153,6 @@ def _limits(run: Run, iteration: str | int) -> str:
     ]
     if len(run.rows) > 2:
         lines.append("- Whoever picks the best of several iterations on these figures finds it a little too good.")
-    position = run.stages.index(stage_name(iteration)) if stage_name(iteration) in run.stages else 0
+    position = next((i for i, row in enumerate(run.rows) if row["iteration"] == iteration), 0)
     lines += [f"- {warning}" for warning in warnings(run.rows[: position + 1])]
     return "\n".join(lines)

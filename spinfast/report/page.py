@@ -296,16 +296,21 @@ def _answer(stage: str, row: dict) -> dict:
 def _setup(runs: Sequence[Run]) -> str:
     parts = ['<section id="setup"><h2>Setup</h2>']
     for run in runs:
-        c, e = run.config, run.environment
+        c, e, a = run.config, run.environment, run.config["adapter"]
         versions = ", ".join(f"{name} {version}" for name, version in e.get("versions", {}).items())
         facts = {
             "model": f"{c['model']['name']} {c['model']['revision'] or ''}",
             "training data": f"{c['data']['source']} ({c['data']['size'] or 'all'} examples)",
             "held-out data": c["heldout"]["source"] if c["heldout"] else "none",
-            "adapter": f"LoRA r = {c['lora']['r']}, alpha = {c['lora']['alpha']:g}, on {c['lora']['target_modules']}",
-            "game": f"{c['spin']['iterations']} iterations, beta = {c['spin']['beta']}, {c['spin']['loss']} loss",
-            "optimizer": f"{c['train']['optimizer']}, lr = {c['train']['lr']}, {c['train']['epochs']} epochs, "
-            f"{c['train']['pairs_per_step']} pairs per step",
+            "adapter": f"LoRA r = {a['r']}, alpha = {a['alpha']:g}, on {a['target_modules']}",
+            "game": f"{c['spin']['iterations']} iterations, beta = {c['spin']['beta']}, {c['spin']['loss']} loss"
+            if "spin" in c["method"]
+            else "none",
+            **{
+                f"optimizer, {method}": f"{c[method]['optimizer']}, lr = {c[method]['lr']}, "
+                f"{c[method]['epochs']} epochs, {c[method]['groups_per_step']} groups per step"
+                for method in c["method"]
+            },
             "seed": c["seed"],
             "machine": f"{e.get('device', '?')}, {e.get('platform', '')}",
             "versions": f"spinfast {e.get('spinfast', '?')}, Python {e.get('python', '?')}, {versions}",

@@ -12,10 +12,11 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
+from spinfast.config import parse_config
 from spinfast.errors import UserError
-from spinfast.names import control_of, run_name, stage_name
+from spinfast.names import control_of, label, run_name
 from spinfast.store import files
-from spinfast.store.record import whole_lines
+from spinfast.store.record import KIND, whole_lines
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
     steps: list[dict]  # metrics.jsonl
     system: list[dict]  # system.jsonl
     predicted_mib: dict[str, float]  # phase -> peak that was simulated before the run, where it was
-    iterations: int  # that it plays: fewer than configured where the game was over earlier
+    expected: int | None  # rows that it ends with, once that is known
 
     @property
     def played(self) -> Path:
@@ -40,12 +41,27 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.rows) and self.rows[-1]["iteration"] == self.iterations - 1
+        return self.expected is not None and len(self.rows) >= self.expected
+
+    def method(self, stage: str) -> str:
+        """Which method made a stage."""
+        return self._kind(stage).get("method", stage)
+
+    def label(self, stage: str) -> str:
+        """A stage's directory for people."""
+        return label(self._kind(stage).get("label", stage))
+
+    def _kind(self, stage: str) -> dict:
+        try:
+            kind = json.loads((self.path / stage / KIND).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return kind if isinstance(kind, dict) else {}
 
     @cached_property
     def stages(self) -> list[str]:
         """Directory names of the stages that have a row."""
-        return [stage_name(row["iteration"]) for row in self.rows]
+        return [row["stage"] for row in self.rows]
 
     @cached_property
     def transcripts(self) -> dict[str, list[dict]]:
@@ -80,7 +96,8 @@ def read_run(path: Path) -> Run:
     def lines(name: str) -> list[dict]:
         return whole_lines(path / name) if (path / name).exists() else []
 
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    config = parse_config(stored, f"report {path}: config.yaml").model_dump(mode="json")
     played = control_of(path) or path  # a control plays what its run did
     ended = (played / "best.json").exists()  # what a run writes last
     return Run(
@@ -93,7 +110,7 @@ def read_run(path: Path) -> Run:
         steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
         system=lines("system.jsonl"),
         predicted_mib=_json(path / "plan.json", {}).get("predicted_mib", {}),
-        iterations=len(list(played.glob("iter_*"))) if ended else config["spin"]["iterations"],
+        expected=len(_json(played / "results.json", [])) if ended else None,
     )
 
 

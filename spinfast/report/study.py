@@ -17,8 +17,8 @@ import numpy as np
 
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
-from spinfast.names import label, stage_label, stage_name
-from spinfast.objectives.spin import loss_at_zero_margin
+from spinfast.names import label
+from spinfast.objectives import loss_at_zero_margin
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
@@ -90,12 +90,12 @@ def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
     """Steps of self-play end to end; the SFT stage minimises something else and is left out."""
     series, marks = [], {}
     for position, run in enumerate(runs):
-        points = [row for row in run.steps if row["stage"].startswith("iter_") and metric in row]
+        points = [row for row in run.steps if run.method(row["stage"]) == "spin" and metric in row]
         offset = 0
         for stage, rows in groupby(points, key=lambda row: row["stage"]):
             rows = list(rows)
             x = [float(offset + row["step"]) for row in rows]
-            marks.setdefault(x[0], stage_label(stage))
+            marks.setdefault(x[0], run.label(stage))
             series.append(Series(run.name, position, x, [row[metric] for row in rows]))
             offset = int(x[-1])
     if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
@@ -150,14 +150,14 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
     }
     made = []
     for stage, sides in changes.items():
-        alike = [members for other, members in changes.items() if (other == "sft") == (stage == "sft")]
+        alike = [members for other, members in changes.items() if run.method(other) == run.method(stage)]
         edges = _bins(np.concatenate([side for members in alike for side in members]), len(sides[0]))
         counts = [np.histogram(np.clip(side, edges[0], edges[-1]), edges)[0] for side in sides]
         series = [
             Series(name, slot, edges.tolist(), count.tolist())
             for slot, (name, count) in enumerate(zip(("real", "generated"), counts, strict=True))
         ]
-        name, title = f"log-ratio-{stage}", stage_label(stage)
+        name, title = f"log-ratio-{stage}", run.label(stage)
         if several:
             name, title = f"{run.name}-{name}", f"{run.name}: {title}"
         name = name.replace("/", "-")  # names a file
@@ -189,7 +189,7 @@ def _memory(runs: Sequence[Run]) -> Plot:
         start = rows[0]["time"]
         x = [(row["time"] - start) / 60 for row in rows]
         for minute, row in zip(x, rows, strict=True):
-            if (name := stage_label(row["stage"])) not in marks.values():
+            if (name := run.label(row["stage"])) not in marks.values():
                 marks[minute] = name
         series.append(Series(run.name, position, x, [row[measure] for row in rows]))
     shown = tuple(marks.items()) if len(runs) == 1 else ()
@@ -264,7 +264,7 @@ def change(name: str, after: dict[str, float], against: str, before: dict[str, f
 
 def against_base(run: Run, row: dict, metric: str) -> Change | None:
     """A row's verdicts (STRICT or FLEXIBLE) against the base's."""
-    stage, measure = stage_name(row["iteration"]), {STRICT: "accuracy strict", FLEXIBLE: "accuracy flexible"}[metric]
+    stage, measure = row["stage"], {STRICT: "accuracy strict", FLEXIBLE: "accuracy flexible"}[metric]
     if stage == "base":
         return None
     return change(label(row["iteration"]), run.scores(stage, metric), "base", run.scores("base", metric), measure)
@@ -296,7 +296,8 @@ def story(run: Run) -> list[str]:
     moment = f", as of {datetime.fromtimestamp(seen, UTC):%Y-%m-%d %H:%M} UTC" if seen else ""
     state = f"not finished, the last row is {last}'s{moment}"
     if run.finished:
-        early = run.iterations < c["spin"]["iterations"]
+        planned = c["spin"]["iterations"] if "spin" in c["method"] else 0
+        early = sum(run.method(stage) == "spin" for stage in run.stages) < planned
         state = f"finished{', early, for want of a held-out gain' if early else ''}"
     sentences = [f"{c['model']['name']} played {c['data']['source']}; the run is {state}."]
     top = best_row(run)

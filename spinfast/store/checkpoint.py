@@ -60,7 +60,7 @@ def finite_adapter(policy: Policy, state: TrainState) -> Adapter:
     if name := adapters.not_finite(adapter.tensors):
         raise UserError(
             f"step {state.step}: {name} is not finite, so nothing is saved from here; the checkpoint before it stands. "
-            "Lower train.lr (or sft.lr) and give another --run-dir"
+            "Lower the learning rate and give another --run-dir"
         )
     return adapter
 

@@ -27,13 +27,14 @@ import psutil
 import torch
 import yaml
 
-from spinfast.config import Config
+from spinfast.config import Config, parse_config
 from spinfast.device import fresh_memory
 from spinfast.errors import UserError
 from spinfast.store import files
 from spinfast.store.trackers import Trackers, check_installed
 
 log = logging.getLogger("spinfast")
+KIND = "stage.json"  # what a stage is, for readers of the directory
 
 
 class RunDir:
@@ -98,9 +99,6 @@ class RunDir:
         if not any(path.is_dir() for path in self.path.iterdir()):
             shutil.rmtree(self.path)
 
-    def stage(self, name: str, after: Stage | None = None) -> Stage:
-        return Stage(self, name, after)
-
     def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
         """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
         row = {"stage": stage, "phase": phase, "step": step}
@@ -114,12 +112,15 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         return whole_lines(path) if path.exists() else []
 
-    def restore_metrics(self, stage: str, rows: list[dict]) -> None:
+    def restore_metrics(self, stage: Stage, rows: list[dict]) -> None:
         """Make `rows` the lines of this stage: what came after a checkpoint, a crash or damage goes."""
         path = self.path / "metrics.jsonl"
-        others = [row for row in self.steps() if row["stage"] != stage]
-        lines = sorted(others + rows, key=lambda row: (row["stage"] != "sft", row["stage"], row["step"]))
-        text = _jsonl(lines)
+        known = self.steps()
+        place = {name: number for number, name in enumerate(stage.line)}  # stages that come later stay behind it
+        before = [row for row in known if row["stage"] in place and row["stage"] != stage.name]
+        after = [row for row in known if row["stage"] not in place]
+        before.sort(key=lambda row: (place[row["stage"]], row["step"]))
+        text = _jsonl([*before, *rows, *after])
         if not path.exists() or path.read_bytes() != text.encode():
             self._close_trackers()
             files.write_text(path, text)
@@ -156,16 +157,28 @@ class RunDir:
 
 
 class Stage:
-    """One stage's directory and its finished phases."""
+    """One stage's directory and its finished phases.
 
-    def __init__(self, run: RunDir, name: str, after: Stage | None = None):
-        self.run, self.name, self.after, self.directory = run, name, after, run.path / name
+    `method` made it ("base": nothing was trained), and it is number `number` of that method's stages.
+    """
+
+    def __init__(self, run: RunDir, name: str, after: Stage | None = None, method: str = "base", number: int = 0):
+        self.run, self.name, self.after, self.method, self.number = run, name, after, method, number
+        self.directory = run.path / name
         self.directory.mkdir(exist_ok=True)
+        kind = {"method": method, "number": number, "label": self.label}
+        if not self.path(KIND).exists() or self.path(KIND).read_text() != json.dumps(kind) + "\n":
+            files.write_text(self.path(KIND), json.dumps(kind) + "\n")
 
     @property
-    def round(self) -> int:
-        """Which round of training this is the result of: 0 for base and SFT, t for iteration t."""
-        return int(self.name.removeprefix("iter_")) if self.name.startswith("iter_") else 0
+    def label(self) -> str | int:
+        """How a row of results.json calls it: by its number, unless it is called as its method is."""
+        return self.name if self.name == self.method else self.number
+
+    @property
+    def line(self) -> list[str]:
+        """The names of the stages up to this one, in order."""
+        return [*(self.after.line if self.after else ()), self.name]
 
     def read(self, name: str) -> dict:
         """A JSON file of the stage, {} if the stage has none."""
@@ -282,7 +295,11 @@ def _check_config(path: Path, config: Config) -> None:
         raise UserError(
             f"{existing}: damaged, so the run cannot be told from another config's; give another --run-dir"
         ) from None
-    if stored != yaml.safe_load(config.dump()):
+    try:
+        same = parse_config(stored, kind=type(config)).identity() == config.identity()
+    except (UserError, TypeError):
+        same = False
+    if not same:
         raise UserError(
             f"run directory {path}: made by another config (see its config.yaml); "
             "give the same config to resume it, or another --run-dir"

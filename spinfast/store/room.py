@@ -30,13 +30,14 @@ def check(directory: Path, needed: int, what: str) -> None:
         )
 
 
-def of_run(config, adapter_bytes: int, examples: int) -> int:
+def of_run(config, loads, adapter_bytes: int) -> int:
     """Bytes that a whole run may leave: its adapters, three checkpoints at a time, its answers at their longest."""
-    rounds = config.spin.iterations + bool(config.sft.epochs)
-    grown = rounds * (rounds + 1) // 2 if config.lora.init == "merge" else rounds
-    moments = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
-    tokens = examples * (2 * config.generation.max_tokens + config.prompt.max_prompt_tokens)
-    return adapter_bytes * (1 + grown + 3 * (1 + moments)) + config.spin.iterations * tokens * TOKEN_BYTES
+    rounds = sum(len(load.rounds) for load in loads)
+    grown = rounds * (rounds + 1) // 2 if config.adapter.init == "merge" else rounds
+    moments = max({"adamw": 2, "rmsprop": 1}[load.settings.optimizer] for load in loads)
+    answers = sum(len(load.rounds) * len(load.everything) for load in loads if load.generates)
+    tokens = answers * (2 * config.generation.max_tokens + config.prompt.max_prompt_tokens)
+    return adapter_bytes * (1 + grown + 3 * (1 + moments)) + tokens * TOKEN_BYTES
 
 
 def taken(directory: Path) -> int:

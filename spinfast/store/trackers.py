@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from spinfast.errors import UserError
-from spinfast.names import run_name, stage_name
+from spinfast.names import run_name
 
 PROJECT = "spinfast"
 
@@ -36,7 +36,7 @@ class TensorBoard:
         for number, step in enumerate(steps, 1):
             self.log(scalars(step), number)
         for row in rows:
-            self.log(outcomes(row), last_steps(steps).get(stage_name(row["iteration"]), 0))
+            self.log(outcomes(row), last_steps(steps).get(row["stage"], 0))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -80,7 +80,7 @@ class Trackers:
         if row["iteration"] in self.shown:  # a resumed run concludes its finished stages again
             return
         self.shown.add(row["iteration"])
-        self._log(outcomes(row), self.last.get(stage_name(row["iteration"]), 0))
+        self._log(outcomes(row), self.last.get(row["stage"], 0))
 
     def close(self) -> None:
         for member in self.members:

@@ -1,7 +1,7 @@
 """LoRA adapters outside a model: PEFT's directory layout, fingerprints, and stacking.
 
 Stacking writes the sum of several adapters as one: A's rows and B's columns are concatenated, the rank is the sum
-and alpha grows with it, so that scaling = alpha / r stays. Merged rounds (lora.init: merge) are saved that way,
+and alpha grows with it, so that scaling = alpha / r stays. Merged rounds (adapter.init: merge) are saved that way,
 which keeps every saved adapter relative to the original base.
 """
 
@@ -124,7 +124,7 @@ def unstack(adapter: Adapter, r: int) -> list[Adapter]:
     """The parts of rank r that `stack` joined, oldest first."""
     count = adapter.config["r"] // r
     if count * r != adapter.config["r"]:
-        raise UserError(f"adapter of rank {adapter.config['r']}: expected a multiple of lora.r = {r}")
+        raise UserError(f"adapter of rank {adapter.config['r']}: expected a multiple of adapter.r = {r}")
     shrunk = {"r": r, "lora_alpha": adapter.config["lora_alpha"] / count}
     parts = {name: tensor.split(r, dim=0 if ".lora_A." in name else 1) for name, tensor in adapter.tensors.items()}
     return [

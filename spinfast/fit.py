@@ -1,0 +1,112 @@
+"""A stage's training, whatever the method: from the newest checkpoint to the end, checked, saved, resumable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from spinfast.config import Optimisation
+from spinfast.interrupt import finishing_steps, stop_if_asked
+from spinfast.objectives import Objective
+from spinfast.store import checkpoint, failed_step, files
+from spinfast.store.record import Stage
+from spinfast.train import NonFinite, Steps, start_training, train
+
+log = logging.getLogger("spinfast")
+
+
+def fit(
+    run, stage: Stage, steps: Steps, objective: Objective, settings: Optimisation, lr: float, cut: int | None = None
+) -> None:
+    """Train the adapter to the end of the stage and save it; one metrics line per step.
+
+    `cut` is the size of the microbatches, in tokens, in which a reference was scored.
+    """
+    if stage.finished("train"):
+        return
+    config, policy, device = run.config, run.policy, run.session.machine.device
+    run.generator.rest()
+    identity = {"stage": stage.name, "basis": stage.basis("train")}
+    identity |= {"config": config.hash(), "model": run.session.machine.model.revision}
+    saves = stage.path("checkpoints")
+    state = start_training(policy, settings.optimizer, settings.weight_decay, device.scaled_loss)
+    rows = checkpoint.load_latest(saves, policy, state, identity)
+    run.directory.restore_metrics(stage, rows)
+    if state.step:
+        log.info("%s: training continues after step %d", stage.name, state.step)
+    saved, saved_at = state.step, time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        if saved < state.step:
+            checkpoint.save(saves, policy, state, identity, rows)
+        saved, saved_at = state.step, time.monotonic()
+
+    with (
+        finishing_steps(),
+        stage.phase("train", "adapter", "train.json", "metrics.jsonl"),
+        run.display.phase(f"{stage.name} train", len(steps), "steps") as tick,
+    ):
+        tick.advance(state.step)
+        try:
+            for metrics in train(policy, steps, objective, settings, lr, run.budget, state, config.train.max_overflows):
+                untouched = (rows[-1]["train/overflows"] if rows else 0) == state.step - 1  # all before were skipped
+                if untouched and objective.at_start is not None:
+                    check_first_loss(metrics, objective.at_start, device.dtype, cut)
+                rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
+                tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
+                run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
+                due = state.step % config.train.save_every_steps == 0
+                if due or time.monotonic() - saved_at > config.train.save_every_seconds:
+                    save()
+                stop_if_asked(save)
+        except NonFinite as error:
+            raise failed_step.keep(run, stage, objective, error) from None
+        checkpoint.finite_adapter(policy, state)
+        files.write_directory(stage.path("adapter"), policy.save_adapter)
+        files.write_json(stage.path("train.json"), summary(rows))
+        files.write_text(stage.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_first_loss(metrics: dict[str, float], expected: float, dtype: torch.dtype, cut: int | None) -> None:
+    """The free invariant of a reference: the policy starts as it. A skipped step says nothing yet.
+
+    Equal microbatches give equal log-probs; where memory made the step's smaller, they are equal to rounding only.
+    """
+    if not math.isfinite(metrics["train/loss"]):
+        return
+    bound = 1e-5 if dtype == torch.float32 else 1e-3
+    if metrics["train/microbatch_tokens"] != cut:
+        bound *= 100
+    if not abs(metrics["train/loss"] - expected) <= bound * max(1.0, expected):
+        raise RuntimeError(
+            f"the first loss is {metrics['train/loss']:.6f}, expected {expected:.6f} ± {bound:g}: policy and reference "
+            "differ before the first step. Usual causes: another adapter than the one that was scored, dropout left "
+            "on, another chat template or packing between scoring and training. Delete opponent_logps.safetensors to "
+            "score again; if it stays, please report it with the run's log.txt"
+        )
+
+
+def summary(rows: Sequence[dict]) -> dict[str, float]:
+    """The training phase in a few figures, from its metrics lines; losses are those of steps that were made."""
+    losses = [row["train/loss"] for row in rows if not isinstance(row["train/loss"], str)]  # "nan" was skipped
+    last = rows[-1]
+    names = [name for name in last if name.startswith("train/")]
+    return {
+        "steps": last["step"],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        **{f"last/{name.removeprefix('train/')}": last[name] for name in names if name != "train/loss"},
+    }
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    parts = [f"loss {metrics['train/loss']:.4f}"]
+    if "train/margin" in metrics:
+        parts += [f"margin {metrics['train/margin']:.3f}", f"accuracy {metrics['train/pair_accuracy']:.2f}"]
+    return "  ".join(parts)

@@ -1,0 +1,145 @@
+"""One run as its methods see it: an open session, the data, the run directory, the display.
+
+A method is a generator function (run, last stage) -> rows of results.json; phases.py has the verbs that methods share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from spinfast.config import Config
+from spinfast.data import load_data
+from spinfast.generation import Generator, prompt_seed
+from spinfast.memory.planner import Load, StepPlan
+from spinfast.objectives import Pairwise
+from spinfast.packing import packed_length
+from spinfast.policy import Policy
+from spinfast.policy.adapters import files as adapters
+from spinfast.progress import Display
+from spinfast.session import Session, look, open_session, plan_steps
+from spinfast.store import files, room
+from spinfast.store.record import RunDir, Stage
+from spinfast.train import Budget
+from spinfast.types import Adapter, Example
+
+log = logging.getLogger("spinfast")
+
+
+@dataclass
+class Run:
+    """`base` is the checksum of the frozen weights that the stage is played on, `played` all stages so far."""
+
+    session: Session
+    directory: RunDir
+    display: Display
+    examples: Sequence[Example]
+    heldout: Sequence[Example]
+    longest: int  # packed tokens of the longest group that the config admits
+    game: Pairwise  # what stages that are no game themselves are held out against
+    budget: Budget = None
+    base: str | None = None
+    played: list[Stage] = field(default_factory=list)
+
+    def __post_init__(self):
+        tokens = files.read_sealed(plan_path(self.directory), "plan")["microbatch_tokens"]
+        self.budget = Budget(tokens, self.session.machine.device.attention, self._shrink)
+
+    @property
+    def config(self) -> Config:
+        return self.session.config
+
+    @property
+    def policy(self) -> Policy:
+        return self.session.policy
+
+    @property
+    def generator(self) -> Generator:
+        return self.session.generator
+
+    def _shrink(self, tokens: int) -> None:
+        """Memory ran out: smaller microbatches for the rest of the run, with room for the longest possible group."""
+        tokens = max(tokens, min(self.budget.microbatch_tokens, self.longest))
+        self.budget = Budget(tokens, self.budget.attention, self._shrink)
+        path = plan_path(self.directory)
+        files.write_sealed(path, files.read_sealed(path, "plan") | {"microbatch_tokens": tokens}, "plan")
+
+    def stage(self, name: str, last: Stage | None, method: str, number: int = 0) -> Stage:
+        """A stage's directory; `number` counts the rounds of its method."""
+        return Stage(self.directory, name, last, method, number)
+
+    def become(self, last: Stage, merge: bool = False) -> Adapter:
+        """Put the policy where a stage starts, the result of the last one, and return its adapter there.
+
+        With `merge` that result moves into the base and a fresh adapter starts, B zero.
+        """
+        self.policy.restore(adapters.load(last.path("adapter"), self.session.machine.model.revision))
+        if merge:
+            self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
+        self.base = self.policy.base_checksum()
+        start = self.policy.adapter()
+        self.session.check_generator(self.examples[0].prompt_ids + self.examples[0].real_ids, start)
+        return start
+
+    def check_base(self) -> None:
+        """No stage may change the frozen weights: the engine's, the policy's and the reference's are the same ones."""
+        if self.base is not None and self.policy.base_checksum() != self.base:
+            raise RuntimeError(
+                "the base's weights changed while a round was played; its results cannot be trusted. "
+                "Please report this with the run's log.txt and environment.json"
+            )
+
+
+@contextmanager
+def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Run]:
+    """Load data and weights, start the generator, begin or continue the run in `directory`."""
+    machine = look(config)
+    data = load_data(config, machine.renderer)
+    fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
+    directory.remember({"model": machine.model.revision} | fingerprints)
+    examples = data["data"].examples
+    work = loads(config, examples)
+    plan = _adopted(directory) or plan_steps(config, machine, work)
+    files.write_sealed(plan_path(directory), asdict(plan), "plan")
+    with open_session(config, machine, plan) as session:
+        needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
+        room.check(directory.path, needed - room.taken(directory.path), "the run")
+        yield begin(session, directory, display, examples, data["heldout"].examples if "heldout" in data else [])
+
+
+def begin(
+    session: Session,
+    directory: RunDir,
+    display: Display,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+) -> Run:
+    """A run in an open session, from a fresh adapter."""
+    session.fresh()
+    if not plan_path(directory).exists():
+        files.write_sealed(plan_path(directory), asdict(session.plan), "plan")
+    work = loads(session.config, ())
+    longest = max(packed_length(group) for load in work for group in load.groups)
+    game = next((load.objective for load in work if load.objective.at_start is not None), Pairwise())
+    return Run(session, directory, display, examples, heldout, longest, game)
+
+
+def loads(config: Config, examples: Sequence[Example]) -> list[Load]:
+    """What each method of the config asks of a step at its fullest; without examples the config's limits count."""
+    from spinfast.methods import METHODS
+
+    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
+    return [METHODS[name].load(config, lengths) for name in config.method]
+
+
+def plan_path(directory: RunDir) -> Path:
+    return directory.path / "plan.json"
+
+
+def _adopted(directory: RunDir) -> StepPlan | None:
+    """The plan of a run that goes on, as far as memory corrected it, so that its batches stay the same."""
+    known = files.read_sealed(plan_path(directory), "plan")
+    return StepPlan(**known) if known is not None else None
