@@ -21,7 +21,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, model):
-    return fingerprints(play(tmp_path_factory.mktemp("undisturbed"), model, sft={"epochs": 1, "examples_per_step": 6}))
+    return fingerprints(play(tmp_path_factory.mktemp("undisturbed"), model, sft={"groups_per_step": 6}))
 
 
 def differing(run_dir, expected):
@@ -44,7 +44,7 @@ def differing(run_dir, expected):
     ],
 )
 def test_sigterm_then_the_same_command(tmp_path, model, undisturbed, monkeypatch, phase, after):
-    config = write_config(tmp_path, model, sft={"epochs": 1, "examples_per_step": 6})
+    config = write_config(tmp_path, model, sft={"groups_per_step": 6})
     arguments = [str(config), "--run-dir", str(tmp_path / "run")]
     advance, count = Tick.advance, 0
 

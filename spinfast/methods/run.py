@@ -46,7 +46,7 @@ class Run:
 
     def __post_init__(self):
         tokens = files.read_sealed(plan_path(self.directory), "plan")["microbatch_tokens"]
-        self.budget = Budget(tokens, self.session.machine.device.attention, self._shrink)
+        self.budget = Budget(tokens, self.session.machine.device.attention, shrunk=self._shrink)
 
     @property
     def config(self) -> Config:
@@ -63,7 +63,7 @@ class Run:
     def _shrink(self, tokens: int) -> None:
         """Memory ran out: smaller microbatches for the rest of the run, with room for the longest possible group."""
         tokens = max(tokens, min(self.budget.microbatch_tokens, self.longest))
-        self.budget = Budget(tokens, self.budget.attention, self._shrink)
+        self.budget = Budget(tokens, self.budget.attention, shrunk=self._shrink)
         path = plan_path(self.directory)
         files.write_sealed(path, files.read_sealed(path, "plan") | {"microbatch_tokens": tokens}, "plan")
 

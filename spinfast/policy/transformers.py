@@ -7,6 +7,7 @@ The forward goes through the decoder stack alone: the head is applied to the sco
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,17 +169,21 @@ class TransformersPolicy:
             self._fold()
         self.load_adapter(last)
 
+    @torch.no_grad()
     def restart(self, seed: int) -> None:
-        """The base as it was loaded, and a fresh adapter (A random by `seed`, B zero)."""
+        """The base as it was loaded, and the adapter that a new policy of this seed has."""
         self._unfold()
-        self._fresh(seed)
+        with _seeded(seed):
+            for module in self._lora_layers():  # as PEFT: two Linear are made, on the CPU, then A is drawn anew
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                made = [torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False) for weight in (a, b)]
+                torch.nn.init.kaiming_uniform_(made[0].weight, a=math.sqrt(5))
+                a.copy_(made[0].weight)
+                b.zero_()
 
     def merge_and_restart(self, seed: int) -> None:
         """Fold the adapter into the base and start a fresh one (A random by `seed`, B zero)."""
         self._fold()
-        self._fresh(seed)
-
-    def _fresh(self, seed: int) -> None:
         with _seeded(seed):
             for module in self._lora_layers():
                 module.reset_lora_parameters("default", init_lora_weights=True)

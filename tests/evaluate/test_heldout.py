@@ -38,7 +38,7 @@ def test_what_is_turned_off_is_left_out_and_done_again_by_no_resume(tmp_path, ti
 
 def test_an_early_stop_waits_for_the_iterations_it_was_asked_for_and_ends_the_run(tmp_path, tiny_model):
     spin = {"iterations": 4, "stop_patience": 2}
-    run_dir = play(tmp_path, tiny_model("llama"), spin=spin, sft={"epochs": 1, "examples_per_step": 6})
+    run_dir = play(tmp_path, tiny_model("llama"), spin=spin, sft={"groups_per_step": 6})
     assert [*evaluations(run_dir)] == ["base", "sft", 0, 1]  # a random model's accuracy stays 0
     assert "no held-out gain over the base in the last 2 iterations" in (run_dir / "log.txt").read_text()
     assert read_run(run_dir).finished
