@@ -15,7 +15,9 @@ from spinfast.config import parse_config
 from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run
 from spinfast.errors import UserError
-from spinfast.memory.planner import HEAD_CHUNKS, heaviest, plan, worst_batch
+from spinfast.memory.planner import HEAD_CHUNKS, plan, worst_batch
+from spinfast.methods import METHODS
+from spinfast.methods.run import loads
 from spinfast.packing import packed_length
 from spinfast.run import main
 
@@ -31,7 +33,7 @@ def config(**changes):
         "data": {"source": "none.jsonl"},
         "generation": {"backend": "transformers", "batch_size": 4, "max_tokens": 128},
         "prompt": {"max_prompt_tokens": 128, "max_answer_tokens": 128},
-        "train": {"pairs_per_step": 8},
+        "spin": {"groups_per_step": 8},
     }
     for section, values in changes.items():
         tree[section] = tree.get(section, {}) | values
@@ -40,7 +42,11 @@ def config(**changes):
 
 def planned(memory, **changes):
     device = replace(profile("t4", plan_only=True), memory=int(memory))
-    return plan(config(**changes), device, MIDDLING, ops.EAGER)
+    return planned_for(config(**changes), device)
+
+
+def planned_for(c, device, shape=MIDDLING, table=ops.EAGER, engine="transformers"):
+    return plan(c, device, shape, table, loads(c, ()), engine)
 
 
 def test_less_memory_means_smaller_microbatches_then_checkpointing():
@@ -62,10 +68,10 @@ def test_the_heads_chunk_is_the_largest_that_fits():
     device = profile("t4", plan_only=True)
     wide = Qwen2Config(**MIDDLING.to_dict() | {"vocab_size": 100_000})
     fixed = config(train={"microbatch_tokens": 1024, "checkpointing": True}, generation={"batch_size": 1})
-    ample = plan(fixed, device, wide, ops.compiled("triton"))
+    ample = planned_for(fixed, device, wide, ops.compiled("triton"))
     assert ample.head_chunk == max(HEAD_CHUNKS)
     less = 50 * wide.vocab_size * 2  # 50 tokens' logits
-    tight = plan(fixed, replace(device, memory=ample.peak - less), wide, ops.compiled("triton"))
+    tight = planned_for(fixed, replace(device, memory=ample.peak - less), wide, ops.compiled("triton"))
     assert tight.head_chunk < ample.head_chunk
     assert tight.peak <= tight.budget
 
@@ -89,17 +95,19 @@ def test_generation_that_does_not_fit_is_named():
 
 def test_a_vllm_cache_is_resident_and_not_larger_than_useful():
     device = profile("t4", plan_only=True)
-    result = plan(config(generation={"backend": "vllm", "kv_cache_gib": 4.0}), device, MIDDLING, ops.EAGER, "vllm")
+    result = planned_for(config(generation={"backend": "vllm", "kv_cache_gib": 4.0}), device, engine="vllm")
     assert result.kv_cache_bytes == 2 * 6 * 2 * 32 * 2 * 4 * 256  # k and v, layers, heads, dim, fp16, slots, tokens
     assert "generate" not in result.phases
 
 
 def test_worst_batch_is_the_fullest_the_data_can_make():
-    groups = heaviest(config(), [(100, 20), (10, 120), (128, 128)])
-    assert [len(group.prompt_ids) for group in groups] == [128, 10, 100]
-    batch = worst_batch(groups, 400)
+    (load,) = [METHODS[name].load(config(), [(100, 20), (10, 120), (128, 128)]) for name in config().method]
+    assert [len(group.prompt_ids) for group in load.groups] == [128, 10, 100]
+    batch = worst_batch(load.groups, 400)
     assert sum(map(packed_length, batch)) <= 400
     assert any(len(group.prompt_ids) == 128 for group in batch)
+    prompts = METHODS["spin"].load(config(), [(100, 5)] * 8)  # more pairs fit where generated answers end at once
+    assert [len(group.answers[1]) for group in worst_batch(prompts.groups, 400)] == [1, 1, 1]
 
 
 @pytest.fixture
@@ -111,7 +119,7 @@ def run_config(tiny_model, tmp_path):
         "model": {"name": str(tiny_model("qwen2"))},
         "data": {"source": str(data)},
         "generation": {"backend": "transformers", "batch_size": 4, "max_tokens": 32},
-        "train": {"pairs_per_step": 4},
+        "spin": {"groups_per_step": 4},
     }
 
 
@@ -120,13 +128,13 @@ def test_dry_run_shows_everything(run_config, name):
     console = Console(record=True, width=160, force_terminal=True)
     result = dry_run(parse_config(run_config | {"device": {"profile": name}}), console)
     text = console.export_text()
-    assert "pairs_per_step: 4" in text
+    assert "groups_per_step: 4" in text
     assert f"microbatches of {result.microbatch_tokens} tokens" in text
-    assert "12 pairs" in text
-    assert "3 steps in iteration 0, 6 in each later one" in text
+    assert "spin: 12 groups" in text
+    assert "3 steps, 6 in each of 2 later rounds" in text
     assert "The sum is" in text
     assert ("published figures" in text) == (name == "t4")
-    for phase in ("train", "score", "generate"):
+    for phase in ("spin", "score", "generate"):
         assert phase in text
 
 
@@ -139,12 +147,14 @@ def test_trained_tokens_are_coloured(run_config):
     assert not any("What is" in part for part in green)
 
 
-def test_command_line(run_config, tmp_path, capsys):
+def test_command_line(run_config, tmp_path, capsys, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(run_config))
+    monkeypatch.chdir(tmp_path)
+    before = [entry.name for entry in tmp_path.iterdir() if entry.is_dir()]
     assert main([str(path), "device.profile=t4", "--dry-run"]) == 0
     assert "MiB at the fullest moment" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == before
     if not torch.cuda.is_available():
         assert main([str(path), "device.profile=t4"]) == 2
         assert "needs a CUDA GPU" in capsys.readouterr().err

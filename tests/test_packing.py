@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_cases import lengths, make_groups, tiny_policy
-from spinfast.objectives.sft import Sft
-from spinfast.objectives.spin import Spin
 
 from spinfast import ops
+from spinfast.config import Spin
 from spinfast.errors import UserError
+from spinfast.objectives import REFERENCE, Nll, Pairwise
 from spinfast.packing import bins, pack, packed_length
-from spinfast.train import TrainPlan, score, start_training, train, train_step
+from spinfast.train import Budget, Epochs, score, start_training, train, train_step
 
 LONGEST = 24 * 3
 shapes = lengths()
@@ -95,17 +95,23 @@ WHOLE = 400
 
 
 def spin_step(policy, microbatch_tokens, opponent, shrunk=None, objective=None):
-    """The adapter's gradients after one step over SHAPE that moves nothing, its metrics and the plan it ended with."""
-    groups = make_groups(SHAPE)
+    """The adapter's gradients after one step over SHAPE that moves nothing, its metrics, the budget it ended with."""
+    groups = refereed(opponent)
     told = {} if shrunk is None else {"shrunk": shrunk.append}
-    plan = TrainPlan(len(groups), microbatch_tokens, 1, 0, "sdpa", lr=0.0, max_grad_norm=1e9, **told)
-    objective = objective or Spin(opponent, beta=0.3, kind="logistic", ops=ops.EAGER)
+    budget = Budget(microbatch_tokens, "sdpa", **told)
+    objective = objective or Pairwise("logistic", beta=0.3)
     state = start_training(policy, "adamw", 0.0, scaled=False)
     gradients = {}
     handles = [state.optimizer.register_step_pre_hook(lambda *_: gradients.update(current(policy)))]
-    metrics, plan = train_step(policy, groups, range(len(groups)), objective, plan, state, scaled=False)
+    metrics, budget = train_step(policy, groups, objective, 1e9, budget, state)
     [handle.remove() for handle in handles]
-    return gradients, metrics, plan
+    return gradients, metrics, budget
+
+
+def refereed(opponent):
+    """SHAPE's groups with an opponent's log-probs."""
+    rows = zip(make_groups(SHAPE), opponent.tolist(), strict=True)
+    return [replace(group, given={REFERENCE: tuple(logps)}) for group, logps in rows]
 
 
 def current(policy):
@@ -122,7 +128,7 @@ def opponent():
     return torch.randn(len(SHAPE), 2, generator=torch.Generator().manual_seed(3)) * 5 - 40
 
 
-@pytest.mark.parametrize("objective", [None, Sft()], ids=["spin", "sft"])
+@pytest.mark.parametrize("objective", [None, Nll()], ids=["pairwise", "nll"])
 @settings(max_examples=12, deadline=None)
 @given(budget=st.integers(30, WHOLE))
 def test_gradient_does_not_depend_on_the_cut(policy, opponent, objective, budget):
@@ -143,6 +149,8 @@ class StarvedOps:
             first = next(iter(policy.trainable_parameters().values()))
             self.handle = first.register_hook(lambda _: self._fail_if(self.starving))
 
+    pairwise_loss = staticmethod(ops.EAGER.pairwise_loss)
+
     def linear_logps(self, hidden_ND, *args, **kwargs):
         self.starving = len(hidden_ND) > self.tokens
         self._fail_if(self.starving and self.where == "forward")
@@ -160,10 +168,10 @@ def test_out_of_memory_splits_and_repeats_the_step(policy, opponent, monkeypatch
     starved = StarvedOps(60, where, policy)
     monkeypatch.setattr(policy, "ops", starved)
     with caplog.at_level(logging.WARNING, "spinfast"):
-        gradients, survived, plan = spin_step(policy, 120, opponent, shrunk)
+        gradients, survived, budget = spin_step(policy, 120, opponent, shrunk)
     if where == "backward":
         starved.handle.remove()
-    assert plan.microbatch_tokens == 60
+    assert budget.microbatch_tokens == 60
     assert shrunk == [60]
     assert [r.message for r in caplog.records] == ["memory ran out at 120 tokens; microbatches have 60 from here on"]
     assert survived == metrics
@@ -172,23 +180,22 @@ def test_out_of_memory_splits_and_repeats_the_step(policy, opponent, monkeypatch
 
 
 def test_out_of_memory_corrects_the_rest_of_the_phase(policy, opponent, monkeypatch, caplog):
-    groups = make_groups(SHAPE)
-    plan = TrainPlan(len(groups), 120, 3, 0, "sdpa", lr=0.0)
-    objective = Spin(opponent, beta=0.3, kind="logistic", ops=ops.EAGER)
+    groups = refereed(opponent)
+    steps, budget = Epochs(groups, len(groups), 3, 0), Budget(120, "sdpa")
     state = start_training(policy, "adamw", 0.0, scaled=False)
     monkeypatch.setattr(policy, "ops", StarvedOps(60))
     with caplog.at_level(logging.WARNING, "spinfast"):
-        assert len(list(train(policy, groups, objective, plan, state, scaled=False))) == 3
+        assert len(list(train(policy, steps, Pairwise(), Spin(), 0.0, budget, state, 20))) == 3
     assert len(caplog.records) == 1
 
 
 def test_out_of_memory_while_scoring(policy, monkeypatch):
     groups = make_groups(SHAPE)
-    plan = TrainPlan(len(groups), 120, 1, 0, "sdpa", lr=0.0)
-    expected, _ = score(policy, groups, plan, lambda *_: None)
+    steps, budget = Epochs(groups, len(groups), 1, 0), Budget(120, "sdpa")
+    expected, _ = score(policy, steps, budget, lambda *_: None)
     told = []
     monkeypatch.setattr(policy, "ops", StarvedOps(60))
-    scores, fitted = score(policy, groups, plan, lambda *counted: told.append(counted))
+    scores, fitted = score(policy, steps, budget, lambda *counted: told.append(counted))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     assert fitted.microbatch_tokens == 60
     assert told == [(len(groups), sum(map(packed_length, groups)))]
@@ -196,13 +203,13 @@ def test_out_of_memory_while_scoring(policy, monkeypatch):
 
 def test_scores_are_cut_alike_where_memory_runs_out_halfway(policy, monkeypatch):
     groups = make_groups(SHAPE)
-    plan = TrainPlan(5, 120, 1, 0, "sdpa", lr=0.0)
-    expected, _ = score(policy, groups, replace(plan, microbatch_tokens=60), lambda *_: None)
+    steps, budget = Epochs(groups, 5, 1, 0), Budget(120, "sdpa")
+    expected, _ = score(policy, steps, replace(budget, microbatch_tokens=60), lambda *_: None)
     budgets = iter([WHOLE, 0])  # the first step fits, the second does not
     starved = StarvedOps(WHOLE)
     monkeypatch.setattr(starved, "_fail_if", lambda _: StarvedOps._fail_if(starved, next(budgets, WHOLE) == 0))
     monkeypatch.setattr(policy, "ops", starved)
-    scores, fitted = score(policy, groups, plan, lambda *_: None)
+    scores, fitted = score(policy, steps, budget, lambda *_: None)
     assert fitted.microbatch_tokens == 60
     assert torch.equal(scores, expected)
 

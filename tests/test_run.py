@@ -23,7 +23,7 @@ from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
 from spinfast.store import files
-from spinfast.train import sequence_logps
+from spinfast.train import Budget, sequence_logps
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"
 
@@ -153,7 +153,7 @@ def test_each_adapter_loads_with_plain_peft_and_gives_the_policys_logps(tmp_path
             seed=0,
         )
         policy.restore(adapters.load(run_dir / stage / "adapter"))
-        ours = sequence_logps(policy, [pair.group for pair in pairs], 512, "sdpa")
+        ours = sequence_logps(policy, [pair.group for pair in pairs], Budget(512, "sdpa"))
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), run_dir / stage / "adapter")
         for pair, sums in zip(pairs, ours, strict=True):
             for answer, ours_sum in zip((pair.real_ids, pair.generated_ids), sums, strict=True):

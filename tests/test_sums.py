@@ -10,7 +10,7 @@ from spinfast import ops
 from spinfast.config import Lora
 from spinfast.device import profile
 from spinfast.memory.simulation import Simulation
-from spinfast.objectives.sft import Sft
+from spinfast.objectives import Nll, Pairwise
 from spinfast.sums import add_rows, segment_sums, take_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def test_a_card_makes_no_sum_by_atomics(tiny_model, attention):
     )
     with Operators() as operators:
         simulation.score(make_groups([(9, (4, 5))]))
-        simulation.spin(make_groups([(9, (4, 5)), (3, (1, 7))]), "adamw", "logistic", more_microbatches=True)
-        simulation.train(make_groups([(9, (4, 5, 1, 6))]), Sft(), "adamw", more_microbatches=False)
+        simulation.train(make_groups([(9, (4, 5)), (3, (1, 7))]), Pairwise(), "adamw", more_microbatches=True)
+        simulation.train(make_groups([(9, (4, 5, 1, 6))]), Nll(), "adamw", more_microbatches=False)
     assert not operators.names & ATOMIC
     assert "segment_reduce" in operators.names

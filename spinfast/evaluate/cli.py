@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for results.json and samples_TASK.jsonl")
     parser.add_argument("--harness", action="store_true", help="the tasks are lm_eval's, run by lm_eval (if installed)")
     parser.add_argument("--chat-template", action="store_true", help="with --harness: prompts as the user's turn")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens of the context")
+    parser.add_argument("--max-length", type=int, help="tokens of the context (default: the model's, 2048 at most)")
     parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
     parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
     parser.add_argument("--dtype", default="auto", help="device.dtype, as in a config")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--limit: expected at least 1, got {arguments.limit}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
-    if arguments.max_length < SHORTEST:
+    if arguments.max_length is not None and arguments.max_length < SHORTEST:
         raise UserError(f"--max-length: expected at least {SHORTEST}, got {arguments.max_length}")
     if arguments.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     """Model, adapter and generator for the duration of the block, opened as a run opens them."""
+    from transformers import AutoConfig
+
     from spinfast.config import parse_config
     from spinfast.memory.planner import StepPlan
     from spinfast.models import resolve_model
@@ -105,7 +107,9 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     from spinfast.session import look, open_session
     from spinfast.train import Budget, sequence_logps
 
-    length = arguments.max_length
+    model = resolve_model(arguments.model, arguments.revision)
+    longest = AutoConfig.from_pretrained(model.path, local_files_only=True).max_position_embeddings
+    length = arguments.max_length or min(2048, longest)
     tree = {
         "model": {
             "name": arguments.model,
@@ -128,8 +132,7 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     }
     adapter = None
     if arguments.adapter:
-        revision = resolve_model(arguments.model, arguments.revision).revision
-        adapter = adapters.load(arguments.adapter, revision)
+        adapter = adapters.load(arguments.adapter, model.revision)
         c = adapter.config
         tree["adapter"] = {"r": c["r"], "alpha": c["lora_alpha"], "target_modules": c["target_modules"]}
     config = parse_config(tree, "eval")

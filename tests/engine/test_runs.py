@@ -88,9 +88,9 @@ def test_two_iterations_by_either_generator_give_the_same_pairs(smollm2, tmp_pat
         "model": {"name": str(smollm2.path)},
         "data": {"source": "reasoning_gym:gsm_symbolic", "size": 64, "seed": 1},
         "prompt": {"max_prompt_tokens": 384, "max_answer_tokens": 320},
-        "spin": {"iterations": 2},
+        "spin": {"iterations": 2, "lr": 5e-5},
         "generation": {"max_tokens": 96},
-        "train": {"lr": 5e-5, "microbatch_tokens": 2048, "checkpointing": False},
+        "train": {"microbatch_tokens": 2048, "checkpointing": False},
     }
     config.write_text(yaml.safe_dump(tree))
     runs = {name: play(config, tmp_path / name, f"generation.backend={name}") for name in ("vllm", "transformers")}
@@ -122,8 +122,7 @@ def test_killed_while_vllm_generates(tiny_model, tmp_path):
         tiny_model("qwen2", hidden=128),
         prompt={"max_prompt_tokens": 64},
         generation={"backend": "vllm", "max_tokens": 32, "batch_size": 4, "kv_cache_gib": 0.1},
-        spin={"iterations": 1},
-        train={"pairs_per_step": 50},
+        spin={"iterations": 1, "groups_per_step": 50},
         evaluate={"problems": 0},
     )
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(48)]

@@ -12,8 +12,10 @@ from test_run import SMALL, play
 
 from spinfast import train
 from spinfast.evaluate import heldout
+from spinfast.objectives import Pairwise
 from spinfast.report.read import read_run
-from spinfast.types import Completion
+from spinfast.train import Budget
+from spinfast.types import Adapter, Completion
 
 
 def evaluations(run_dir):
@@ -53,7 +55,7 @@ def test_the_bases_loss_is_that_of_a_margin_of_0(tmp_path, tiny_model):
 def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch, fails_at):
     """Memory runs out at any forward; a policy that did not move (lr 0) has its opponent's log-probs, bit for bit."""
     monkeypatch.setattr(train, "batch_sequence_logps", FailingCall(train.batch_sequence_logps, fails_at))
-    settings = {"train": {"lr": 0.0}, "spin": {"iterations": 1}, "prompt": SMALL}
+    settings = {"spin": {"lr": 0.0, "iterations": 1}, "prompt": SMALL}
     run_dir = play(tmp_path, tiny_model("llama"), **settings)
     log = (run_dir / "log.txt").read_text()
     assert "memory ran out" in log
@@ -71,19 +73,13 @@ def test_an_answer_that_both_sides_gave_has_one_score(tmp_path, monkeypatch):
     """At the game's fixed point the opponent answers as the data does; rounding by place would choose a winner."""
     random = np.random.default_rng(0)
     monkeypatch.setattr(
-        heldout, "logps_as_planned", lambda policy, groups, plan: [[*-random.random(len(g.answers))] for g in groups]
+        heldout, "logps_in_cut", lambda policy, groups, budget: [[*-random.random(len(g.answers))] for g in groups]
     )
     policy = SimpleNamespace(folded=[], playing=lambda adapter: nullcontext(), base_only=nullcontext)
-    game = SimpleNamespace(
-        policy=policy,
-        microbatch_tokens=64,
-        device=SimpleNamespace(attention="sdpa"),
-        config=SimpleNamespace(spin=SimpleNamespace(loss="logistic")),
-    )
-    stage = SimpleNamespace(name="iter_000", path=lambda name: tmp_path / name)
+    stage = SimpleNamespace(method="spin", path=lambda name: tmp_path / name)
     players = [SimpleNamespace(prompt_ids=(1, i), real_ids=(5, i, 2)) for i in range(8)]
     answers = [Completion(i, example.real_ids, "stop") for i, example in enumerate(players)]
-    metrics = heldout.play(game, stage, players, answers, answers, None, 0.1)
+    metrics = heldout.play(policy, Budget(64, "sdpa"), stage, players, answers, answers, Adapter({}, {}), Pairwise())
     assert metrics["heldout/pair_accuracy"] == metrics["fresh/auc_log_ratio"] == {"value": 0.5, "stderr": 0.0, "n": 8}
     assert metrics["heldout/margin"] == {"value": 0.0, "stderr": 0.0, "n": 8}
     assert metrics["heldout/real_logp_change"]["stderr"] > 0

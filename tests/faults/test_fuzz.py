@@ -178,7 +178,7 @@ def test_config_files(tmp_path, content, monkeypatch):
 
 
 YAML_TEXT = st.text(st.sampled_from("model:data name{}[]\"'&*!|>-#%@`,?~\n\t 017.e\\u\0é😀"), max_size=60)
-SECTIONS = {"model", "data", "heldout", "prompt", "lora", "spin", "generation", "train", "sft", "evaluate", "device"}
+SECTIONS = {"model", "data", "heldout", "prompt", "adapter", "spin", "generation", "train", "sft", "evaluate", "device"}
 VALUE = st.one_of(
     st.none(),
     st.booleans(),
@@ -225,11 +225,11 @@ def test_any_value_of_a_config(tmp_path_factory, field, value):
 
 
 OVERRIDES = [
-    "=", "a=", "=1", ".=1", "..=1", "model.=1", ".name=1", "model.name.x=1", "seed.x=1", "train.lr=[", "train.lr={",
-    "train.lr=.nan", "train.lr=.inf", "train.lr=-1", "train.lr=[]", "train.lr=[1,x]", "seed=!!python/name:os.system",
+    "=", "a=", "=1", ".=1", "..=1", "model.=1", ".name=1", "model.name.x=1", "seed.x=1", "spin.lr=[", "spin.lr={",
+    "spin.lr=.nan", "spin.lr=.inf", "spin.lr=-1", "spin.lr=[]", "spin.lr=[1,x]", "seed=!!python/name:os.system",
     "seed=1e400", "seed=2024-99-99", f"seed={'9' * 5000}", "seed=" + "[" * 3000, "model=1", "model=null", "heldout=1",
     "heldout=[]", "prompt.template={x: !!binary /w==}", "report_to=mlflow", "report_to=[wandb, x]",
-    'model.name="\\ud800"', "model.name=\udcff", "lora.target_modules={}", "spin.beta=abc", "data.columns=[a]",
+    'model.name="\\ud800"', "model.name=\udcff", "adapter.target_modules={}", "spin.beta=abc", "data.columns=[a]",
 ]  # fmt: skip
 
 
@@ -253,18 +253,20 @@ def test_run_directories(place, path, tmp_path):
 
 
 PLAYED = [
-    "seed=4294967295", "seed=18446744073709551616", "lora.r=1", "lora.r=64", "lora.r=100000", "lora.r=1000000000000",
-    "lora.alpha=1e-300", "lora.alpha=1e300", "lora.target_modules=nothing", "lora.target_modules=[q_proj]",
-    "lora.target_modules='['", "lora.target_modules=[]", "lora.target_modules=''", "lora.target_modules=[embed_tokens]",
-    "lora.target_modules=[lm_head]", "lora.target_modules=[norm]",
+    "seed=4294967295", "seed=18446744073709551616", "adapter.r=1", "adapter.r=64", "adapter.r=100000",
+    "adapter.r=1000000000000",
+    "adapter.alpha=1e-300", "adapter.alpha=1e300", "adapter.target_modules=nothing", "adapter.target_modules=[q_proj]",
+    "adapter.target_modules='['", "adapter.target_modules=[]", "adapter.target_modules=''",
+    "adapter.target_modules=[embed_tokens]",
+    "adapter.target_modules=[lm_head]", "adapter.target_modules=[norm]",
     "spin.beta=0", "spin.beta=-1", "spin.beta=1e300", "spin.beta=[1e-300]", "spin.loss=exponential", "spin.loss=ipo",
     "generation.temperature=0", "generation.temperature=1e-300", "generation.temperature=1e300",
     "generation.top_p=1e-300", "generation.max_tokens=1000000000000", "generation.batch_size=1000000000000",
-    "generation.kv_cache_gib=1e300", "train.lr=1e300", "train.lr=1e30", "train.lr=1e-300", "train.lr=0",
-    "train.weight_decay=1e300", "train.warmup_ratio=0.999999", "train.epochs=1000000000000",
-    "sft.epochs=1000000000000", "train.pairs_per_step=1000000000000", "train.microbatch_tokens=1",
+    "generation.kv_cache_gib=1e300", "spin.lr=1e300", "spin.lr=1e30", "spin.lr=1e-300", "spin.lr=0",
+    "spin.weight_decay=1e300", "spin.warmup_ratio=0.999999", "spin.epochs=1000000000000",
+    "method=[sft]", "spin.groups_per_step=1000000000000", "train.microbatch_tokens=1",
     "train.microbatch_tokens=0", "train.microbatch_tokens=-5", "train.microbatch_tokens=1000000000000",
-    "train.max_grad_norm=1e-300", "train.max_grad_norm=1e300", "train.save_every_seconds=1e-300",
+    "spin.max_grad_norm=1e-300", "spin.max_grad_norm=1e300", "train.save_every_seconds=1e-300",
     "train.save_every_steps=1000000000000", "prompt.max_prompt_tokens=1", "prompt.max_prompt_tokens=1000000000000",
     "prompt.max_answer_tokens=1", "prompt.max_answer_tokens=1000000000000", "prompt.system=''",
     "prompt.system='<|im_end|>'", "prompt.template={tokenize: true}", "prompt.template={messages: []}",

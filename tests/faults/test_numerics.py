@@ -10,11 +10,10 @@ from test_run import play, train_rows, write_config
 
 from spinfast import train
 from spinfast.methods import spin as loop
-from spinfast.objectives.sft import Sft
-from spinfast.objectives.spin import Spin
+from spinfast.objectives import Nll, Pairwise
 from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
-from spinfast.train import TrainPlan, start_training, train_step
+from spinfast.train import Budget, start_training, train_step
 from spinfast.types import Group
 
 pytestmark = pytest.mark.faults
@@ -28,15 +27,15 @@ def model(tiny_model):
 
 def spoil_loss(monkeypatch, calls, value):
     """The loss of these microbatches (numbered from 1) becomes `value`."""
-    original, count = Spin.__call__, 0
+    original, count = Pairwise.__call__, 0
 
-    def spoiled(self, batch, logps_N):
+    def spoiled(self, batch, logps_N, ops):
         nonlocal count
         count += 1
-        loss = original(self, batch, logps_N)
+        loss = original(self, batch, logps_N, ops)
         return type(loss)(loss.total * value, loss.metrics) if count in calls else loss
 
-    monkeypatch.setattr(Spin, "__call__", spoiled)
+    monkeypatch.setattr(Pairwise, "__call__", spoiled)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -87,7 +86,8 @@ def test_nan_in_the_weights_stops_the_run_with_what_reproduces_it(tmp_path, mode
             parameter.data[0, 0] = float("nan")
 
     spoil_parameters(monkeypatch, spoil)
-    config = write_config(tmp_path, model, train={"max_overflows": 3, "epochs": 3}, **SHORT)
+    longer = SHORT | {"spin": {"iterations": 1, "epochs": 3}}
+    config = write_config(tmp_path, model, train={"max_overflows": 3}, **longer)
     assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast: ")]
     assert "3 steps in a row had a non-finite loss or gradient" in line
@@ -152,7 +152,6 @@ def test_deterministic_mode_runs_and_gives_the_same(tmp_path, model):
 def test_memory_runs_out_at_every_forward_of_a_step(model, monkeypatch):
     """The same gradient, within fp32 rounding of another split into microbatches."""
     groups = [Group(tuple(range(5, 15 + i)), (tuple(range(20, 30 + i)),)) for i in range(8)]
-    plan = TrainPlan(8, 64, epochs=1, seed=0, attention="sdpa", lr=0.0, max_grad_norm=1e9)
 
     def gradient(fails_at):
         policy = tiny_policy(model)
@@ -165,7 +164,7 @@ def test_memory_runs_out_at_every_forward_of_a_step(model, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train, "answer_logps", failing)
             patch.setattr(state.optimizer, "step", step)
-            _, after = train_step(policy, groups, list(range(8)), Sft(), plan, state, False)
+            _, after = train_step(policy, groups, Nll(), 1e9, Budget(64, "sdpa"), state)
         return kept, failing.calls, after
 
     expected, calls, _ = gradient(fails_at=0)

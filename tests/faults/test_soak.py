@@ -42,10 +42,10 @@ def soak(directory, model, iterations, monkeypatch):
     config = write_config(
         directory,
         model,
-        spin={"iterations": iterations},
+        spin={"iterations": iterations, "lr": 1e-5},
         evaluate={"problems": 2, "pairs": 2, "max_tokens": 4},
         generation={"max_tokens": 4},
-        train={"lr": 1e-5, "save_every_steps": 1},
+        train={"save_every_steps": 1},
     )
     seen, conclude = [], loop.conclude
 

@@ -52,7 +52,7 @@ class Runs:
 
     def __init__(self, directory: Path, model: Path, **sections):
         self.directory = directory
-        always = {"sft": {"epochs": 1, "examples_per_step": 6}, "train": {"save_every_steps": 1}}
+        always = {"sft": {"groups_per_step": 6}, "train": {"save_every_steps": 1}}
         self.config = write_config(directory, model, **(always | sections))
         self.output = directory / "output.txt"
         self.undisturbed = directory / "undisturbed"

@@ -13,12 +13,13 @@ CONFIG = """
 model: {{name: {model}}}
 data: {{source: {folder}/train.jsonl}}
 heldout: {{source: {folder}/heldout.jsonl}}
-spin: {{iterations: 2}}
+method: [sft, spin]
+spin: {{iterations: 2, groups_per_step: 4, lr: 1.0e-3}}
 generation: {{max_tokens: 12, batch_size: 8, backend: transformers}}
-train: {{pairs_per_step: 4, lr: 1.0e-3, microbatch_tokens: 512}}
+train: {{microbatch_tokens: 512}}
 evaluate: {{problems: 8, pairs: 8, max_tokens: 12}}
 device: {{profile: cpu, dtype: float32}}
-sft: {{epochs: 1, examples_per_step: 4}}
+sft: {{groups_per_step: 4}}
 """
 
 
