@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from peft import LoraConfig
 from test_run import play, write_config
 
 from spinfast.errors import UserError
+from spinfast.generation import prompt_seed
 from spinfast.generation import transformers as generation
+from spinfast.generation.canary import BOUNDS
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
 from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
+from spinfast.packing import pack
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main
-from spinfast.types import Adapter, Completion, Request, Sampling
+from spinfast.train import answer_logps
+from spinfast.types import Adapter, Completion, Group, Request, Sampling
 
 CPU = torch.device("cpu")
 FAMILIES = [("llama", False), ("qwen2", True), ("qwen3", True)]
@@ -141,6 +146,64 @@ def test_log_probs_are_those_of_the_whole_sequence(policy):
         expected = logps[len(request.prompt_ids) - 1 :].sum().item()
         assert completion.logp == pytest.approx(expected, abs=1e-3)
     tiny.causal_lm.set_attn_implementation("spinfast")
+
+
+def test_seeds_of_recorded_runs_are_unchanged_and_samples_have_others():
+    assert prompt_seed(0, 0, 0) == 8782083180342756274
+    assert prompt_seed(7, 3, 41, sample=0) == prompt_seed(7, 3, 41) == 8276671797839628375
+    assert prompt_seed(7, 3, 41, "heldout iter_003") == 1116326510487904701
+    grid = product((0, 1), (0, 11), (1, 11), ("train", "train/1"), range(12))
+    seeds = [prompt_seed(run, iteration, index, purpose, sample) for run, iteration, index, purpose, sample in grid]
+    assert len(set(seeds)) == len(seeds) == 192
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_logp_is_the_sum_of_the_tokens():
+    assert Completion(3, (5, 6), "stop", (-0.5, -1.25), sample=2).logp == -1.75
+    assert Completion(3, (5, 6), "stop").logp is None
+
+
+def sampled(policy, asked, sampling=RANDOM, adapter="live", **options) -> dict[tuple[int, int], Completion]:
+    adapter = policy.adapter() if adapter == "live" else adapter
+    with TransformersGenerator(policy, **options) as generator:
+        done = list(generator.generate(asked, sampling, adapter))
+    assert sorted((c.index, c.sample) for c in done) == sorted((r.index, r.sample) for r in asked)
+    return {(c.index, c.sample): c for c in done}
+
+
+def several(asked: list[Request], samples: int) -> list[Request]:
+    return [
+        Request(r.index, r.prompt_ids, prompt_seed(0, 0, r.index, sample=k), sample=k)
+        for r in asked
+        for k in range(samples)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
+def test_samples_are_the_answers_that_their_seeds_give_alone(policy, batch_size):
+    asked = several(requests(5), samples=4)
+    alone = {(r.index, r.sample): sampled(policy(), [r])[r.index, r.sample] for r in asked}
+    assert len({c.token_ids for c in alone.values()}) > 15
+    found = sampled(policy(), asked, batch_size=batch_size)
+    for place, completion in alone.items():
+        assert found[place].token_ids == completion.token_ids
+        assert found[place].logps == pytest.approx(completion.logps, abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_log_probs_per_token_are_those_of_the_training_forward(policy, family, tied):
+    """Temperature and nucleus cut what is drawn, never the log-probs; packed as training packs a group."""
+    tiny, asked = policy(family, tied), several(requests(3), samples=4)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=20, stop_ids=RANDOM.stop_ids)
+    found = sampled(tiny, asked, sampling, batch_size=5)
+    for request in asked[::4]:
+        samples = [found[request.index, k] for k in range(4)]
+        batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
+        with torch.no_grad():
+            expected = answer_logps(tiny, batch)
+        given = torch.tensor([logp for c in samples for logp in c.logps])
+        assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
+        assert (given - expected).abs().max() < BOUNDS[torch.float32]
 
 
 def test_a_cut_answer_is_whole_and_says_length(policy):

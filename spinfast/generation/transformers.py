@@ -77,7 +77,7 @@ class TransformersGenerator:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
-        """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
+        """Completions as they finish; requests are taken in their order."""
         check_fits(requests, sampling, self.max_model_len)
         if adapter is not None:
             self._check_live(adapter)
@@ -147,7 +147,7 @@ class _Answer:
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
-    logp: float = 0.0
+    logps: list[float] = field(default_factory=list)
 
     @property
     def cached(self) -> int:
@@ -161,14 +161,15 @@ class _Answer:
                 "the adapter has diverged (lower the learning rate) or the compute dtype overflows (use another)"
             )
         self.token_ids.append(token)
-        self.logp += logp
+        self.logps.append(logp)
 
     def finished(self, sampling: Sampling) -> bool:
         return self.token_ids[-1] in sampling.stop_ids or len(self.token_ids) == sampling.max_tokens
 
     def completion(self, sampling: Sampling) -> Completion:
         reason = "stop" if self.token_ids[-1] in sampling.stop_ids else "length"
-        return Completion(self.request.index, tuple(self.token_ids), reason, self.logp)
+        request = self.request
+        return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample)
 
 
 def _admit(waiting: deque[Request], room: int) -> list[_Answer]:

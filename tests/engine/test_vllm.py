@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat
+from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.generation.weight_sharing import checksum, verify
@@ -83,6 +83,45 @@ def test_logp_is_the_policys_own_within_rounding(generator, trained, prompts):
         batch = pack([Group(request.prompt_ids, (completion.token_ids,))], [0], "sdpa")
         with torch.no_grad():
             assert completion.logp == pytest.approx(answer_logps(trained, batch).sum().item(), abs=1e-2)
+
+
+def several(requests, samples):
+    return [replace(r, seed=prompt_seed(0, 0, r.index, sample=k), sample=k) for r in requests for k in range(samples)]
+
+
+def test_log_probs_per_token_are_those_of_the_training_forward(generator, trained, prompts):
+    """Several samples of a prompt, packed as training packs a group; the nucleus cuts draws, not log-probs."""
+    requests, sampling = ask(prompts)
+    sampling = replace(sampling, temperature=0.7, top_p=0.9)
+    found = {(c.index, c.sample): c for c in generator.generate(several(requests, 3), sampling, trained.adapter())}
+    assert len(found) == 12
+    for request in requests:
+        samples = [found[request.index, k] for k in range(3)]
+        batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
+        with torch.no_grad():
+            expected = answer_logps(trained, batch)
+        assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
+        given = torch.tensor([logp for c in samples for logp in c.logps])
+        assert (given - expected).abs().max() < BOUNDS[torch.float32]
+
+
+def test_a_prompt_of_many_samples_is_prefilled_once(generator, prompts, monkeypatch):
+    """Tokens that the engine computes: of a prompt that stands in the cache only what is beyond its full blocks."""
+    core, computed = generator.engine.engine_core.engine_core, []
+    schedule = core.scheduler.schedule
+
+    def counted(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        computed.append(output.total_num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(core.scheduler, "schedule", counted)
+    block = generator.engine.vllm_config.cache_config.block_size
+    prompt = tuple((prompts[0][0] * 20)[: block + block // 4])
+    assert len(prompt) == block + block // 4 < 240, "the case is too easy: no block is full"
+    requests = several([Request(0, prompt, seed=0)], 8)
+    list(generator.generate(requests, Sampling(1.0, 1.0, 1, ()), None))
+    assert sum(computed) == len(prompt) + 7 * (len(prompt) - block)
 
 
 def test_seed_alone_decides_a_sampled_answer(generator, prompts):
