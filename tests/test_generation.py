@@ -181,6 +181,7 @@ def several(asked: list[Request], samples: int) -> list[Request]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
 def test_samples_are_the_answers_that_their_seeds_give_alone(policy, batch_size):
+    """Whether a sample's prompt is computed in the same step, was computed in an earlier one, or is its own."""
     asked = several(requests(5), samples=4)
     alone = {(r.index, r.sample): sampled(policy(), [r])[r.index, r.sample] for r in asked}
     assert len({c.token_ids for c in alone.values()}) > 15
@@ -188,6 +189,35 @@ def test_samples_are_the_answers_that_their_seeds_give_alone(policy, batch_size)
     for place, completion in alone.items():
         assert found[place].token_ids == completion.token_ids
         assert found[place].logps == pytest.approx(completion.logps, abs=1e-4)
+
+
+def test_a_prompt_is_computed_once_for_all_samples_in_flight(policy, monkeypatch):
+    """Rows of the decoder: the prompt's once, then one per token of each answer but its last."""
+    rows, tiny = [], policy()
+    plan = generation.SlotCache.plan
+
+    def counted(cache, *answers):
+        ids_1T, *rest = plan(cache, *answers)
+        rows.append(ids_1T.shape[1] - cache.padding)
+        return ids_1T, *rest
+
+    monkeypatch.setattr(generation.SlotCache, "plan", counted)
+    endless = Sampling(temperature=1, top_p=1, max_tokens=5, stop_ids=())
+    (request,) = requests(1, seed=3)
+    sampled(tiny, several([request], samples=8), endless)
+    assert sum(rows) == len(request.prompt_ids) + 7 + 8 * 4  # a later sample feeds the prompt's last token again
+    rows.clear()
+    staggered = Sampling(temperature=1, top_p=1, max_tokens=24, stop_ids=RANDOM.stop_ids)
+    done = sampled(tiny, several([request], samples=8), staggered, batch_size=3)
+    assert len({len(c.token_ids) for c in done.values()}) > 3, "the case is too easy: all end together"
+    assert sum(rows) == len(request.prompt_ids) + 7 + sum(len(c.token_ids) - 1 for c in done.values())
+
+
+def test_equal_index_with_another_prompt_shares_nothing(policy):
+    first, other = requests(2)
+    asked = [first, Request(first.index, other.prompt_ids, seed=5, sample=1)]
+    (alone,) = sampled(policy(), asked[1:]).values()
+    assert sampled(policy(), asked)[first.index, 1].token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)

@@ -4,6 +4,8 @@ Every step is one forward of one packed row [one token per answer in progress | 
 weights are read once for both. The cache is the attention layout of that step (attention.py asks it): decoding rows
 attend to their slot, trimmed to the longest answer in steps of 64; prompts attend to themselves, segment by segment.
 An answer that ends leaves the batch at once, the last slot moves into its place, and a waiting prompt gets the room.
+A further sample of a prompt in the cache starts as a decoding row: it gets a copy of the prompt's keys and values, and
+its first step feeds the prompt's last token.
 
 Sampling is inverse-CDF in fp32 with one uniform per (request, step): SplitMix64 (Steele, Lea, Flood 2014) of the
 request's seed as a counter-based stream, so that the draw does not depend on the batch.
@@ -104,10 +106,10 @@ class TransformersGenerator:
         try:
             model.eval()
             while waiting or active:
-                admitted = _admit(waiting, slots - len(active))
+                again, fresh = _admit(waiting, active, slots - len(active))
                 with self.policy.base_only() if adapter is None else nullcontext():
-                    sampled = self._step(cache, active, admitted, sampling)
-                active += admitted
+                    sampled = self._step(cache, active, again, fresh, sampling)
+                active += again + fresh
                 for answer, (token, logp) in zip(active, sampled, strict=True):
                     answer.append(int(token), logp)
                 yield from [answer.completion(sampling) for answer in active if answer.finished(sampling)]
@@ -117,13 +119,18 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def _step(
-        self, cache: SlotCache, active: list[_Answer], admitted: list[_Answer], sampling: Sampling
+        self,
+        cache: SlotCache,
+        active: list[_Answer],
+        again: list[_Answer],
+        fresh: list[_Answer],
+        sampling: Sampling,
     ) -> list[tuple[float, float]]:
         """One forward: the next (token, log-prob) of every active and admitted answer, read back in one sync."""
         policy = self.policy
-        ids_1T, positions_1T, last_S = cache.plan(active, admitted)
+        ids_1T, positions_1T, last_S = cache.plan(active, again, fresh)
         output = policy.decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=cache)
-        answers = active + admitted
+        answers = active + again + fresh
         logits_SV = F.linear(output.last_hidden_state[0, last_S], policy.head_VD, policy.head_bias_V)[: len(answers)]
         stream = [[answer.request.seed for answer in answers], [len(answer.token_ids) for answer in answers]]
         seed_S, step_S = torch.tensor(stream).to(policy.device)
@@ -154,6 +161,13 @@ class _Answer:
         """Tokens in the cache once the newest one is: all but it has been fed."""
         return len(self.request.prompt_ids) + len(self.token_ids)
 
+    @property
+    def newest(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
+
+    def has_prompt_of(self, other: _Answer) -> bool:
+        return self.request.index == other.request.index and self.request.prompt_ids == other.request.prompt_ids
+
     def append(self, token: int, logp: float) -> None:
         if math.isnan(logp):
             raise UserError(
@@ -172,15 +186,26 @@ class _Answer:
         return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample)
 
 
-def _admit(waiting: deque[Request], room: int) -> list[_Answer]:
-    """As many waiting prompts as there are free slots, within the step's token budget (one always fits)."""
-    admitted, tokens = [], 0
-    while waiting and len(admitted) < room:
-        tokens += len(waiting[0].prompt_ids)
-        if admitted and tokens > PREFILL_TOKENS:
+def _admit(waiting: deque[Request], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
+    """As many waiting answers as there are free slots, within the step's token budget (one always fits).
+
+    First those whose prompt is in the cache, or will be: an active answer's or one admitted now; then the others.
+    """
+    again, fresh, tokens = [], [], 0
+    while waiting and len(again) + len(fresh) < room:
+        answer = _Answer(waiting[0])
+        known = _source(answer, active + fresh) is not None
+        tokens += 1 if known else len(answer.request.prompt_ids)
+        if (again or fresh) and tokens > PREFILL_TOKENS:
             break
-        admitted.append(_Answer(waiting.popleft()))
-    return admitted
+        (again if known else fresh).append(answer)
+        waiting.popleft()
+    return again, fresh
+
+
+def _source(answer: _Answer, others: Sequence[_Answer]) -> int | None:
+    """Where among the others the first one stands that has the same prompt."""
+    return next((place for place, other in enumerate(others) if other.has_prompt_of(answer)), None)
 
 
 class SlotCache:
@@ -196,14 +221,20 @@ class SlotCache:
             for _ in range(config.num_hidden_layers)
         ]
 
-    def plan(self, active: list[_Answer], admitted: list[_Answer]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids (1, T), positions (1, T) and the rows to score, S and then padding, of the next step."""
-        self.decoding = len(active)
-        ids = [answer.token_ids[-1] for answer in active]
-        positions = [answer.cached - 1 for answer in active]
+    def plan(
+        self, active: list[_Answer], again: list[_Answer], fresh: list[_Answer]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids (1, T), positions (1, T) and the rows to score, S and then padding, of the next step.
+
+        The prompts of `again` are those of other answers, active or fresh.
+        """
+        decoding = active + again
+        self.decoding = len(decoding)
+        ids = [answer.newest for answer in decoding]
+        positions = [answer.cached - 1 for answer in decoding]
         slots = list(range(self.decoding))
         starts = [0]
-        for slot, answer in enumerate(admitted, self.decoding):
+        for slot, answer in enumerate(fresh, self.decoding):
             prompt = answer.request.prompt_ids
             ids += prompt
             positions += range(len(prompt))
@@ -214,14 +245,20 @@ class SlotCache:
         filler = [0] * self.padding
         ids_T, positions_T, slot_T = torch.tensor([ids + filler, positions + filler, slots + filler]).to(self.device)
         self.slot_T, self.position_T = slot_T[: len(ids)], positions_T[: len(ids)]
-        if active:
-            longest = -(-max(answer.cached for answer in active) // TRIM) * TRIM
+        self.copies = []
+        for slot, answer in enumerate(again, len(active)):
+            place = _source(answer, active + fresh)
+            source = place if place < len(active) else place + len(again)
+            first = self.copies.pop()[1] if self.copies and self.copies[-1][0] == source else slot
+            self.copies.append((source, first, slot + 1, len(answer.request.prompt_ids)))
+        if decoding:
+            longest = -(-max(answer.cached for answer in decoding) // TRIM) * TRIM
             self.mask_S11L = (torch.arange(longest, device=self.device) <= positions_T[: self.decoding, None])[
                 :, None, None
             ]
-        if admitted:
+        if fresh:
             bounds = torch.tensor(starts, dtype=torch.int32, device=self.device)
-            lengths = [len(answer.request.prompt_ids) for answer in admitted]
+            lengths = [len(answer.request.prompt_ids) for answer in fresh]
             index = torch.arange(starts[-1], device=self.device)
             self.prompts = PackedLayout(bounds, bounds, index, tuple((n, n) for n in lengths), self.attention)
         last += [0] * (MIN_ROWS - len(last))
@@ -234,6 +271,9 @@ class SlotCache:
         query_1HTd, key_1GTd, value_1GTd = (x[:, :, :tokens] for x in (query_1HTd, key_1GTd, value_1GTd))
         keys[self.slot_T, :, self.position_T] = key_1GTd[0].transpose(0, 1)
         values[self.slot_T, :, self.position_T] = value_1GTd[0].transpose(0, 1)
+        for source, first, end, length in self.copies:  # after the source's own rows are written: it may be fresh
+            keys[first:end, :, :length] = keys[source, :, :length]
+            values[first:end, :, :length] = values[source, :, :length]
         parts = []
         if n:
             parts.append(self._decode(keys, values, query_1HTd[0, :, :n].transpose(0, 1), scaling))
