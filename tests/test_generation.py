@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -20,6 +21,7 @@ from spinfast.generation.transformers import TransformersGenerator, sample, unif
 from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
 from spinfast.packing import pack
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main
 from spinfast.train import answer_logps
@@ -255,13 +257,81 @@ def test_a_prompt_that_does_not_fit_is_named(policy):
             generator.generate(asked, sampling, None)
 
 
-def test_only_the_live_adapter_generates(policy):
+def stranger(policy, seed: int = 1) -> Adapter:
+    """An adapter that fits the policy and is not its live one."""
+    draw, live = torch.Generator().manual_seed(seed), policy.adapter()
+    return replace(live, tensors={n: t + 0.3 * torch.randn(t.shape, generator=draw) for n, t in live.tensors.items()})
+
+
+def same_values(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_any_adapter_answers_as_if_it_were_loaded(policy, batch_size):
+    tiny, other = policy(), stranger(policy())
+    live, asked = tiny.adapter(), several(requests(4), samples=2)
+    found = sampled(tiny, asked, adapter=other, batch_size=batch_size)
+    assert same_values(tiny.adapter(), live)
+    assert found != sampled(tiny, asked, batch_size=batch_size), "the case is too easy"
+    with tiny.playing(other):
+        assert found == sampled(tiny, asked, batch_size=batch_size)
+
+
+def test_two_streams_with_two_adapters_do_not_mix(policy):
+    """Between two answers the policy is its own again, whatever a stream that is not exhausted plays with."""
+    tiny, one, two = policy(), stranger(policy(), 1), stranger(policy(), 2)
+    live, asked = tiny.adapter(), requests(5)
+    expected = [tokens(answers(tiny, asked, RANDOM, adapter)) for adapter in (one, two, None)]
+    with TransformersGenerator(tiny, batch_size=2) as generator:
+        streams = [generator.generate(asked, RANDOM, adapter) for adapter in (one, two, None)]
+        found = [{}, {}, {}]
+        for _ in asked:
+            for stream, seen in zip(streams, found, strict=True):
+                completion = next(stream)
+                seen[completion.index] = completion
+                assert same_values(tiny.adapter(), live)
+        assert [tokens(seen) for seen in found] == expected
+
+
+def test_an_adapter_of_lower_rank_and_other_scaling_is_played_as_it_is(policy):
+    """Rank 2 of 4, scaling 6 for 2: what the weights get is B A times the adapter's own scaling."""
     tiny = policy()
-    stale = tiny.adapter()
-    next(iter(stale.tensors.values())).add_(1e-3)
+    other = stranger(tiny)
+    cut = {n: (t[:2] if ".lora_A." in n else t[:, :2]).contiguous() for n, t in other.tensors.items()}
+    narrow = Adapter(other.config | {"r": 2, "lora_alpha": 12}, cut)
+    zeros = {n: torch.zeros_like(t) for n, t in other.tensors.items()}
+    for name, tensor in cut.items():
+        zeros[name][tuple(map(slice, tensor.shape))] = tensor * (3 if ".lora_B." in name else 1)
+    asked = requests(4)
+    found = tokens(answers(tiny, asked, GREEDY, narrow))
+    assert found == tokens(answers(tiny, asked, GREEDY, Adapter(other.config, zeros)))
+    assert found != tokens(answers(tiny, asked, GREEDY, Adapter(narrow.config | {"lora_alpha": 4}, cut)))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(policy):
+    tiny = policy()
+    other, live = stranger(tiny), tiny.adapter()
+    renamed = Adapter(other.config, {n.replace("q_proj", "z_proj"): t for n, t in other.tensors.items()})
+    wide = adapters.stack([other, other])
     with TransformersGenerator(tiny) as generator:
-        with pytest.raises(UserError, match=r"live adapter.*load_adapter"):
-            generator.generate(requests(2), GREEDY, stale)
+        for bad, message in [(renamed, "adapter does not fit the model"), (wide, "rank 8 exceeds the policy's 4")]:
+            with pytest.raises(UserError, match=message):
+                next(generator.generate(requests(2), GREEDY, bad))
+    assert same_values(tiny.adapter(), live)
+
+
+def test_none_is_the_frozen_weights_with_what_was_merged_into_them(tiny_model):
+    """As for an engine, which sees the same weights; `base_only` refuses, because the base is gone."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    merged = TransformersPolicy(load_base(tiny_model("llama", False), torch.float32, CPU), lora, EAGER, seed=0)
+    base = tokens(answers(merged, requests(4), GREEDY, None))
+    merged.merge_and_restart(seed=1)  # B is zero
+    found = tokens(answers(merged, requests(4), GREEDY, None))
+    assert found == tokens(answers(merged, requests(4), GREEDY))
+    assert found != base
+    with pytest.raises(UserError, match="the base alone is gone"), merged.base_only():
+        pass
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
 from spinfast.generation import check_fits
-from spinfast.policy.transformers import TransformersPolicy
+from spinfast.policy import Policy
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
 TRIM = 64  # decode attention reads the cache up to the longest answer, rounded up to this
@@ -40,7 +41,7 @@ NUCLEUS = 256  # candidates looked at first when top_p < 1; rows that need more 
 
 
 class TransformersGenerator:
-    """Generates with the policy's module and its live adapter, or without any adapter.
+    """Generates with the policy's module. An adapter that is not the live one is swapped in from answer to answer.
 
     Same requests, batch size and order: same tokens. The random stream depends on the request's seed alone. Measured
     on SmolLM2-135M, 24 answers of up to 40 tokens, order reversed or batch 5 for 24: in fp32 all tokens and log-probs
@@ -52,7 +53,7 @@ class TransformersGenerator:
 
     def __init__(
         self,
-        policy: TransformersPolicy,
+        policy: Policy,
         *,
         batch_size: int = 64,
         max_model_len: int | None = None,
@@ -81,41 +82,50 @@ class TransformersGenerator:
     ) -> Iterator[Completion]:
         """Completions as they finish; requests are taken in their order."""
         check_fits(requests, sampling, self.max_model_len)
-        if adapter is not None:
-            self._check_live(adapter)
-        stream = self._stream(deque(requests), sampling, adapter)
+        stream = self._stream(deque(requests), sampling, self._player(adapter))
         self._streams.callback(stream.close)
         return stream
 
-    def _check_live(self, adapter: Adapter) -> None:
-        if not _same(self.policy.adapter(), adapter):
-            raise UserError(
-                "expected the policy's live adapter or None, got other tensors; the transformers generator shares "
-                "the policy's module, so call policy.load_adapter(adapter) first"
-            )
+    def _player(self, adapter: Adapter | None) -> Callable[[], AbstractContextManager]:
+        """What turns the policy into base + adapter."""
+        if adapter is None:
+            return self.policy.without_adapter
+        if _same(self.policy.adapter(), adapter):
+            return nullcontext
+        return partial(self.policy.playing, adapter)
 
-    def _stream(self, waiting: deque[Request], sampling: Sampling, adapter: Adapter | None) -> Iterator[Completion]:
-        if not waiting:
-            return
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         model = self.policy.model
         was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+    def _stream(
+        self, waiting: deque[Request], sampling: Sampling, player: Callable[[], AbstractContextManager]
+    ) -> Iterator[Completion]:
+        """Whoever takes the answers finds the policy as it was: it is another one only while answers are made."""
+        if not waiting:
+            return
         longest = max(len(request.prompt_ids) for request in waiting) + sampling.max_tokens
         slots = min(self.batch_size, len(waiting))
         cache = SlotCache(self.policy, slots, longest, self.attention)
         active: list[_Answer] = []
-        try:
-            model.eval()
-            while waiting or active:
-                again, fresh = _admit(waiting, active, slots - len(active))
-                with self.policy.base_only() if adapter is None else nullcontext():
+        while waiting or active:
+            ended: list[Completion] = []
+            with player(), self._evaluating():
+                while not ended:
+                    again, fresh = _admit(waiting, active, slots - len(active))
                     sampled = self._step(cache, active, again, fresh, sampling)
-                active += again + fresh
-                for answer, (token, logp) in zip(active, sampled, strict=True):
-                    answer.append(int(token), logp)
-                yield from [answer.completion(sampling) for answer in active if answer.finished(sampling)]
-                active = cache.keep(active, sampling)
-        finally:
-            model.train(was_training)
+                    active += again + fresh
+                    for answer, (token, logp) in zip(active, sampled, strict=True):
+                        answer.append(int(token), logp)
+                    ended = [answer.completion(sampling) for answer in active if answer.finished(sampling)]
+                    active = cache.keep(active, sampling)
+            yield from ended
 
     @torch.inference_mode()
     def _step(
@@ -211,7 +221,7 @@ def _source(answer: _Answer, others: Sequence[_Answer]) -> int | None:
 class SlotCache:
     """Keys and values of up to `slots` answers, and the attention layout of the step that `plan` was called for."""
 
-    def __init__(self, policy: TransformersPolicy, slots: int, length: int, attention: str):
+    def __init__(self, policy: Policy, slots: int, length: int, attention: str):
         config = policy.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, config.num_key_value_heads, -(-length // TRIM) * TRIM, head_dim)

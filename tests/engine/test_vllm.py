@@ -49,6 +49,20 @@ def test_greedy_tokens_equal_the_policys_before_and_after_training(generator, tr
     assert tokens(adapted) != tokens(base)
 
 
+@pytest.mark.parametrize("rank", [8, 2])
+def test_any_adapter_is_asked_not_only_the_live_one(generator, policy, trained_adapter, prompts, rank):
+    """The policy is fresh, B zero. A lower rank comes with its own scaling, which both must honour."""
+    cut = {n: t[:rank] if ".lora_A." in n else t[:, :rank] for n, t in trained_adapter.tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in cut.items()}
+    other = replace(trained_adapter, tensors=tensors, config=trained_adapter.config | {"r": rank, "lora_alpha": 12})
+    requests, sampling = ask(prompts)
+    found = tokens(answers(generator, requests, sampling, other))
+    assert found == tokens(answers(TransformersGenerator(policy), requests, sampling, other))
+    assert found != tokens(answers(generator, requests, sampling, policy.adapter()))
+    with policy.playing(other):
+        assert found == tokens(answers(generator, requests, sampling, policy.adapter()))
+
+
 def test_generation_changes_no_parameter(generator, trained, prompts):
     requests, sampling = ask(prompts, tokens=4, temperature=1.0)
     adapter = trained.adapter()
