@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
 from spinfast.types import Adapter, PackedBatch
+from spinfast.vllm_environment import SETTINGS
 
 
 class Policy(Protocol):
@@ -52,7 +52,7 @@ class Policy(Protocol):
 def unsloth_environment() -> dict[str, str]:
     """What must stand before Unsloth is imported, which imports vLLM as well: no telemetry, no folder where we are."""
     return {
-        **vllm_compat.SETTINGS,
+        **SETTINGS,
         "UNSLOTH_COMPILE_LOCATION": str(default_cache() / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }

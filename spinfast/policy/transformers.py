@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinfast import attention
 from spinfast.errors import UserError
-from spinfast.generation.weight_sharing import checksum
 from spinfast.ops import Ops
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
 from spinfast.types import Adapter, PackedBatch
 

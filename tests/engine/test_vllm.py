@@ -12,9 +12,10 @@ from spinfast.errors import UserError
 from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
-from spinfast.generation.weight_sharing import checksum, verify
+from spinfast.generation.weight_sharing import verify
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.checksum import checksum
 from spinfast.train import answer_logps
 from spinfast.types import Group, Request, Sampling
 
