@@ -26,11 +26,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be answered. Equal (prompt_ids, seed) under one adapter give one answer."""
+    """One answer to be given to a prompt. Equal (prompt_ids, seed) under one adapter give one answer."""
 
     index: int
     prompt_ids: tuple[int, ...]
-    seed: int  # derived from (run seed, iteration, index), see generation.prompt_seed
+    seed: int  # derived from (run seed, iteration, index, sample), see generation.prompt_seed
+    sample: int = 0  # which of several answers to the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,13 @@ class Completion:
     index: int
     token_ids: tuple[int, ...]  # the stop token included if finish_reason is "stop", none if "length"
     finish_reason: Literal["stop", "length"]
-    logp: float | None = None  # sum of the sampler's own log-probs, a cross-check only
+    logps: tuple[float, ...] = ()  # the sampler's own, one per token, at temperature 1 over the whole vocabulary
+    sample: int = 0  # which of several answers to the prompt
+
+    @property
+    def logp(self) -> float | None:
+        """The answer's log-prob by its sampler; None where it was not kept."""
+        return sum(self.logps) if self.logps else None
 
 
 @dataclass(frozen=True, slots=True)

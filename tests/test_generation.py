@@ -3,6 +3,8 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,13 +14,18 @@ from peft import LoraConfig
 from test_run import play, write_config
 
 from spinfast.errors import UserError
+from spinfast.generation import prompt_seed
 from spinfast.generation import transformers as generation
+from spinfast.generation.canary import BOUNDS
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
 from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
+from spinfast.packing import pack
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main
-from spinfast.types import Adapter, Completion, Request, Sampling
+from spinfast.train import answer_logps
+from spinfast.types import Adapter, Completion, Group, Request, Sampling
 
 CPU = torch.device("cpu")
 FAMILIES = [("llama", False), ("qwen2", True), ("qwen3", True)]
@@ -143,6 +150,94 @@ def test_log_probs_are_those_of_the_whole_sequence(policy):
     tiny.causal_lm.set_attn_implementation("spinfast")
 
 
+def test_seeds_of_recorded_runs_are_unchanged_and_samples_have_others():
+    assert prompt_seed(0, 0, 0) == 8782083180342756274
+    assert prompt_seed(7, 3, 41, sample=0) == prompt_seed(7, 3, 41) == 8276671797839628375
+    assert prompt_seed(7, 3, 41, "heldout iter_003") == 1116326510487904701
+    grid = product((0, 1), (0, 11), (1, 11), ("train", "train/1"), range(12))
+    seeds = [prompt_seed(run, iteration, index, purpose, sample) for run, iteration, index, purpose, sample in grid]
+    assert len(set(seeds)) == len(seeds) == 192
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_logp_is_the_sum_of_the_tokens():
+    assert Completion(3, (5, 6), "stop", (-0.5, -1.25), sample=2).logp == -1.75
+    assert Completion(3, (5, 6), "stop").logp is None
+
+
+def sampled(policy, asked, sampling=RANDOM, adapter="live", **options) -> dict[tuple[int, int], Completion]:
+    adapter = policy.adapter() if adapter == "live" else adapter
+    with TransformersGenerator(policy, **options) as generator:
+        done = list(generator.generate(asked, sampling, adapter))
+    assert sorted((c.index, c.sample) for c in done) == sorted((r.index, r.sample) for r in asked)
+    return {(c.index, c.sample): c for c in done}
+
+
+def several(asked: list[Request], samples: int) -> list[Request]:
+    return [
+        Request(r.index, r.prompt_ids, prompt_seed(0, 0, r.index, sample=k), sample=k)
+        for r in asked
+        for k in range(samples)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
+def test_samples_are_the_answers_that_their_seeds_give_alone(policy, batch_size):
+    """Whether a sample's prompt is computed in the same step, was computed in an earlier one, or is its own."""
+    asked = several(requests(5), samples=4)
+    alone = {(r.index, r.sample): sampled(policy(), [r])[r.index, r.sample] for r in asked}
+    assert len({c.token_ids for c in alone.values()}) > 15
+    found = sampled(policy(), asked, batch_size=batch_size)
+    for place, completion in alone.items():
+        assert found[place].token_ids == completion.token_ids
+        assert found[place].logps == pytest.approx(completion.logps, abs=1e-4)
+
+
+def test_a_prompt_is_computed_once_for_all_samples_in_flight(policy, monkeypatch):
+    """Rows of the decoder: the prompt's once, then one per token of each answer but its last."""
+    rows, tiny = [], policy()
+    plan = generation.SlotCache.plan
+
+    def counted(cache, *answers):
+        ids_1T, *rest = plan(cache, *answers)
+        rows.append(ids_1T.shape[1] - cache.padding)
+        return ids_1T, *rest
+
+    monkeypatch.setattr(generation.SlotCache, "plan", counted)
+    endless = Sampling(temperature=1, top_p=1, max_tokens=5, stop_ids=())
+    (request,) = requests(1, seed=3)
+    sampled(tiny, several([request], samples=8), endless)
+    assert sum(rows) == len(request.prompt_ids) + 7 + 8 * 4  # a later sample feeds the prompt's last token again
+    rows.clear()
+    staggered = Sampling(temperature=1, top_p=1, max_tokens=24, stop_ids=RANDOM.stop_ids)
+    done = sampled(tiny, several([request], samples=8), staggered, batch_size=3)
+    assert len({len(c.token_ids) for c in done.values()}) > 3, "the case is too easy: all end together"
+    assert sum(rows) == len(request.prompt_ids) + 7 + sum(len(c.token_ids) - 1 for c in done.values())
+
+
+def test_equal_index_with_another_prompt_shares_nothing(policy):
+    first, other = requests(2)
+    asked = [first, Request(first.index, other.prompt_ids, seed=5, sample=1)]
+    (alone,) = sampled(policy(), asked[1:]).values()
+    assert sampled(policy(), asked)[first.index, 1].token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_log_probs_per_token_are_those_of_the_training_forward(policy, family, tied):
+    """Temperature and nucleus cut what is drawn, never the log-probs; packed as training packs a group."""
+    tiny, asked = policy(family, tied), several(requests(3), samples=4)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=20, stop_ids=RANDOM.stop_ids)
+    found = sampled(tiny, asked, sampling, batch_size=5)
+    for request in asked[::4]:
+        samples = [found[request.index, k] for k in range(4)]
+        batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
+        with torch.no_grad():
+            expected = answer_logps(tiny, batch)
+        given = torch.tensor([logp for c in samples for logp in c.logps])
+        assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
+        assert (given - expected).abs().max() < BOUNDS[torch.float32]
+
+
 def test_a_cut_answer_is_whole_and_says_length(policy):
     endless = Sampling(temperature=1, top_p=1, max_tokens=9, stop_ids=())
     for completion in answers(policy(), requests(4), endless, batch_size=3).values():
@@ -162,13 +257,81 @@ def test_a_prompt_that_does_not_fit_is_named(policy):
             generator.generate(asked, sampling, None)
 
 
-def test_only_the_live_adapter_generates(policy):
+def stranger(policy, seed: int = 1) -> Adapter:
+    """An adapter that fits the policy and is not its live one."""
+    draw, live = torch.Generator().manual_seed(seed), policy.adapter()
+    return replace(live, tensors={n: t + 0.3 * torch.randn(t.shape, generator=draw) for n, t in live.tensors.items()})
+
+
+def same_values(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_any_adapter_answers_as_if_it_were_loaded(policy, batch_size):
+    tiny, other = policy(), stranger(policy())
+    live, asked = tiny.adapter(), several(requests(4), samples=2)
+    found = sampled(tiny, asked, adapter=other, batch_size=batch_size)
+    assert same_values(tiny.adapter(), live)
+    assert found != sampled(tiny, asked, batch_size=batch_size), "the case is too easy"
+    with tiny.playing(other):
+        assert found == sampled(tiny, asked, batch_size=batch_size)
+
+
+def test_two_streams_with_two_adapters_do_not_mix(policy):
+    """Between two answers the policy is its own again, whatever a stream that is not exhausted plays with."""
+    tiny, one, two = policy(), stranger(policy(), 1), stranger(policy(), 2)
+    live, asked = tiny.adapter(), requests(5)
+    expected = [tokens(answers(tiny, asked, RANDOM, adapter)) for adapter in (one, two, None)]
+    with TransformersGenerator(tiny, batch_size=2) as generator:
+        streams = [generator.generate(asked, RANDOM, adapter) for adapter in (one, two, None)]
+        found = [{}, {}, {}]
+        for _ in asked:
+            for stream, seen in zip(streams, found, strict=True):
+                completion = next(stream)
+                seen[completion.index] = completion
+                assert same_values(tiny.adapter(), live)
+        assert [tokens(seen) for seen in found] == expected
+
+
+def test_an_adapter_of_lower_rank_and_other_scaling_is_played_as_it_is(policy):
+    """Rank 2 of 4, scaling 6 for 2: what the weights get is B A times the adapter's own scaling."""
     tiny = policy()
-    stale = tiny.adapter()
-    next(iter(stale.tensors.values())).add_(1e-3)
+    other = stranger(tiny)
+    cut = {n: (t[:2] if ".lora_A." in n else t[:, :2]).contiguous() for n, t in other.tensors.items()}
+    narrow = Adapter(other.config | {"r": 2, "lora_alpha": 12}, cut)
+    zeros = {n: torch.zeros_like(t) for n, t in other.tensors.items()}
+    for name, tensor in cut.items():
+        zeros[name][tuple(map(slice, tensor.shape))] = tensor * (3 if ".lora_B." in name else 1)
+    asked = requests(4)
+    found = tokens(answers(tiny, asked, GREEDY, narrow))
+    assert found == tokens(answers(tiny, asked, GREEDY, Adapter(other.config, zeros)))
+    assert found != tokens(answers(tiny, asked, GREEDY, Adapter(narrow.config | {"lora_alpha": 4}, cut)))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(policy):
+    tiny = policy()
+    other, live = stranger(tiny), tiny.adapter()
+    renamed = Adapter(other.config, {n.replace("q_proj", "z_proj"): t for n, t in other.tensors.items()})
+    wide = adapters.stack([other, other])
     with TransformersGenerator(tiny) as generator:
-        with pytest.raises(UserError, match=r"live adapter.*load_adapter"):
-            generator.generate(requests(2), GREEDY, stale)
+        for bad, message in [(renamed, "adapter does not fit the model"), (wide, "rank 8 exceeds the policy's 4")]:
+            with pytest.raises(UserError, match=message):
+                next(generator.generate(requests(2), GREEDY, bad))
+    assert same_values(tiny.adapter(), live)
+
+
+def test_none_is_the_frozen_weights_with_what_was_merged_into_them(tiny_model):
+    """As for an engine, which sees the same weights; `base_only` refuses, because the base is gone."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    merged = TransformersPolicy(load_base(tiny_model("llama", False), torch.float32, CPU), lora, EAGER, seed=0)
+    base = tokens(answers(merged, requests(4), GREEDY, None))
+    merged.merge_and_restart(seed=1)  # B is zero
+    found = tokens(answers(merged, requests(4), GREEDY, None))
+    assert found == tokens(answers(merged, requests(4), GREEDY))
+    assert found != base
+    with pytest.raises(UserError, match="the base alone is gone"), merged.base_only():
+        pass
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])

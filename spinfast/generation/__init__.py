@@ -22,19 +22,22 @@ class Generator(Protocol):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
-        """Answers under (base + adapter) as they finish, in any order, one per request.
+        """Answers under (base + adapter) as they finish, in any order, one per request, with their log-probs.
 
-        adapter None means the base alone. Each prompt must leave room for max_tokens in the context.
+        Several answers to one prompt are requests with its index, another sample and another seed each; side by side
+        they share the prompt's keys and values. Any adapter that fits the base may be asked, not only the policy's
+        live one; None means the frozen weights alone, with what merged rounds folded into them. Each prompt must
+        leave room for max_tokens in the context.
         """
 
     def rest(self) -> None:
         """Give back what the next generate() can make again, for the phases that need the memory."""
 
 
-def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train") -> int:
-    """A 63-bit seed for one prompt, independent of batch size and order (BLAKE2b of its coordinates)."""
-    key = f"{run_seed}/{iteration}/{purpose}/{index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train", sample: int = 0) -> int:
+    """A 63-bit seed for one answer to a prompt, independent of batch size and order (BLAKE2b of its coordinates)."""
+    key = f"{run_seed}/{iteration}/{purpose}/{index}" + (f"#{sample}" if sample else "")
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def check_fits(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:

@@ -68,7 +68,7 @@ def policy_logps(policy: Policy, attention: str) -> PolicyLogps:
 
 def _with_adapter(policy: Policy, factor: float) -> AbstractContextManager:
     if factor == 0:
-        return policy.model.disable_adapter()
+        return policy.without_adapter()
     return nullcontext() if factor == 1 else policy.playing(amplified(policy.adapter(), factor))
 
 

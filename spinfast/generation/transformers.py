@@ -4,6 +4,8 @@ Every step is one forward of one packed row [one token per answer in progress | 
 weights are read once for both. The cache is the attention layout of that step (attention.py asks it): decoding rows
 attend to their slot, trimmed to the longest answer in steps of 64; prompts attend to themselves, segment by segment.
 An answer that ends leaves the batch at once, the last slot moves into its place, and a waiting prompt gets the room.
+A further sample of a prompt in the cache starts as a decoding row: it gets a copy of the prompt's keys and values, and
+its first step feeds the prompt's last token.
 
 Sampling is inverse-CDF in fp32 with one uniform per (request, step): SplitMix64 (Steele, Lea, Flood 2014) of the
 request's seed as a counter-based stream, so that the draw does not depend on the batch.
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
 from spinfast.generation import check_fits
-from spinfast.policy.transformers import TransformersPolicy
+from spinfast.policy import Policy
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
 TRIM = 64  # decode attention reads the cache up to the longest answer, rounded up to this
@@ -38,7 +41,7 @@ NUCLEUS = 256  # candidates looked at first when top_p < 1; rows that need more 
 
 
 class TransformersGenerator:
-    """Generates with the policy's module and its live adapter, or without any adapter.
+    """Generates with the policy's module. An adapter that is not the live one is swapped in from answer to answer.
 
     Same requests, batch size and order: same tokens. The random stream depends on the request's seed alone. Measured
     on SmolLM2-135M, 24 answers of up to 40 tokens, order reversed or batch 5 for 24: in fp32 all tokens and log-probs
@@ -50,7 +53,7 @@ class TransformersGenerator:
 
     def __init__(
         self,
-        policy: TransformersPolicy,
+        policy: Policy,
         *,
         batch_size: int = 64,
         max_model_len: int | None = None,
@@ -77,53 +80,67 @@ class TransformersGenerator:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
-        """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
+        """Completions as they finish; requests are taken in their order."""
         check_fits(requests, sampling, self.max_model_len)
-        if adapter is not None:
-            self._check_live(adapter)
-        stream = self._stream(deque(requests), sampling, adapter)
+        stream = self._stream(deque(requests), sampling, self._player(adapter))
         self._streams.callback(stream.close)
         return stream
 
-    def _check_live(self, adapter: Adapter) -> None:
-        if not _same(self.policy.adapter(), adapter):
-            raise UserError(
-                "expected the policy's live adapter or None, got other tensors; the transformers generator shares "
-                "the policy's module, so call policy.load_adapter(adapter) first"
-            )
+    def _player(self, adapter: Adapter | None) -> Callable[[], AbstractContextManager]:
+        """What turns the policy into base + adapter."""
+        if adapter is None:
+            return self.policy.without_adapter
+        if _same(self.policy.adapter(), adapter):
+            return nullcontext
+        return partial(self.policy.playing, adapter)
 
-    def _stream(self, waiting: deque[Request], sampling: Sampling, adapter: Adapter | None) -> Iterator[Completion]:
-        if not waiting:
-            return
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         model = self.policy.model
         was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+    def _stream(
+        self, waiting: deque[Request], sampling: Sampling, player: Callable[[], AbstractContextManager]
+    ) -> Iterator[Completion]:
+        """Whoever takes the answers finds the policy as it was: it is another one only while answers are made."""
+        if not waiting:
+            return
         longest = max(len(request.prompt_ids) for request in waiting) + sampling.max_tokens
         slots = min(self.batch_size, len(waiting))
         cache = SlotCache(self.policy, slots, longest, self.attention)
         active: list[_Answer] = []
-        try:
-            model.eval()
-            while waiting or active:
-                admitted = _admit(waiting, slots - len(active))
-                with self.policy.base_only() if adapter is None else nullcontext():
-                    sampled = self._step(cache, active, admitted, sampling)
-                active += admitted
-                for answer, (token, logp) in zip(active, sampled, strict=True):
-                    answer.append(int(token), logp)
-                yield from [answer.completion(sampling) for answer in active if answer.finished(sampling)]
-                active = cache.keep(active, sampling)
-        finally:
-            model.train(was_training)
+        while waiting or active:
+            ended: list[Completion] = []
+            with player(), self._evaluating():
+                while not ended:
+                    again, fresh = _admit(waiting, active, slots - len(active))
+                    sampled = self._step(cache, active, again, fresh, sampling)
+                    active += again + fresh
+                    for answer, (token, logp) in zip(active, sampled, strict=True):
+                        answer.append(int(token), logp)
+                    ended = [answer.completion(sampling) for answer in active if answer.finished(sampling)]
+                    active = cache.keep(active, sampling)
+            yield from ended
 
     @torch.inference_mode()
     def _step(
-        self, cache: SlotCache, active: list[_Answer], admitted: list[_Answer], sampling: Sampling
+        self,
+        cache: SlotCache,
+        active: list[_Answer],
+        again: list[_Answer],
+        fresh: list[_Answer],
+        sampling: Sampling,
     ) -> list[tuple[float, float]]:
         """One forward: the next (token, log-prob) of every active and admitted answer, read back in one sync."""
         policy = self.policy
-        ids_1T, positions_1T, last_S = cache.plan(active, admitted)
+        ids_1T, positions_1T, last_S = cache.plan(active, again, fresh)
         output = policy.decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=cache)
-        answers = active + admitted
+        answers = active + again + fresh
         logits_SV = F.linear(output.last_hidden_state[0, last_S], policy.head_VD, policy.head_bias_V)[: len(answers)]
         stream = [[answer.request.seed for answer in answers], [len(answer.token_ids) for answer in answers]]
         seed_S, step_S = torch.tensor(stream).to(policy.device)
@@ -147,12 +164,19 @@ class _Answer:
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
-    logp: float = 0.0
+    logps: list[float] = field(default_factory=list)
 
     @property
     def cached(self) -> int:
         """Tokens in the cache once the newest one is: all but it has been fed."""
         return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def newest(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
+
+    def has_prompt_of(self, other: _Answer) -> bool:
+        return self.request.index == other.request.index and self.request.prompt_ids == other.request.prompt_ids
 
     def append(self, token: int, logp: float) -> None:
         if math.isnan(logp):
@@ -161,31 +185,43 @@ class _Answer:
                 "the adapter has diverged (lower the learning rate) or the compute dtype overflows (use another)"
             )
         self.token_ids.append(token)
-        self.logp += logp
+        self.logps.append(logp)
 
     def finished(self, sampling: Sampling) -> bool:
         return self.token_ids[-1] in sampling.stop_ids or len(self.token_ids) == sampling.max_tokens
 
     def completion(self, sampling: Sampling) -> Completion:
         reason = "stop" if self.token_ids[-1] in sampling.stop_ids else "length"
-        return Completion(self.request.index, tuple(self.token_ids), reason, self.logp)
+        request = self.request
+        return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample)
 
 
-def _admit(waiting: deque[Request], room: int) -> list[_Answer]:
-    """As many waiting prompts as there are free slots, within the step's token budget (one always fits)."""
-    admitted, tokens = [], 0
-    while waiting and len(admitted) < room:
-        tokens += len(waiting[0].prompt_ids)
-        if admitted and tokens > PREFILL_TOKENS:
+def _admit(waiting: deque[Request], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
+    """As many waiting answers as there are free slots, within the step's token budget (one always fits).
+
+    First those whose prompt is in the cache, or will be: an active answer's or one admitted now; then the others.
+    """
+    again, fresh, tokens = [], [], 0
+    while waiting and len(again) + len(fresh) < room:
+        answer = _Answer(waiting[0])
+        known = _source(answer, active + fresh) is not None
+        tokens += 1 if known else len(answer.request.prompt_ids)
+        if (again or fresh) and tokens > PREFILL_TOKENS:
             break
-        admitted.append(_Answer(waiting.popleft()))
-    return admitted
+        (again if known else fresh).append(answer)
+        waiting.popleft()
+    return again, fresh
+
+
+def _source(answer: _Answer, others: Sequence[_Answer]) -> int | None:
+    """Where among the others the first one stands that has the same prompt."""
+    return next((place for place, other in enumerate(others) if other.has_prompt_of(answer)), None)
 
 
 class SlotCache:
     """Keys and values of up to `slots` answers, and the attention layout of the step that `plan` was called for."""
 
-    def __init__(self, policy: TransformersPolicy, slots: int, length: int, attention: str):
+    def __init__(self, policy: Policy, slots: int, length: int, attention: str):
         config = policy.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, config.num_key_value_heads, -(-length // TRIM) * TRIM, head_dim)
@@ -195,14 +231,20 @@ class SlotCache:
             for _ in range(config.num_hidden_layers)
         ]
 
-    def plan(self, active: list[_Answer], admitted: list[_Answer]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids (1, T), positions (1, T) and the rows to score, S and then padding, of the next step."""
-        self.decoding = len(active)
-        ids = [answer.token_ids[-1] for answer in active]
-        positions = [answer.cached - 1 for answer in active]
+    def plan(
+        self, active: list[_Answer], again: list[_Answer], fresh: list[_Answer]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids (1, T), positions (1, T) and the rows to score, S and then padding, of the next step.
+
+        The prompts of `again` are those of other answers, active or fresh.
+        """
+        decoding = active + again
+        self.decoding = len(decoding)
+        ids = [answer.newest for answer in decoding]
+        positions = [answer.cached - 1 for answer in decoding]
         slots = list(range(self.decoding))
         starts = [0]
-        for slot, answer in enumerate(admitted, self.decoding):
+        for slot, answer in enumerate(fresh, self.decoding):
             prompt = answer.request.prompt_ids
             ids += prompt
             positions += range(len(prompt))
@@ -213,14 +255,20 @@ class SlotCache:
         filler = [0] * self.padding
         ids_T, positions_T, slot_T = torch.tensor([ids + filler, positions + filler, slots + filler]).to(self.device)
         self.slot_T, self.position_T = slot_T[: len(ids)], positions_T[: len(ids)]
-        if active:
-            longest = -(-max(answer.cached for answer in active) // TRIM) * TRIM
+        self.copies = []
+        for slot, answer in enumerate(again, len(active)):
+            place = _source(answer, active + fresh)
+            source = place if place < len(active) else place + len(again)
+            first = self.copies.pop()[1] if self.copies and self.copies[-1][0] == source else slot
+            self.copies.append((source, first, slot + 1, len(answer.request.prompt_ids)))
+        if decoding:
+            longest = -(-max(answer.cached for answer in decoding) // TRIM) * TRIM
             self.mask_S11L = (torch.arange(longest, device=self.device) <= positions_T[: self.decoding, None])[
                 :, None, None
             ]
-        if admitted:
+        if fresh:
             bounds = torch.tensor(starts, dtype=torch.int32, device=self.device)
-            lengths = [len(answer.request.prompt_ids) for answer in admitted]
+            lengths = [len(answer.request.prompt_ids) for answer in fresh]
             index = torch.arange(starts[-1], device=self.device)
             self.prompts = PackedLayout(bounds, bounds, index, tuple((n, n) for n in lengths), self.attention)
         last += [0] * (MIN_ROWS - len(last))
@@ -233,6 +281,9 @@ class SlotCache:
         query_1HTd, key_1GTd, value_1GTd = (x[:, :, :tokens] for x in (query_1HTd, key_1GTd, value_1GTd))
         keys[self.slot_T, :, self.position_T] = key_1GTd[0].transpose(0, 1)
         values[self.slot_T, :, self.position_T] = value_1GTd[0].transpose(0, 1)
+        for source, first, end, length in self.copies:  # after the source's own rows are written: it may be fresh
+            keys[first:end, :, :length] = keys[source, :, :length]
+            values[first:end, :, :length] = values[source, :, :length]
         parts = []
         if n:
             parts.append(self._decode(keys, values, query_1HTd[0, :, :n].transpose(0, 1), scaling))

@@ -137,7 +137,7 @@ class VLLMGenerator:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
     ) -> Iterator[Completion]:
-        """Completions as they finish. `logp` sums the sampled tokens' log-probs at temperature 1, all tokens kept."""
+        """Completions as they finish. Samples of a prompt share its full K/V blocks while none of them is evicted."""
         check_fits(requests, sampling, self.max_model_len)
         return self._completions(requests, sampling, adapter)
 
@@ -157,9 +157,9 @@ class VLLMGenerator:
         for position, output in self._run(prompts, adapter):
             answer = output.outputs[0]
             reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
-            yield Completion(
-                requests[position].index, tuple(answer.token_ids), reason, float(answer.cumulative_logprob)
-            )
+            request, scored = requests[position], zip(answer.token_ids, answer.logprobs, strict=True)
+            logps = tuple(float(logps[token].logprob) for token, logps in scored)
+            yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample)
 
     def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
         """(position, vLLM's output) as the prompts finish; leaving early drops the rest."""

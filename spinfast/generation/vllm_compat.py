@@ -22,13 +22,7 @@ import torch.nn.functional as F
 
 from spinfast.errors import UserError
 from spinfast.types import Adapter
-
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, or nothing can be shared
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise the process is pinned to one core
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # none on sm_75
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from spinfast.vllm_environment import SETTINGS
 
 
 def version() -> tuple[int, int]:

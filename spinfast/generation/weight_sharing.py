@@ -7,8 +7,6 @@ copy of the weights, 2 bytes per parameter in 16 bit (0.99 GB for Qwen2.5-0.5B).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from spinfast.errors import UserError
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PARTS = {part: (stack, parts) for stack, parts in STACKED.items() for part in parts}
-CHUNK = 1 << 20  # words of a checksum's step: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,6 @@ def verify(model: PreTrainedModel, engine_model: torch.nn.Module) -> Sharing:
     if own:
         raise RuntimeError(f"weight sharing: {len(own)} of {len(base)} parameters are copies (first: {own[0]})")
     return Sharing(len(base), sum(p.numel() * p.element_size() for p in base.values()))
-
-
-@torch.no_grad()
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """16 hex digits that change with any bit of any tensor, computed where the tensors are.
-
-    Per tensor: the sum of its bytes, taken as 64-bit words where they divide so, times odd position weights, modulo
-    2^64. An odd weight is invertible, so a change within one word cannot cancel.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().reshape(-1)
-        raw = tensor.view(torch.uint8)
-        raw = raw.clone() if raw.storage_offset() % 8 else raw  # a view may start between words
-        words = raw.view(torch.int64) if len(raw) % 8 == 0 else raw
-        odd = torch.arange(min(CHUNK, len(words)), device=words.device).mul_(2).add_(1)
-        sums = [int((part * odd[: len(part)]).sum()) for part in words.split(CHUNK)]
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensor.dtype} {sums}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -6,26 +6,33 @@ import importlib
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
+from spinfast.ops import Ops
 from spinfast.types import Adapter, PackedBatch
+from spinfast.vllm_environment import SETTINGS
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """A frozen base with a trainable LoRA adapter. D is the model dimension, V the vocabulary."""
+    """A frozen base with a trainable adapter: all that its callers use. D is the model dimension, V the vocabulary."""
 
-    model: torch.nn.Module  # the PEFT model; `policy.decoder` is the stack below the head
-    decoder: torch.nn.Module
+    model: torch.nn.Module  # its parameters, buffers, mode and shape (.config); the adapter's switches are below
+    decoder: torch.nn.Module  # the stack below the head; `.layers` are what activations are kept of
     device: torch.device
     dtype: torch.dtype
+    ops: Ops  # who counts memory or caps the head's rows puts its own table here
+    folded: list[Adapter]  # adapters merged into the base, oldest first
+
+    # The forward -----------------------------------------------------------------------------------------------
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Final normed hidden states (T, D) of the packed tokens, in the compute dtype."""
@@ -37,22 +44,48 @@ class Policy(Protocol):
     @property
     def head_bias_V(self) -> torch.Tensor | None: ...
 
+    def checkpoint_layers(self, layers: int) -> None:
+        """Recompute the activations of the first `layers` decoder layers in the backward."""
+
+    # The frozen weights ----------------------------------------------------------------------------------------
+
+    def base_checksum(self) -> str:
+        """Changes with any bit of the frozen weights, which an engine may hold."""
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """The frozen weights alone, with what earlier rounds merged into them."""
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """The base that the run began with. Raises UserError once rounds were merged into it."""
+
+    def merge_and_restart(self, seed: int) -> None:
+        """Fold the adapter into the base and start a fresh one by `seed`, which changes nothing yet."""
+
+    # The adapter -----------------------------------------------------------------------------------------------
+
     def trainable_parameters(self) -> Mapping[str, torch.nn.Parameter]:
         """The adapter's fp32 parameters by PEFT name, in a fixed order."""
 
     def adapter(self) -> Adapter:
-        """A copy of the adapter on the host; later training does not change it."""
+        """A copy on the host, relative to the base with everything folded so far; later training does not change it."""
 
-    def load_adapter(self, adapter: Adapter) -> None: ...
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Train on from an adapter() of this policy. Raises UserError if it does not fit."""
+
+    def playing(self, adapter: Adapter) -> AbstractContextManager[None]:
+        """Another adapter in place of the trained one, of its rank or lower, for the duration of the block."""
 
     def save_adapter(self, path: Path) -> None:
-        """Plain PEFT layout: adapter_model.safetensors and adapter_config.json."""
+        """Plain PEFT layout, relative to the original base: what is folded and what is trained."""
+
+    def restore(self, adapter: Adapter) -> None:
+        """Become the original base + `adapter` again, which an earlier process saved."""
 
 
 def unsloth_environment() -> dict[str, str]:
     """What must stand before Unsloth is imported, which imports vLLM as well: no telemetry, no folder where we are."""
     return {
-        **vllm_compat.SETTINGS,
+        **SETTINGS,
         "UNSLOTH_COMPILE_LOCATION": str(default_cache() / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }

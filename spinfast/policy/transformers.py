@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinfast import attention
 from spinfast.errors import UserError
-from spinfast.generation.weight_sharing import checksum
 from spinfast.ops import Ops
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
 from spinfast.types import Adapter, PackedBatch
 
@@ -113,18 +113,24 @@ class TransformersPolicy:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     @contextmanager
-    def base_only(self) -> Iterator[None]:
-        """The base without its adapter (and without what earlier rounds merged, if any was)."""
-        if self.folded:
-            raise UserError("the base alone is gone once adapters were merged; use adapter.init: continue")
+    def without_adapter(self) -> Iterator[None]:
+        """The frozen weights alone, with what earlier rounds merged into them."""
         with self.model.disable_adapter():
             yield
 
     @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """The base that the run began with. Raises UserError once rounds were merged into it."""
+        if self.folded:
+            raise UserError("the base alone is gone once adapters were merged; use lora.init: continue")
+        with self.without_adapter():
+            yield
+
+    @contextmanager
     def playing(self, adapter: Adapter) -> Iterator[None]:
-        """Another adapter in place of the trained one, for the duration of the block."""
+        """Another adapter in place of the trained one, of its rank or lower, for the duration of the block."""
         own = self.adapter()
-        self.load_adapter(adapter)
+        self.load_adapter(adapters.fitted(adapter, self.lora.r, self.lora.lora_alpha))
         try:
             yield
         finally:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat
+from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
-from spinfast.generation.weight_sharing import checksum, verify
+from spinfast.generation.weight_sharing import verify
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.checksum import checksum
 from spinfast.train import answer_logps
 from spinfast.types import Group, Request, Sampling
 
@@ -47,6 +48,20 @@ def test_greedy_tokens_equal_the_policys_before_and_after_training(generator, tr
     adapted = answers(generator, requests, sampling, trained.adapter())
     assert tokens(adapted) == tokens(answers(own, requests, sampling, trained.adapter()))
     assert tokens(adapted) != tokens(base)
+
+
+@pytest.mark.parametrize("rank", [8, 2])
+def test_any_adapter_is_asked_not_only_the_live_one(generator, policy, trained_adapter, prompts, rank):
+    """The policy is fresh, B zero. A lower rank comes with its own scaling, which both must honour."""
+    cut = {n: t[:rank] if ".lora_A." in n else t[:, :rank] for n, t in trained_adapter.tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in cut.items()}
+    other = replace(trained_adapter, tensors=tensors, config=trained_adapter.config | {"r": rank, "lora_alpha": 12})
+    requests, sampling = ask(prompts)
+    found = tokens(answers(generator, requests, sampling, other))
+    assert found == tokens(answers(TransformersGenerator(policy), requests, sampling, other))
+    assert found != tokens(answers(generator, requests, sampling, policy.adapter()))
+    with policy.playing(other):
+        assert found == tokens(answers(generator, requests, sampling, policy.adapter()))
 
 
 def test_generation_changes_no_parameter(generator, trained, prompts):
@@ -83,6 +98,45 @@ def test_logp_is_the_policys_own_within_rounding(generator, trained, prompts):
         batch = pack([Group(request.prompt_ids, (completion.token_ids,))], [0], "sdpa")
         with torch.no_grad():
             assert completion.logp == pytest.approx(answer_logps(trained, batch).sum().item(), abs=1e-2)
+
+
+def several(requests, samples):
+    return [replace(r, seed=prompt_seed(0, 0, r.index, sample=k), sample=k) for r in requests for k in range(samples)]
+
+
+def test_log_probs_per_token_are_those_of_the_training_forward(generator, trained, prompts):
+    """Several samples of a prompt, packed as training packs a group; the nucleus cuts draws, not log-probs."""
+    requests, sampling = ask(prompts)
+    sampling = replace(sampling, temperature=0.7, top_p=0.9)
+    found = {(c.index, c.sample): c for c in generator.generate(several(requests, 3), sampling, trained.adapter())}
+    assert len(found) == 12
+    for request in requests:
+        samples = [found[request.index, k] for k in range(3)]
+        batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
+        with torch.no_grad():
+            expected = answer_logps(trained, batch)
+        assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
+        given = torch.tensor([logp for c in samples for logp in c.logps])
+        assert (given - expected).abs().max() < BOUNDS[torch.float32]
+
+
+def test_a_prompt_of_many_samples_is_prefilled_once(generator, prompts, monkeypatch):
+    """Tokens that the engine computes: of a prompt that stands in the cache only what is beyond its full blocks."""
+    core, computed = generator.engine.engine_core.engine_core, []
+    schedule = core.scheduler.schedule
+
+    def counted(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        computed.append(output.total_num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(core.scheduler, "schedule", counted)
+    block = generator.engine.vllm_config.cache_config.block_size
+    prompt = tuple((prompts[0][0] * 20)[: block + block // 4])
+    assert len(prompt) == block + block // 4 < 240, "the case is too easy: no block is full"
+    requests = several([Request(0, prompt, seed=0)], 8)
+    list(generator.generate(requests, Sampling(1.0, 1.0, 1, ()), None))
+    assert sum(computed) == len(prompt) + 7 * (len(prompt) - block)
 
 
 def test_seed_alone_decides_a_sampled_answer(generator, prompts):

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -118,6 +119,23 @@ def stack(adapters: list[Adapter]) -> Adapter:
     }
     grown = {"r": first.config["r"] * count, "lora_alpha": first.config["lora_alpha"] * count}
     return Adapter(first.config | grown, tensors)
+
+
+def fitted(adapter: Adapter, r: int, alpha: float) -> Adapter:
+    """An adapter of rank r and scaling alpha / r that adds the same to the weights: zeros beside A and B, B scaled."""
+    missing, factor = r - adapter.config["r"], adapter.config["lora_alpha"] / adapter.config["r"] / (alpha / r)
+    if missing < 0:
+        raise UserError(f"adapter: rank {adapter.config['r']} exceeds the policy's {r}")
+    if missing == 0 and factor == 1:
+        return adapter
+
+    def fit(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if ".lora_A." in name:
+            return F.pad(tensor, (0, 0, 0, missing))
+        return F.pad(tensor * factor, (0, missing))
+
+    tensors = {name: fit(name, tensor) for name, tensor in adapter.tensors.items()}
+    return Adapter(adapter.config | {"r": r, "lora_alpha": alpha}, tensors)
 
 
 def unstack(adapter: Adapter, r: int) -> list[Adapter]:
