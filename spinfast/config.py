@@ -73,7 +73,7 @@ class Lora(Section):
 class Optimisation(Section):
     """What every stage of training has; a method's section adds its own keys and defaults."""
 
-    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="SPIN's paper uses RMSProp on full weights")
+    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="SPIN's paper: rmsprop, on full weights")
     lr: PerRound = Field((1e-5,), description="peak learning rate; a list gives one value per round")
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
@@ -287,7 +287,7 @@ def _section_of(annotation: Any) -> Any:
 
 
 def reference_table() -> str:
-    """Every key with its default and meaning, as Markdown."""
+    """Every key with its default and meaning, as Markdown; of a method's keys its own first."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in Config.model_fields.items():
         is_section = any(
@@ -295,17 +295,18 @@ def reference_table() -> str:
             for o in getattr(field.annotation, "__args__", (field.annotation,))
         )
         if not is_section:
-            lines.append(f"| `{name}` | `{field.default}` | {field.description} |")
+            lines.append(f"| `{name}` | `{_shown(field.default)}` | {field.description} |")
             continue
-        for key, inner in _section_of(field.annotation).model_fields.items():
+        keys = _section_of(field.annotation).model_fields
+        for key, inner in sorted(keys.items(), key=lambda item: item[0] in Optimisation.model_fields):
             default = "required" if inner.is_required() else f"`{_shown(inner.get_default(call_default_factory=True))}`"
             lines.append(f"| `{name}.{key}` | {default} | {inner.description} |")
     return "\n".join(lines)
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, tuple) and len(value) == 1:
-        return value[0]
+    if isinstance(value, tuple):
+        return value[0] if len(value) == 1 else list(value)
     return "null" if value is None else value
 
 

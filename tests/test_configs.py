@@ -45,7 +45,7 @@ def stand_in(tmp_path, monkeypatch):
         ).save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")
         found = ResolvedModel(tmp_path / "model", name, "none", "Qwen2ForCausalLM")
-        monkeypatch.setattr("spinfast.dry_run.resolve_model", lambda *_: found)  # there are no weights to resolve
+        monkeypatch.setattr("spinfast.session.resolve_model", lambda *_: found)  # there are no weights to resolve
         row = {"question": "What is 1 + 1? " * 20, "answer": "It is 2. " * 20 + "\n#### 2"}
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"n": i}) + "\n" for i in range(64)))
         source = f"{{source: {tmp_path / 'rows.jsonl'}}}"
@@ -59,7 +59,7 @@ def test_config_parses(path):
     config = load_config(path)
     assert config.heldout is not None
     assert len(config.spin.beta) in (1, config.spin.iterations)
-    assert len(config.train.lr) in (1, config.spin.iterations)
+    assert len(config.spin.lr) in (1, config.spin.iterations)
 
 
 def test_every_t4_config_has_a_shape():
@@ -75,8 +75,8 @@ def test_t4_config_fits_a_t4(path, stand_in):
     planned = dry_run(load_config(path, [*stand_in(name), "device.profile=t4"]), console)
     assert planned.budget == int(14.7 * GIB)
     assert planned.peak <= planned.budget
-    assert {"train", "score"} <= planned.phases.keys()
-    assert planned.phases["train"].by_kind["weights"] > 0.9 * GIB
+    assert {*load_config(path).method, "score"} <= planned.phases.keys()
+    assert planned.phases["spin"].by_kind["weights"] > 0.9 * GIB
     text = console.export_text()
     assert "float16: capability < 8.0 has fp16 tensor cores only" in text
     assert f"of {SHAPES[name][2]} layers checkpointed" in text

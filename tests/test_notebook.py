@@ -36,7 +36,7 @@ def test_its_files_and_overrides_exist(tmp_path):
     assert (ROOT / chosen["REQUIREMENTS"]).is_file()
     config = load_config(ROOT / chosen["CONFIG"], chosen["OVERRIDES"])
     assert len(config.spin.beta) in (1, config.spin.iterations)
-    assert len(config.train.lr) in (1, config.spin.iterations)
+    assert len(config.spin.lr) in (1, config.spin.iterations)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its last cells would use the GPU in fp16")
