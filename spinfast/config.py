@@ -173,7 +173,8 @@ class Config(Section):
 
     def identity(self) -> dict:
         """What a run's results depend on, defaults left out: a key that is added later with one changes nothing."""
-        return self.model_dump(mode="json", exclude_defaults=True, exclude=CHANGES_NO_RESULT)
+        tree = self.model_dump(mode="json", exclude_defaults=True, exclude=CHANGES_NO_RESULT)
+        return {name: value for name, value in tree.items() if value != {}}
 
     def hash(self) -> str:
         """16 hex digits that name what the run computes; a run directory belongs to one of them."""

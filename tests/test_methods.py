@@ -143,7 +143,6 @@ def test_a_method_of_ones_own_stands_in_line_with_others(tmp_path, tiny_model, r
     assert predicted.keys() == {"echo", "spin", "score", "generate"}
 
 
-@pytest.mark.xfail(strict=True, reason="the plan names training by its method, system.jsonl and the report 'train'")
 def test_the_report_shows_the_memory_that_training_was_predicted_to_need(tmp_path, tiny_model):
     automatic = {"microbatch_tokens": "auto", "checkpointing": "auto"}
     config = configured(tmp_path, tiny_model("llama"), train=automatic, evaluate=FEW, spin={"iterations": 1})
@@ -153,7 +152,6 @@ def test_the_report_shows_the_memory_that_training_was_predicted_to_need(tmp_pat
     assert predicted["train"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="results.json has one row per number (RunDir.result, row['iteration'])")
 def test_two_methods_that_both_number_their_stages_keep_all_rows(tmp_path, tiny_model, register):
     def rounds(run, last):
         for number in range(2):
@@ -171,7 +169,6 @@ def test_two_methods_that_both_number_their_stages_keep_all_rows(tmp_path, tiny_
     assert [row["stage"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == stages
 
 
-@pytest.mark.xfail(strict=True, reason="report/card.py knows the methods sft and spin by the row's name")
 def test_an_adapters_card_does_not_call_another_method_self_play(tmp_path, tiny_model, register):
     register()
     played(configured(tmp_path, tiny_model("llama"), method="echo", spin=None, **ECHO), tmp_path / "run")
@@ -215,10 +212,7 @@ def weighed_load(config: EchoConfig, lengths: Sequence[tuple[int, int]]) -> Load
     return Load("echo", groups, Weighted(), c, (steps(c, len(groups)),))
 
 
-PLANNED = pytest.mark.xfail(strict=True, reason="memory/simulation.py Phases.train gives groups a reference or nothing")
-
-
-@pytest.mark.parametrize("microbatch_tokens", [256, pytest.param("auto", marks=PLANNED)])
+@pytest.mark.parametrize("microbatch_tokens", [256, "auto"])
 def test_an_objective_of_a_few_lines_is_trained_on_what_groups_carry(tmp_path, tiny_model, register, microbatch_tokens):
     register(weighed, weighed_load)
     train = {"microbatch_tokens": microbatch_tokens}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from spinfast.names import label
+
 Row = dict
 Rule = Callable[[Row, Row], str | None]
 
@@ -18,8 +20,8 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     found = []
     for previous, row in itertools.pairwise([*rows[:1], *rows]):
         said = (rule(row, previous) for rule in RULES)
-        name = {"base": "Base", "sft": "SFT"}.get(row["iteration"], f"Iteration {row['iteration']}")
-        found += [f"{name}: {sentence}" for sentence in said if sentence]
+        name = label(row["iteration"])
+        found += [f"{name[0].upper()}{name[1:]}: {sentence}" for sentence in said if sentence]
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig
 
@@ -184,7 +184,7 @@ def _content(group: Group) -> int:
 
 def worst_batch(groups: Sequence[Group], tokens: int) -> list[Group]:
     """The fullest microbatch: most tokens plus keys, with the later answers long, or short and so more of them."""
-    short = [Group(group.prompt_ids, (group.answers[0], *((0,) for _ in group.answers[1:]))) for group in groups]
+    short = [replace(group, answers=(group.answers[0], *((0,) for _ in group.answers[1:]))) for group in groups]
     batches = [[chosen[i] for i in rows] for chosen in (groups, short) for rows in bins(chosen, tokens)]
     return max(batches, key=lambda batch: sum(packed_length(g) + len(g.prompt_ids) for g in batch))
 

@@ -68,8 +68,8 @@ class Phases:
         self, groups: Sequence[Group], objective: Objective, optimizer: str, more_microbatches: bool, timeline=False
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
-        given = {REFERENCE: (0.0,) * len(groups[0].answers)} if objective.at_start is not None else {}
-        groups = [replace(group, given=given) for group in groups]
+        if objective.at_start is not None:
+            groups = [_with_reference(group) for group in groups]
         budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
         state = settled(self.policy, optimizer, self.profile.scaled_loss)
         with self.counting(state, timeline) as ledger:
@@ -79,6 +79,10 @@ class Phases:
             train_step(self.policy, groups, objective, 1.0, budget, state)
             held = []  # noqa: F841
         return ledger
+
+
+def _with_reference(group: Group) -> Group:
+    return replace(group, given={**group.given, REFERENCE: (0.0,) * len(group.answers)})
 
 
 def settled(policy: Policy, optimizer: str, scaled: bool) -> TrainState:

@@ -132,7 +132,7 @@ def conclude(run: Run, stage: Stage, last: Stage, start: Adapter, game: Pairwise
     }
     run.check_base()
     run.directory.result(row)
-    write_card(stage.path("adapter"), run.directory.path, row["iteration"])
+    write_card(stage.path("adapter"), run.directory.path, stage.name)
     run.played.append(stage)
     return row
 

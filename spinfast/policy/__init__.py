@@ -58,6 +58,9 @@ class Policy(Protocol):
     def base_only(self) -> AbstractContextManager[None]:
         """The base that the run began with. Raises UserError once rounds were merged into it."""
 
+    def restart(self, seed: int) -> None:
+        """The base as it was loaded, and the adapter that a new policy of this seed has."""
+
     def merge_and_restart(self, seed: int) -> None:
         """Fold the adapter into the base and start a fresh one by `seed`, which changes nothing yet."""
 

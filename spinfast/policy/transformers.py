@@ -122,7 +122,7 @@ class TransformersPolicy:
     def base_only(self) -> Iterator[None]:
         """The base that the run began with. Raises UserError once rounds were merged into it."""
         if self.folded:
-            raise UserError("the base alone is gone once adapters were merged; use lora.init: continue")
+            raise UserError("the base alone is gone once adapters were merged; use adapter.init: continue")
         with self.without_adapter():
             yield
 

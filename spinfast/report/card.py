@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from spinfast.evaluate.advice import warnings
-from spinfast.names import label
 from spinfast.report import study
 from spinfast.report.read import Run, read_run
 from spinfast.store import files
@@ -25,46 +24,49 @@ SHOWN = {  # metric -> (name, digits, factor)
     "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
 }
 
-METHODS = {  # control -> how its adapters were made
-    None: "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
+MADE_BY = {  # method, or control -> how its adapters were made
+    "base": "nothing yet: it is the one before any training",
+    "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
     "sft": "supervised fine-tuning on the real answers",
     "shuffled": "a control of self-play fine-tuning, not a model to use: generated answers belong to other prompts",
     "coin": "a control of self-play fine-tuning, not a model to use: a coin said which answer counts as real",
 }
 
 
-def write_card(adapter_dir: Path, run_dir: Path, iteration: str | int) -> Path:
-    """Write adapter_dir/README.md for the adapter that `iteration` ("base", "sft", 0, 1, ...) of the run made."""
+def write_card(adapter_dir: Path, run_dir: Path, stage: str) -> Path:
+    """Write adapter_dir/README.md for the adapter that `stage` of the run made."""
     config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
     path = adapter_dir / "README.md"
-    files.write_text(path, card(read_run(run_dir), iteration, config))
+    files.write_text(path, card(read_run(run_dir), stage, config))
     return path
 
 
-def card(run: Run, iteration: str | int, adapter_config: dict) -> str:
+def card(run: Run, stage: str, adapter_config: dict) -> str:
     """The card's text. `adapter_config` is PEFT's."""
     c, base = run.config, adapter_config["base_model_name_or_path"]
     revision = adapter_config.get("revision") or c["model"]["revision"] or "not recorded"
-    front = {"library_name": "peft", "tags": ["lora", "spin", "self-play", "spinfast"]}
+    row, method = next((row for row in run.rows if row["stage"] == stage), None), run.method(stage)
+    played = ["self-play"] if method == "spin" else []
+    front = {"library_name": "peft", "tags": ["lora", method, *played, "spinfast"]}
     if not base.startswith(("package:", "/", ".")):
         front["base_model"] = base
-    method = METHODS["sft" if iteration == "sft" else run.control]
+    made = (run.control if method == "spin" else None) or method
     facts = {
         "base model": f"{base}, revision {revision}",
         "training data": _data(c["data"]),
         "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
         "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
-        "made by": _made_by(run, iteration),
-        "pairs": _pairs(run, iteration),
+        "made by": _settings(run, stage),
+        "pairs": _pairs(row),
         "software": ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items()),
     }
     table = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items() if value)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
-# {Path(base).name}: {label(iteration)} of spinfast run {run.name}
+# {Path(base).name}: {run.label(stage)} of spinfast run {run.name}
 
-A low-rank adapter made by {method}. No human preference labels were used.
+A low-rank adapter made by {MADE_BY.get(made, made)}. No human preference labels were used.
 
 | | |
 |---|---|
@@ -81,10 +83,10 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 Write prompts with the base model's chat template.
 
 ## Results
-{_results(run, iteration)}
+{_results(run, row)}
 
 ## Limits
-{_limits(run, iteration)}
+{_limits(run, stage)}
 """
 
 
@@ -97,31 +99,29 @@ def _data(data: dict) -> str:
     return ", ".join([*(part for part in parts if part), f"{data['size'] or 'all'} examples"])
 
 
-def _made_by(run: Run, iteration: str | int) -> str:
+def _settings(run: Run, stage: str) -> str:
     """The stage and what its method was given."""
-    method, c = next((row["method"] for row in run.rows if row["iteration"] == iteration), "base"), run.config
-    if method == "base":
-        return "nothing yet: the adapter before any training"
-    used = c[method]
-    parts = [label(iteration)]
+    method, c = run.method(stage), run.config
+    if method not in c["method"]:
+        return ""
+    used, name = c[method], run.label(stage)
+    game = []
     if method == "spin":
-        parts[0] += f" of {used['iterations']} iterations"
-        parts += [f"beta {_list(used['beta'])}", f"{used['loss']} loss"]
-    parts += [f"learning rate {_list(used['lr'])}", f"{used['epochs']} epoch(s)"]
-    return ", ".join([*parts, f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"])
+        name += f" of {used['iterations']} iterations"
+        game = [f"beta {_list(used['beta'])}", f"{used['loss']} loss"]
+    steps = [f"{used['epochs']} epoch(s)", f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"]
+    return ", ".join([name, *game, f"learning rate {_list(used['lr'])}", *steps])
 
 
-def _pairs(run: Run, iteration: str | int) -> str:
-    row = next((row for row in run.rows if row["iteration"] == iteration), None)
+def _pairs(row: dict | None) -> str:
     if row is None or not row["pairs"]:
         return ""
     rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
     return f"{row['pairs']}" + (f" (rejected: {rejected})" if rejected else "")
 
 
-def _results(run: Run, iteration: str | int) -> str:
-    rows = {row["iteration"]: row for row in run.rows}
-    own, base = rows.get(iteration), rows.get("base")
+def _results(run: Run, own: dict | None) -> str:
+    base = next((row for row in run.rows if row["stage"] == "base"), None)
     if own is None or not own["evaluation"]:
         return "It was not evaluated."
     lines = ["Held-out problems, 95 % intervals.", "", "| | base | this adapter | n |", "|---|---|---|---|"]
@@ -144,15 +144,15 @@ def _value(of: dict | None, metric: str, look: tuple[str, int, float]) -> str:
     return f"{factor * of['value']:.{digits}f}{interval}"
 
 
-def _limits(run: Run, iteration: str | int) -> str:
+def _limits(run: Run, stage: str) -> str:
     """What always holds, and what this run's figures warn of."""
     lines = [
         "- Measured on one held-out set of the kind it was trained on; other tasks and languages were not tried.",
-        "- Self-play pulls the model towards the data's answers, their style, length and mistakes included.",
+        "- Training pulls the model towards the data's answers, their style, length and mistakes included.",
         "- Not examined for safety, bias or factuality beyond what the base model's card says.",
     ]
     if len(run.rows) > 2:
         lines.append("- Whoever picks the best of several iterations on these figures finds it a little too good.")
-    position = next((i for i, row in enumerate(run.rows) if row["iteration"] == iteration), 0)
+    position = run.stages.index(stage) if stage in run.stages else 0
     lines += [f"- {warning}" for warning in warnings(run.rows[: position + 1])]
     return "\n".join(lines)

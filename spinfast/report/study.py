@@ -217,7 +217,9 @@ def memory_table(run: Run) -> list[tuple[str, float, float | None]]:
         mib = row.get("memory/allocated_mib", row.get("memory/rss_mib"))
         if mib is not None:
             peaks[row["phase"]] = max(peaks.get(row["phase"], 0.0), mib)
-    return [(phase, peaks[phase], run.predicted_mib.get(phase)) for phase in _phases(peaks)]
+    trained = [run.predicted_mib[name] for name in run.config["method"] if name in run.predicted_mib]
+    predicted = run.predicted_mib | ({"train": max(trained)} if trained else {})
+    return [(phase, peaks[phase], predicted.get(phase)) for phase in _phases(peaks)]
 
 
 def _phases(found: Collection[str]) -> list[str]:

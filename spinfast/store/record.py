@@ -131,10 +131,10 @@ class RunDir:
         _append(self.path / "system.jsonl", row | values | memory_now())
 
     def result(self, row: dict) -> None:
-        """Add or replace the row of one iteration in results.json."""
+        """Add or replace the row of one stage in results.json."""
         trackers, known = self.trackers, self.results()
         if row not in known:
-            rows = [old for old in known if old["iteration"] != row["iteration"]]
+            rows = [old for old in known if old["stage"] != row["stage"]]
             files.write_json(self.path / "results.json", [*rows, row])
             trackers.result(row)
 
@@ -150,7 +150,7 @@ class RunDir:
             rows = json.loads(path.read_bytes()) if path.exists() else []
         except (ValueError, RecursionError):
             rows = None
-        if isinstance(rows, list) and all(isinstance(row, dict) and "iteration" in row for row in rows):
+        if isinstance(rows, list) and all(isinstance(row, dict) and "stage" in row for row in rows):
             return rows
         log.warning("%s is not as it was written; its rows are made again", path)
         return []

@@ -67,7 +67,7 @@ class Trackers:
 
     def __init__(self, path: Path, config: dict, steps: Sequence[dict], rows: Sequence[dict]):
         self.number, self.last = len(steps), last_steps(steps)
-        self.shown = {row["iteration"] for row in rows}
+        self.shown = {row["stage"] for row in rows}
         self.members: list[Tracker] = [TensorBoard(path, steps, rows)]
         self.members += [Service(name, path, config) for name in config["report_to"]]
 
@@ -77,9 +77,9 @@ class Trackers:
         self._log(scalars(row), self.number)
 
     def result(self, row: dict) -> None:
-        if row["iteration"] in self.shown:  # a resumed run concludes its finished stages again
+        if row["stage"] in self.shown:  # a resumed run concludes its finished stages again
             return
-        self.shown.add(row["iteration"])
+        self.shown.add(row["stage"])
         self._log(outcomes(row), self.last.get(row["stage"], 0))
 
     def close(self) -> None:

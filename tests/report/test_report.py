@@ -364,7 +364,7 @@ def test_seeds_are_combined_only_within_one_config(played, run_copy):
 
 
 def test_card(run_copy):
-    path = write_card(run_copy / "iter_001" / "adapter", run_copy, 1)
+    path = write_card(run_copy / "iter_001" / "adapter", run_copy, "iter_001")
     text = path.read_text()
     assert text.startswith("---\nlibrary_name: peft\n")
     run = read_run(run_copy)
