@@ -210,9 +210,8 @@ def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
     """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
     results = [verdicts(stage) for stage in played]
     position = stopping.best(results) if results[0] else len(played) - 1
-    files.write_json(
-        run.path / "best.json", {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
-    )
+    best = {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
+    files.write_json(run.path / "best.json", best | {"of": [stage.name for stage in played]})
 
 
 def read_samples(stage: Stage) -> list[Completion]:

@@ -51,6 +51,11 @@ class Run:
         """A stage's directory for people."""
         return label(self._kind(stage).get("label", stage))
 
+    def _files(self, name: str) -> dict[str, Path]:
+        """stage -> its file of that name; a row's stage is a word out of a file and may lead anywhere."""
+        paths = {stage: self.path / stage / name for stage in self.stages if Path(stage).name == stage}
+        return {stage: path for stage, path in paths.items() if path.exists()}
+
     def _kind(self, stage: str) -> dict:
         try:
             kind = json.loads((self.path / stage / KIND).read_text(encoding="utf-8"))
@@ -66,14 +71,14 @@ class Run:
     @cached_property
     def transcripts(self) -> dict[str, list[dict]]:
         """stage -> its lines of heldout.jsonl, for the stages that were evaluated."""
-        paths = {stage: self.path / stage / "heldout.jsonl" for stage in self.stages}
-        return {stage: files.read_jsonl(path) for stage, path in paths.items() if path.exists()}
+        paths = self._files("heldout.jsonl")
+        return {stage: files.read_jsonl(path) for stage, path in paths.items()}
 
     @cached_property
     def logps(self) -> dict[str, dict[str, np.ndarray]]:
         """stage -> {"policy.real", "policy.rival", "opponent.real", ...} -> one value per held-out pair."""
-        paths = {stage: self.path / stage / "heldout_logps.safetensors" for stage in self.stages}
-        return {stage: load_file(path) for stage, path in paths.items() if path.exists()}
+        paths = self._files("heldout_logps.safetensors")
+        return {stage: load_file(path) for stage, path in paths.items()}
 
     def real_logps(self, stage: str) -> dict[str, float]:
         """log p(real) by problem under the stage's policy; model and problem are part of the key."""
@@ -99,7 +104,7 @@ def read_run(path: Path) -> Run:
     stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     config = parse_config(stored, f"report {path}: config.yaml").model_dump(mode="json")
     played = control_of(path) or path  # a control plays what its run did
-    ended = (played / "best.json").exists()  # what a run writes last
+    ended = _json(played / "best.json", None)  # what a run writes last
     return Run(
         path=path.resolve(),
         name=run_name(path),
@@ -110,7 +115,7 @@ def read_run(path: Path) -> Run:
         steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
         system=lines("system.jsonl"),
         predicted_mib=_json(path / "plan.json", {}).get("predicted_mib", {}),
-        expected=len(_json(played / "results.json", [])) if ended else None,
+        expected=len(ended["of"]) if ended else None,
     )
 
 

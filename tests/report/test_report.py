@@ -226,11 +226,13 @@ def test_names_of_a_run_stay_text(run_copy):
 
 def test_a_stage_cannot_lead_out_of_the_reports_folder(run_copy):
     results = json.loads((run_copy / "results.json").read_text())
-    results[1] |= {"iteration": "../run/sft"}
+    results[1] |= {"stage": "../run/sft", "iteration": "../run/sft"}
     (run_copy / "results.json").write_text(json.dumps(results))
     (run_copy / "report" / "log-ratio-..").mkdir(parents=True)
     write_report([run_copy], png=False)
-    assert (run_copy / "report" / "log-ratio-..-run-sft.csv").is_file()
+    run = read_run(run_copy)
+    assert run.transcripts.keys() == {"base", "iter_000", "iter_001"}  # nor is anything read outside the run
+    assert [*(run_copy / "report" / "log-ratio-..").iterdir()] == []
 
 
 def test_better_worse_and_noise_are_marked(judged):
@@ -371,7 +373,7 @@ def test_card(run_copy):
     margin = run.rows[-1]["evaluation"]["heldout/real_logp_vs_base"]
     assert f"| {margin['value']:.2f} [" in text
     assert "LoRA, r = 16, alpha = 32" in text
-    assert "iteration 1 of 2 iterations; beta 0.1" in text
+    assert "iteration 1 of 2 iterations, beta 0.1" in text
     assert "| accuracy, strict (%) | 0.0 [0.0, 32.4] | 0.0 [0.0, 32.4] | 8 |" in text
     assert "within noise" in text
     config = json.loads((run_copy / "iter_001" / "adapter" / "adapter_config.json").read_text())
