@@ -180,11 +180,12 @@ class TransformersPolicy:
         """The base as it was loaded, and the adapter that a new policy of this seed has."""
         self._unfold()
         with _seeded(seed):
-            for module in self._lora_layers():  # as PEFT: two Linear are made, on the CPU, then A is drawn anew
+            for module in self._lora_layers():  # as PEFT: on the CPU, two Linear, A drawn anew, the base's dtype
                 a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
                 made = [torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False) for weight in (a, b)]
                 torch.nn.init.kaiming_uniform_(made[0].weight, a=math.sqrt(5))
-                a.copy_(made[0].weight)
+                base = module.get_base_layer().weight
+                a.copy_(made[0].weight.to(base.dtype if base.is_floating_point() else a.dtype))
                 b.zero_()
 
     def merge_and_restart(self, seed: int) -> None:
