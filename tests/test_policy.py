@@ -180,3 +180,21 @@ def test_the_canary_asks_a_minimal_member(tmp_path):
         assert logps == pytest.approx(table_VV[list(ids[1:]), list(ids[:-1])].tolist(), rel=1e-5)
     policy.load_adapter(amplified(own, 3))
     assert measure(ids, 1) == pytest.approx(found[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "embed_tokens"]], ids=["linears", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_restarted_policy_is_a_new_one_of_that_seed(tiny_model, targets, dtype):
+    """Several runs are played in one session; PEFT draws on the CPU and rounds to the base's dtype."""
+
+    def made(seed):
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets)
+        return TransformersPolicy(load_base(tiny_model("llama"), dtype, torch.device("cpu")), lora, EAGER, seed=seed)
+
+    policy, base = made(3), made(3).base_checksum()
+    policy.load_adapter(amplified(made(4).adapter(), 3.0))
+    policy.merge_and_restart(seed=9)
+    policy.restart(5)
+    assert policy.base_checksum() == base
+    assert adapters.fingerprint(policy.adapter()) == adapters.fingerprint(made(5).adapter())
+    assert adapters.fingerprint(policy.adapter()) != adapters.fingerprint(made(3).adapter())

@@ -180,13 +180,10 @@ class TransformersPolicy:
         """The base as it was loaded, and the adapter that a new policy of this seed has."""
         self._unfold()
         with _seeded(seed):
-            for module in self._lora_layers():  # as PEFT: on the CPU, two Linear, A drawn anew, the base's dtype
-                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-                made = [torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False) for weight in (a, b)]
-                torch.nn.init.kaiming_uniform_(made[0].weight, a=math.sqrt(5))
+            for module in self._lora_layers():
                 base = module.get_base_layer().weight
-                a.copy_(made[0].weight.to(base.dtype if base.is_floating_point() else a.dtype))
-                b.zero_()
+                for parameter, value in _as_made(module):
+                    parameter.copy_(value.to(base.dtype if base.is_floating_point() else value.dtype))
 
     def merge_and_restart(self, seed: int) -> None:
         """Fold the adapter into the base and start a fresh one (A random by `seed`, B zero)."""
@@ -224,6 +221,18 @@ class TransformersPolicy:
 
 def _plain(value):
     return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def _as_made(module: LoraLayer) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """A layer's parameters with the values that PEFT draws as it makes the layer, on the CPU, from the same stream."""
+    if "default" in module.lora_embedding_A:
+        a, b = module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+        zeros, drawn = torch.randn(a.shape), torch.randn(b.shape)
+        return [(a, zeros.zero_()), (b, drawn.normal_())]
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    drawn, zeros = (torch.nn.Linear(w.shape[1], w.shape[0], bias=False).weight for w in (a, b))
+    torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+    return [(a, drawn), (b, zeros.zero_())]
 
 
 def _starts_with(parts: list[Adapter], first: list[Adapter]) -> bool:
