@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from spinfast import ops
+from spinfast.policy.adapters import Lora
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.types import Group
 
@@ -22,7 +23,9 @@ def tiny_lora() -> LoraConfig:
 
 def tiny_policy(path, dtype=torch.float32, device="cpu", table=ops.EAGER) -> TransformersPolicy:
     """The policy at `path` with a random adapter: B is not zero, so every gradient is alive."""
-    policy = TransformersPolicy(load_base(path, dtype, torch.device(device)), tiny_lora(), table, seed=0)
+    policy = TransformersPolicy(
+        load_base(path, dtype, torch.device(device)), lambda base: Lora(base, tiny_lora(), 0), table
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values():
         parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter)

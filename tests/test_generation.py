@@ -21,6 +21,7 @@ from spinfast.generation.transformers import TransformersGenerator, sample, unif
 from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
 from spinfast.packing import pack
+from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main
@@ -40,7 +41,7 @@ def policy(tiny_model):
         if (key := (family, tied, dtype)) not in made:
             base = load_base(tiny_model(family, tied), dtype, CPU)
             lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-            made[key] = TransformersPolicy(base, lora, EAGER, seed=0)
+            made[key] = TransformersPolicy(base, lambda base: Lora(base, lora, 0), EAGER)
         return made[key]
 
     return make
@@ -324,7 +325,9 @@ def test_an_adapter_that_does_not_fit_is_refused(policy):
 def test_none_is_the_frozen_weights_with_what_was_merged_into_them(tiny_model):
     """As for an engine, which sees the same weights; `base_only` refuses, because the base is gone."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    merged = TransformersPolicy(load_base(tiny_model("llama", False), torch.float32, CPU), lora, EAGER, seed=0)
+    merged = TransformersPolicy(
+        load_base(tiny_model("llama", False), torch.float32, CPU), lambda base: Lora(base, lora, 0), EAGER
+    )
     base = tokens(answers(merged, requests(4), GREEDY, None))
     merged.merge_and_restart(seed=1)  # B is zero
     found = tokens(answers(merged, requests(4), GREEDY, None))

@@ -14,6 +14,7 @@ from spinfast.objectives import Nll
 from spinfast.ops import EAGER
 from spinfast.packing import pack
 from spinfast.policy import Policy
+from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.checksum import checksum
 from spinfast.policy.transformers import TransformersPolicy, load_base
@@ -145,7 +146,7 @@ def change(policy: Bigram, factor: float = 1.0) -> torch.Tensor:
 def test_both_are_members(tiny_model):
     lora = LoraConfig(r=2, target_modules="all-linear")
     base = load_base(tiny_model(), torch.float32, torch.device("cpu"))
-    assert isinstance(TransformersPolicy(base, lora, EAGER, seed=0), Policy)
+    assert isinstance(TransformersPolicy(base, lambda base: Lora(base, lora, 0), EAGER), Policy)
     assert isinstance(Bigram(), Policy)
     assert not isinstance(object(), Policy)
 
@@ -189,7 +190,8 @@ def test_a_restarted_policy_is_a_new_one_of_that_seed(tiny_model, targets, dtype
 
     def made(seed):
         lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets)
-        return TransformersPolicy(load_base(tiny_model("llama"), dtype, torch.device("cpu")), lora, EAGER, seed=seed)
+        base = load_base(tiny_model("llama"), dtype, torch.device("cpu"))
+        return TransformersPolicy(base, lambda base: Lora(base, lora, seed), EAGER)
 
     policy, base = made(3), made(3).base_checksum()
     policy.load_adapter(amplified(made(4).adapter(), 3.0))

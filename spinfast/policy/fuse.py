@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from spinfast_kernels.blocks import Lora, Norm
@@ -22,6 +21,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from spinfast.errors import UserError
 from spinfast.ops import Ops
+from spinfast.policy.adapters import KINDS, AdapterKind
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
 KNOWN = ("Linear", "Linear4bit", "Embedding")  # names of classes in torch, bitsandbytes and PEFT's LoRA
@@ -51,45 +51,30 @@ def check(model: PeftModel) -> torch.nn.Module:
         raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
     decoder = model.get_base_model().get_decoder()
     for name, module in decoder.named_modules():
-        trained = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        if trained or name.endswith(("_proj", ".base_layer")):
-            _check_kind(name, module, LoraLayer if trained else torch.nn.Module)
-        if isinstance(module, LoraLayer):
-            _check_lora(name, module)
+        kind = _kind(module)
+        foreign = kind is None and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        linear = kind or name.endswith(("_proj", ".base_layer"))
+        if foreign or (linear and type(module).__name__ not in KNOWN):
+            raise UserError(
+                f"fused layers: expected plain LoRA on dense or bitsandbytes 4-bit linear layers, {name} is a "
+                f"{type(module).__module__}.{type(module).__qualname__}; use those"
+            )
+        if kind:
+            kind.check(name, module)
     return decoder
-
-
-def _check_kind(name: str, module: torch.nn.Module, expected: type) -> None:
-    kind = type(module)
-    if not isinstance(module, expected) or kind.__name__ not in KNOWN:
-        raise UserError(
-            f"fused layers: expected plain LoRA on dense or bitsandbytes 4-bit linear layers, {name} is a "
-            f"{kind.__module__}.{kind.__qualname__}; use those"
-        )
-
-
-def _check_lora(name: str, module: LoraLayer) -> None:
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    if len(active) > 1:
-        raise UserError(f"fused layers: expected one active adapter, {name} has {active}; activate one")
-    for adapter in active:
-        if adapter in module.lora_variant or module.lora_bias[adapter]:
-            raise UserError(f"fused layers: expected plain LoRA, {name} is a variant (DoRA, lora_bias ...); use plain")
-        if getattr(module.lora_dropout[adapter], "p", 0.0):
-            raise UserError(f"fused layers: expected lora_dropout 0, {name} has a dropout; set lora_dropout to 0")
 
 
 def projection(module: torch.nn.Module) -> Lora:
     """What PEFT would compute for this linear layer right now."""
-    if not isinstance(module, LoraLayer):
+    kind = _kind(module)
+    if kind is None:
         return Lora(_weight(module), module.bias)
     base = module.get_base_layer()
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-    if module.disable_adapters or module.merged or not active:
-        return Lora(_weight(base), base.bias)
-    (adapter,) = active
-    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    return Lora(_weight(base), base.bias, a, b, module.scaling[adapter])
+    return Lora(_weight(base), base.bias, *(kind.factors(module) or ()))
+
+
+def _kind(module: torch.nn.Module) -> type[AdapterKind] | None:
+    return next((kind for kind in KINDS.values() if isinstance(module, kind.LAYER)), None)
 
 
 def _weight(linear: torch.nn.Linear) -> torch.Tensor | Callable[[], torch.Tensor]:

@@ -1,0 +1,60 @@
+"""What is trained beside the frozen base: one file per kind. Adapters outside a model are in files.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+from spinfast.policy.adapters.lora import Factors, Lora
+from spinfast.types import Adapter
+
+
+class AdapterKind(Protocol):
+    """An adapter on a base. What it gives to others is always LoRA: factors, or an Adapter."""
+
+    LAYER: type[torch.nn.Module]  # what it puts around a linear layer of the base
+    model: torch.nn.Module  # the base with its layers
+
+    @staticmethod
+    def check(name: str, layer: torch.nn.Module) -> None:
+        """Raises UserError where `factors` is not all that the layer does."""
+
+    @staticmethod
+    def factors(layer: torch.nn.Module) -> Factors | None:
+        """What the layer adds to its linear map right now, differentiable; None while the adapter is off."""
+
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """What is trained, in fp32, by name, in a fixed order."""
+
+    def adapter(self) -> Adapter:
+        """A copy on the host."""
+
+    def load(self, adapter: Adapter) -> None:
+        """Become `adapter`. Raises UserError if it does not fit."""
+
+    def fitted(self, adapter: Adapter) -> Adapter:
+        """An adapter of a lower rank, or another scaling, as one that `load` takes and that adds the same."""
+
+    def parts(self, adapter: Adapter) -> list[Adapter]:
+        """A stack of adapters of this kind as the single ones, oldest first."""
+
+    def restart(self, seed: int) -> None:
+        """The values that a new adapter of this seed has."""
+
+    def renew(self, seed: int) -> None:
+        """Values that change nothing yet, for the round after a merge."""
+
+    def off(self) -> AbstractContextManager:
+        """Without it for the duration of the block."""
+
+    def weights(self) -> list[torch.Tensor]:
+        """The base's weights that it adds to."""
+
+    def deltas(self) -> Iterator[torch.Tensor]:
+        """What it adds to each of them."""
+
+
+KINDS: dict[str, type[AdapterKind]] = {"lora": Lora}
