@@ -30,7 +30,7 @@ from spinfast.generation import prompt_seed
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Request, Sampling
 
-MAX_LEN, RANK, BATCH = 1024, 16, 64
+MAX_LEN, RANK, BATCH, CACHE = 1024, 16, 64, 1 << 30
 Write = Callable[[Sequence[Request], Sampling], list[tuple[int, ...]]]
 
 
@@ -120,7 +120,7 @@ def spinfast_vllm(given: Given) -> dict:
     device, start, swaps = given.device, time.perf_counter(), []
     with VLLMGenerator(
         given.path, device=device.device, capability=device.capability, dtype=device.dtype, max_model_len=MAX_LEN,
-        max_lora_rank=RANK,
+        max_lora_rank=RANK, batch_size=BATCH, kv_cache_bytes=CACHE,
     ) as generator:  # fmt: skip
         start_s = time.perf_counter() - start
         policy = given.policy(generator.shared_model())
@@ -148,8 +148,8 @@ def bare_vllm(given: Given) -> dict:
     llm = LLM(
         str(given.path), tokenizer=str(given.path), skip_tokenizer_init=True, max_model_len=MAX_LEN,
         dtype=str(given.device.dtype).removeprefix("torch."), enable_lora=given.adapter_path is not None, max_loras=1,
-        max_lora_rank=RANK, max_num_seqs=BATCH, kv_cache_memory_bytes=1 << 30,
-        **engine_arguments(given.device.device, MAX_LEN, sleep_mode=False),
+        max_lora_rank=RANK, max_num_seqs=BATCH, kv_cache_memory_bytes=CACHE,
+        **engine_arguments(given.device.device, given.device.capability, MAX_LEN, CACHE, sleep_mode=False),
     )  # fmt: skip
     start_s = time.perf_counter() - start
     lora = LoRARequest("adapter", 1, str(given.adapter_path)) if given.adapter_path else None
