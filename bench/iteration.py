@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from bench import rows
 from spinfast.config import load_config
+from spinfast.errors import UserError
 from spinfast.run import default_config, parse, play
 
 
 def main(argv: list[str]) -> int:
-    path, overrides, run_dir, _ = parse(argv)
+    path, overrides, run_dir, dry_run, controls = parse(argv)
+    if dry_run or controls:
+        raise UserError("--dry-run and --controls are no iteration to measure; run `python -m spinfast.run` for them")
     path = path or default_config()[0]
     config = load_config(path, overrides)
     with tempfile.TemporaryDirectory() as scratch:
@@ -30,7 +34,7 @@ def main(argv: list[str]) -> int:
         wall = time.monotonic() - started
         results = json.loads((run_dir / "results.json").read_text())
         clocks = [json.loads(line) for line in (run_dir / "system.jsonl").read_text().splitlines()]
-        tokens = phase_tokens(run_dir)
+        tokens = phase_tokens(run_dir, results)
     phases = {f"{row['iteration']}.{name}": s for row in results for name, s in row["seconds"].items()}
     for name, seconds in phases.items():
         rate = f"  {tokens[name] / seconds:10,.0f} tok/s" if name in tokens else ""
@@ -55,18 +59,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def phase_tokens(run_dir: Path) -> dict[str, int]:
+def phase_tokens(run_dir: Path, results: list[dict]) -> dict[str, int]:
     """Tokens that generation wrote and training computed, by iteration and phase."""
-    counted: dict[str, int] = {}
+    labels = {row["stage"]: row["iteration"] for row in results}
+    counted: Counter[str] = Counter()
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        name = f"{_label(row['stage'])}.train"
-        counted[name] = counted.get(name, 0) + row["train/tokens"]
-    for path in run_dir.glob("iter_*/completions.jsonl"):
+        counted[f"{labels[row['stage']]}.train"] += row["train/tokens"]
+    for path in run_dir.glob("*/completions.jsonl"):
         lengths = [len(json.loads(line)["token_ids"]) for line in path.read_text().splitlines()]
-        counted[f"{_label(path.parent.name)}.generate"] = sum(lengths)
+        counted[f"{labels[path.parent.name]}.generate"] += sum(lengths)
     return counted
-
-
-def _label(stage: str) -> str:
-    return str(int(stage.removeprefix("iter_"))) if stage.startswith("iter_") else stage

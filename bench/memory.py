@@ -14,117 +14,115 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config
 
-from bench import rows
+from bench import rows, shapes
 from spinfast import ops as operators
 from spinfast.config import Config, parse_config
 from spinfast.device import GIB, profile
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS, META, Ledger, apply_checkpointing, apply_head_chunk
 from spinfast.memory.simulation import Simulation, settled
-from spinfast.types import Group
+from spinfast.methods.run import loads
+from spinfast.objectives import Pairwise
 
 PLOT = Path(__file__).parent.parent / "docs" / "memory.svg"
-SHAPES = {  # published configurations: D, F, L, H, G, V, tied
-    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-}
 PAIRS, PROMPT, ANSWER = 16, 256, 256
 ITERATIONS = [("Qwen2.5-0.5B", False, 4.5), ("Qwen2.5-1.5B", False, 7.5), ("Qwen2.5-7B", True, 14.7)]
 
 
-def model_config(name: str) -> Qwen2Config:
-    D, F, L, H, G, V, tied = SHAPES[name]
-    return Qwen2Config(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-        num_key_value_heads=G, tie_word_embeddings=tied,
-    )  # fmt: skip
-
-
-def run_config(four_bit: bool = False, **train) -> Config:
+def run_config(four_bit: bool = False, **sections) -> Config:
     return parse_config(
         {
             "model": {"name": "shape only", "load_in_4bit": four_bit},
             "data": {"source": "shape only"},
             "prompt": {"max_prompt_tokens": PROMPT, "max_answer_tokens": ANSWER},
             "generation": {"max_tokens": ANSWER, "batch_size": 512, "kv_cache_gib": 2.0},
-            "train": {"pairs_per_step": PAIRS, **train},
+            **sections,
         }
     )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench memory")
+    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
+    arguments = parser.parse_args(argv)
+    ops = operators.choose("triton", "cuda")[0]
+    if not arguments.no_plot:
+        draw(arguments.model, ops)
+    for row in (*steps(arguments.model, ops), *eager_rows(arguments.model), *iterations(arguments.model, ops)):
+        rows.write("memory", row | {"kind": "simulated"})
+    return 0
+
+
+def held(plan: planner.Plan) -> dict:
+    return {
+        "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
+        "offload": plan.offload, "head_chunk": plan.head_chunk, **mib(plan.phases["spin"].by_kind),
+    }  # fmt: skip
 
 
 def mib(by_kind: dict[str, int]) -> dict[str, int]:
     return {kind.replace(" ", "_") + "_mib": round(size / 2**20) for kind, size in by_kind.items()}
 
 
-def step_row(what: str, plan: planner.Plan, target: str) -> None:
-    usage = plan.phases["train"]
-    rows.write(
-        "memory",
-        {
-            "what": what, "model": "Qwen2.5-0.5B", "target": target, "kind": "simulated",
-            "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
-            "offload": plan.offload, "head_chunk": plan.head_chunk, "tensors_gib": round(usage.peak / GIB, 3),
-            "with_reserve_gib": round((usage.peak + planner.reserve(T4, usage.peak)) / GIB, 3), **mib(usage.by_kind),
-        },
-    )  # fmt: skip
-
-
-T4 = profile("t4", plan_only=True)
-
-
-def steps(ops) -> None:
+def steps(name: str, ops) -> Iterator[dict]:
     """The fastest plan on a whole T4, and the smallest step there is."""
-    model = model_config("Qwen2.5-0.5B")
-    step_row("step, fastest plan", planner.plan(run_config(), T4, model, ops, "vllm"), "fits 14.7 GiB")
-    simulation = Simulation(model, T4, run_config().lora, ops)
+    t4, model, config = profile("t4", plan_only=True), shapes.shape(name), run_config()
+    simulation, layers = Simulation(model, t4, config.adapter, ops), model.num_hidden_layers
+    found = {"step, fastest plan": planner.plan(config, t4, model, ops, loads(config, ()), "vllm")}
     for offload in (False, True):
-        apply_checkpointing(simulation.policy, 24, offload)
+        apply_checkpointing(simulation.policy, layers, offload)
         apply_head_chunk(simulation.policy, chunk := min(planner.HEAD_CHUNKS))
-        usage = simulation.spin(pairs(1), "adamw", "logistic", more_microbatches=True).usage
-        smallest = planner.Plan(768 - 2, 24, 24, offload, chunk, 0, {"train": usage}, 0, T4.memory, 0.0)
-        step_row("step, smallest", smallest, "<= 1.8 GiB in all")
+        usage = simulation.train(shapes.alike(1, PROMPT, ANSWER), Pairwise(), "adamw", more_microbatches=True).usage
+        tokens = PROMPT + 2 * ANSWER - 2
+        plan = planner.Plan(tokens, layers, layers, offload, chunk, 0, {"spin": usage}, 0, t4.memory, 0.0)
+        found["step, smallest" + ", offloaded" * offload] = plan
+    for what, plan in found.items():
+        peak = plan.phases["spin"].peak
+        sizes = {"tensors_gib": round(peak / GIB, 3)}
+        sizes["with_reserve_gib"] = round((peak + planner.reserve(t4, peak)) / GIB, 3)
+        yield {"what": what, "model": name, "target": "fits 14.7 GiB" if "fastest" in what else "<= 1.8 GiB in all",
+               **sizes, **held(plan)}  # fmt: skip
 
 
-def pairs(count: int) -> list[Group]:
-    return [Group((0,) * PROMPT, ((0,) * ANSWER,) * 2) for _ in range(count)]
-
-
-def iterations(ops) -> None:
+def iterations(name: str, ops) -> Iterator[dict]:
     """The whole iteration beside 2 GiB of vLLM's cache: the smallest budget that a plan still fits."""
-    for name, four_bit, target in ITERATIONS:
-        device = replace(T4, memory=int(target * GIB))
-        plan = planner.plan(run_config(four_bit), device, model_config(name), ops, "vllm")
-        rows.write(
-            "memory",
-            {
-                "what": "iteration with 2 GiB of KV cache", "model": name + (" NF4" if four_bit else " fp16"),
-                "kind": "simulated", "target": f"<= {target} GiB", "peak_gib": round(plan.peak / GIB, 3),
-                "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3), "reserve_gib": round(plan.reserve / GIB, 3),
-                "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
-                "offload": plan.offload, "head_chunk": plan.head_chunk, **mib(plan.phases["train"].by_kind),
-            },
-        )  # fmt: skip
+    for model, four_bit, target in ITERATIONS if name == "Qwen2.5-0.5B" else [(name, False, 14.7)]:
+        device, config = profile("t4", plan_only=True), run_config(four_bit)
+        device = replace(device, memory=int(target * GIB))
+        plan = planner.plan(config, device, shapes.shape(model), ops, loads(config, ()), "vllm")
+        yield {
+            "what": "iteration with 2 GiB of KV cache", "model": model + (" NF4" if four_bit else " fp16"),
+            "target": f"<= {target} GiB", "peak_gib": round(plan.peak / GIB, 3),
+            "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3), "reserve_gib": round(plan.reserve / GIB, 3),
+            **held(plan),
+        }  # fmt: skip
 
 
 # A step shaped like TRL's ------------------------------------------------------------------------------------------
 
 
-def eager_step(count: int, checkpointed: bool, timeline: bool = False) -> Ledger:
+def eager_rows(name: str) -> Iterator[dict]:
+    for checkpointed in (False, True):
+        usage = eager_step(name, PAIRS, checkpointed).usage
+        layers = shapes.shape(name).num_hidden_layers * checkpointed
+        yield {"what": "step, TRL-shaped eager, padded [2B, L]", "model": name, "checkpointed_layers": layers,
+               "tensors_gib": round(usage.peak / GIB, 3), **mib(usage.by_kind)}  # fmt: skip
+
+
+def eager_step(name: str, count: int, checkpointed: bool, timeline: bool = False) -> Ledger:
     """Rows [2B, prompt + answer] through the stock model, fp32 log-softmax over all logits, one backward."""
-    model = model_config("Qwen2.5-0.5B")
-    simulation = Simulation(model, T4, run_config().lora, operators.EAGER)
+    t4 = profile("t4", plan_only=True)
+    simulation = Simulation(shapes.shape(name), t4, run_config().adapter, operators.EAGER)
     policy = simulation.policy
     policy.unfuse()
     policy.causal_lm.config._attn_implementation = "sdpa"
     for layer in policy.decoder.layers:
         layer.self_attn.config._attn_implementation = "sdpa"
-    if checkpointed:
-        policy.checkpoint_layers(len(policy.decoder.layers))
+    policy.checkpoint_layers(len(policy.decoder.layers) * checkpointed)
+    state = settled(policy, "adamw", t4.scaled_loss)
     with META:
-        state = settled(policy, "adamw")
         ids = torch.empty(2 * count, PROMPT + ANSWER, dtype=torch.int64)
         opponent = torch.empty(2 * count)
     with fused_attention(), simulation.counting(state, timeline) as ledger:
@@ -153,32 +151,20 @@ def fused_attention() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = own
 
 
-def eager_rows() -> None:
-    for checkpointed in (False, True):
-        usage = eager_step(PAIRS, checkpointed).usage
-        rows.write(
-            "memory",
-            {
-                "what": "step, TRL-shaped eager, padded [2B, L]", "model": "Qwen2.5-0.5B", "kind": "simulated",
-                "checkpointed_layers": 24 * checkpointed, "tensors_gib": round(usage.peak / GIB, 3),
-                **mib(usage.by_kind),
-            },
-        )  # fmt: skip
-
-
-def draw(ops) -> None:
+def draw(name: str, ops) -> None:
     """Bytes by kind over one step on the same 16 pairs, ours in one microbatch beside the eager step."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    simulation = Simulation(model_config("Qwen2.5-0.5B"), T4, run_config().lora, ops)
-    ours = simulation.spin(pairs(PAIRS), "adamw", "logistic", more_microbatches=False, timeline=True)
-    apply_checkpointing(simulation.policy, 24, offload=False)
-    least = simulation.spin(pairs(1), "adamw", "logistic", more_microbatches=True, timeline=True)
+    t4, pairs = profile("t4", plan_only=True), shapes.alike(PAIRS, PROMPT, ANSWER)
+    simulation = Simulation(shapes.shape(name), t4, run_config().adapter, ops)
+    ours = simulation.train(pairs, Pairwise(), "adamw", more_microbatches=False, timeline=True)
+    apply_checkpointing(simulation.policy, len(simulation.policy.decoder.layers), offload=False)
+    least = simulation.train(pairs[:1], Pairwise(), "adamw", more_microbatches=True, timeline=True)
     panels = {
-        "TRL-shaped eager step": eager_step(PAIRS, False, timeline=True),
+        "TRL-shaped eager step": eager_step(name, PAIRS, False, timeline=True),
         "spinfast, one microbatch": ours,
         "spinfast, a pair at a time\n(one of 16 microbatches)": least,
     }
@@ -195,20 +181,8 @@ def draw(ops) -> None:
     axes[0].set_ylabel("GiB of live tensors")
     axes[0].text(2, 15.0, "a T4's 14.7 GiB", fontsize=8)
     axes[-1].legend(loc="upper right", fontsize=8, reverse=True)
-    figure.suptitle("Qwen2.5-0.5B fp16, LoRA r=16, 16 pairs of 256 + 256 + 256 tokens: simulated", fontsize=11)
+    figure.suptitle(f"{name} fp16, LoRA r=16, 16 pairs of 256 + 256 + 256 tokens: simulated", fontsize=11)
     PLOT.parent.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "spinfast"
     figure.savefig(PLOT, metadata={"Date": None})
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench memory")
-    parser.add_argument("--no-plot", action="store_true")
-    arguments = parser.parse_args(argv)
-    ops = operators.choose("triton", "cuda")[0]
-    if not arguments.no_plot:
-        draw(ops)
-    eager_rows()
-    steps(ops)
-    iterations(ops)
-    return 0
+    plt.close(figure)

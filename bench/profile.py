@@ -11,6 +11,8 @@ operator, so many small operators look a little worse than they are.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +22,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
-from bench import rows
+from bench import rows, shapes
 from bench.peers import eager_loop, spinfast_loop
 from bench.peers import work as given
 from bench.peers.watch import Watch
-from spinfast.device import profile
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "profile.svg"
 CLASSES = {  # class -> what the operator's name contains; the first that fits
@@ -77,17 +78,17 @@ def operator_class(name: str) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench profile", description=__doc__)
-    parser.add_argument("--model", default=given.SMOLLM2)
+    parser.add_argument("--model", default=shapes.SMOLLM2)
     parser.add_argument("--count", type=int, default=8, help="pairs, 4 to a step")
     parser.add_argument("--top", type=int, default=0, help="print so many operators of each side")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
-    device = profile()
+    device = shapes.device()
     kind, dtype = device.device.type, str(device.dtype).removeprefix("torch.")
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = given.prepare(
-            Path(scratch), arguments.model, None, arguments.count,
+            Path(scratch), arguments.model, arguments.count,
             device=kind, dtype=dtype, pairs_per_step=4, rows_at_once=4,
         )  # fmt: skip
         facts = given.facts(work.groups())
@@ -109,6 +110,9 @@ def main(argv: list[str]) -> int:
 
 def draw(found: dict[str, dict[str, float]], title: str) -> None:
     """A bar per side, in seconds, cut by class."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{PICTURE.name}: not drawn, matplotlib is not installed", file=sys.stderr)
+        return
     import matplotlib
 
     matplotlib.use("svg")

@@ -13,19 +13,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from bench import rows
-from bench.memory import SHAPES, model_config, run_config
-from spinfast import attention
+from bench import rows, shapes
+from bench.memory import run_config
 from spinfast import ops as operators
-from spinfast.config import Config, Sft
+from spinfast.config import Config
 from spinfast.device import DeviceProfile, cap_memory, profile
 from spinfast.errors import UserError
 from spinfast.memory.ledger import Ledger, apply_checkpointing, apply_head_chunk
-from spinfast.memory.planner import heaviest, other_phases, plan, training
+from spinfast.memory.planner import other_phases, plan, training
 from spinfast.memory.simulation import Phases
-from spinfast.policy.transformers import load_policy
+from spinfast.methods.run import loads
 
 
 class Allocated(Phases):
@@ -43,18 +41,16 @@ class Allocated(Phases):
 
 def rehearse(config: Config, device: DeviceProfile, shape, measure: type[Phases] = Allocated) -> list[dict]:
     """A row per phase of the plan for `device`, predicted beside measured."""
-    ops, _ = operators.choose("auto", device.device)
-    planned = plan(config, device, shape, ops)
-    with device.device:
-        base = AutoModelForCausalLM.from_config(shape, dtype=device.dtype, attn_implementation=attention.NAME)
-        policy = load_policy(
-            None, "bench", None, lora=config.lora, ops=ops, profile=device, load_in_4bit=False, seed=0, base=base
-        )
+    ops, work = operators.choose("auto", device.device)[0], loads(config, ())
+    planned = plan(config, device, shape, ops, work)
+    policy = shapes.policy(device, shape, config.adapter)
     apply_checkpointing(policy, planned.checkpoint_layers, planned.offload)
     apply_head_chunk(policy, planned.head_chunk)
-    phases, groups = measure(policy, device), heaviest(config, ())
-    found = other_phases(config, phases, groups, planned.microbatch_tokens, "transformers")
-    found["train"] = training(config, phases, groups, planned.microbatch_tokens)
+    phases = measure(policy, device)
+    heaviest = next(load for load in work if load.method == next(iter(planned.phases)))  # the plan's first phase
+    others = [load for load in work if load is not heaviest]
+    found = other_phases(config, phases, heaviest, others, planned.microbatch_tokens, "transformers")
+    found[heaviest.method] = training(heaviest, phases, planned.microbatch_tokens)
     return [
         {
             "what": name,
@@ -69,15 +65,14 @@ def rehearse(config: Config, device: DeviceProfile, shape, measure: type[Phases]
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench rehearse")
-    parser.add_argument("--model", default="Qwen2.5-0.5B", choices=SHAPES)
+    parser.add_argument("--model", default="Qwen2.5-0.5B", choices=shapes.SHAPES)
     parser.add_argument("--batch-size", type=int, default=64, help="answers that are generated at once")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise UserError("bench rehearse: needs a CUDA GPU; --dry-run plans without one")
-    device, config = profile("t4"), run_config()
+        raise UserError("needs a CUDA GPU; --dry-run plans without one")
+    device, config = profile("t4"), run_config(method=["sft", "spin"])
     generation = config.generation.model_copy(update={"batch_size": arguments.batch_size})
-    config = config.model_copy(update={"sft": Sft(epochs=1), "generation": generation})
     cap_memory(device.memory)
-    for row in rehearse(config, device, model_config(arguments.model)):
-        rows.write("rehearse", row | {"model": arguments.model}, "cuda")
+    for row in rehearse(config.model_copy(update={"generation": generation}), device, shapes.shape(arguments.model)):
+        rows.write("rehearse", row | {"model": arguments.model, "rehearsed": "t4"}, "cuda")
     return 0

@@ -18,10 +18,9 @@ import statistics
 import time
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from bench import rows
-from spinfast.device import profile
+from bench import rows, shapes
 from spinfast.types import PackedBatch
 
 RANK = 16
@@ -97,28 +96,19 @@ def _wait(device: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    from bench.peers.work import RANDOM
-    from spinfast.models import resolve_model
-
-    parser = argparse.ArgumentParser("python -m bench roofline", description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench roofline")
     parser.add_argument("--model", default="random:SmolLM2-135M", help="a model, or random:NAME for a shape alone")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1536])
     arguments = parser.parse_args(argv)
-    device = profile()
-    if arguments.model.startswith("random:"):
-        config = RANDOM[arguments.model.removeprefix("random:")]()
-    else:
-        config = AutoConfig.from_pretrained(resolve_model(arguments.model).path)
-    bandwidth = bandwidth_gbs(device.device.type)
+    device = shapes.device()
+    config, kind = shapes.config_of(arguments.model), device.device.type
+    bandwidth = bandwidth_gbs(kind)
     for tokens in arguments.tokens:
-        rates = gemm_gflops(config, tokens, device.dtype, device.device.type)
-        rows.write(
-            "roofline",
-            {
-                "model": arguments.model, "dtype": str(device.dtype).removeprefix("torch."), "tokens": tokens,
-                "threads": torch.get_num_threads(), "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
-                "best_gflops": round(max(rates.values()), 1), "copy_gb_per_s": round(bandwidth, 2),
-            },
-            device.device.type,
-        )  # fmt: skip
+        rates = gemm_gflops(config, tokens, device.dtype, kind)
+        row = {
+            "model": arguments.model, "dtype": str(device.dtype).removeprefix("torch."), "tokens": tokens,
+            "threads": torch.get_num_threads(), "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
+            "best_gflops": round(max(rates.values()), 1), "copy_gb_per_s": round(bandwidth, 2),
+        }  # fmt: skip
+        rows.write("roofline", row, kind)
     return 0

@@ -31,24 +31,29 @@ def device_name(device: str = "cpu") -> str:
     return f"{model}, {os.cpu_count()} cores, {extra}"
 
 
+def git(*args: str) -> str | None:
+    """What git says of this checkout; None where there is no git, no history, or no such commit."""
+    try:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def certificate(device: str = "cpu") -> dict:
-    """Device, versions, commit, dirty flag, command and date of a measurement.
+    """Device, versions, commit, dirty flag, command and date of a measurement; dirty is None where nobody knows.
 
     BENCH_COMMIT names the commit of a clean tree that travelled to the machine without its history.
     """
-    carried = os.environ.get("BENCH_COMMIT", "")
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
+    carried = os.environ.get("BENCH_COMMIT", "")[:12]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "python": platform.python_version(),
         "versions": installed_versions(),
-        "commit": carried or git("rev-parse", "--short=12", "HEAD"),
-        "dirty": not carried and bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN)),
+        "commit": carried or git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": False if carried else None if changed is None else bool(changed),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
     }
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.peers.spinfast_loop import train_plan, unshuffled
+from bench.peers.spinfast_loop import budget_of, steps_of
 from bench.peers.watch import Watch
 from bench.peers.work import Work
-from bench.roofline import bandwidth_gbs, gemm_gflops, work_of
-from spinfast.train import step_batches, step_rows
+from bench.roofline import bandwidth_gbs, gemm_gflops, projections, work_of
+from spinfast.train import batches
 
 VOCAB_BLOCK = 4096
 
@@ -21,13 +21,12 @@ VOCAB_BLOCK = 4096
 def play(work: Work, watch: Watch) -> dict:
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=work.torch_dtype).to(work.device)
     watch.loaded(model)
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    names = projections(model.config)
     weights = [m.weight for n, m in model.get_decoder().named_modules() if n.rsplit(".", 1)[-1] in names]
     blocks = model.get_output_embeddings().weight.split(VOCAB_BLOCK)
-    plan = train_plan(work)
-    groups = unshuffled(work.groups(), plan)
-    steps = [step_batches(plan, groups, step) for step in step_rows(plan, len(groups))]
-    sizes = [(batch.tokens, len(batch.targets_N)) for step in steps for batch in step]
+    budget = budget_of(work)
+    packed = [batch for groups in steps_of(work) for batch in batches(groups, budget)]
+    sizes = [(batch.tokens, len(batch.targets_N)) for batch in packed]
     buffer = Buffers(work)
     with torch.no_grad():
         with watch.phase("score"):
@@ -40,7 +39,7 @@ def play(work: Work, watch: Watch) -> dict:
                 products(blocks, scored, buffer, backward=True)
     rates = gemm_gflops(model.config, sizes[0][0], work.torch_dtype, work.device)
     return {
-        "work": work_of(model.config, [b for step in steps for b in step], work.torch_dtype.itemsize),
+        "work": work_of(model.config, packed, work.torch_dtype.itemsize),
         "gemm_gflops": rates,
         "copy_gb_per_s": bandwidth_gbs(work.device),
     }

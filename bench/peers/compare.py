@@ -7,8 +7,6 @@ small random model in fp32 every peer's first loss is ln 2 and its adapter gradi
 
     python -m bench peers [--device cpu|cuda] [--model MODEL|random:SHAPE] [--pairs FILE.parquet|.jsonl]
                           [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
-    python -m bench peers --end-to-end        the iteration against a script of TRL + vLLM, processes included
-    python -m bench peers --limits 14.7       largest batch and longest answers within so many GiB
 
 TRL 1.15's DPO head runs on GPUs only; 1.16 also has it in plain torch. `--trl DIR` names a directory with another
 TRL than the installed one: pip install --no-deps --target DIR trl==1.16.0
@@ -18,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from importlib import metadata
@@ -31,20 +27,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bench import rows
+from bench import rows, shapes
+from bench.peers import child
 from bench.peers import work as given
 from bench.peers.child import PEERS
-from spinfast.device import profile
 from spinfast.errors import UserError
 
 FLOOR, REFERENCE = "bare GEMMs", "trl"
 LEAST_COSINE, LOSS_BOUND = 0.999, 1e-5
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m bench peers", description=__doc__.splitlines()[0])
+def parser(name: str) -> argparse.ArgumentParser:
+    """What work is given and to whom; other commands put the same work to other questions."""
+    parser = argparse.ArgumentParser(f"python -m bench {name}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default=given.SMOLLM2, help="a model, or random:SHAPE")
+    parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
     parser.add_argument("--pairs", type=Path, help="pairs.parquet, or .jsonl with prompt, real, generated")
     parser.add_argument("--count", type=int, default=32, help="pairs of the iteration")
     parser.add_argument("--pairs-per-step", type=int, default=4)
@@ -54,17 +51,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", help=f"of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--trl", type=Path, help="directory of another TRL than the installed one")
-    parser.add_argument("--end-to-end", action="store_true")
-    parser.add_argument("--limits", type=float, metavar="GIB")
-    arguments = parser.parse_args(argv)
-    if arguments.end_to_end:
-        from bench.peers.end_to_end import compare
+    return parser
 
-        return compare(arguments)
-    if arguments.limits:
-        from bench.peers.limits import limits
 
-        return limits(arguments)
+def main(argv: list[str]) -> int:
+    arguments = parser("peers").parse_args(argv)
     names = contestants(arguments)
     with tempfile.TemporaryDirectory(prefix="spinfast-peers-") as scratch:
         cosines = gate([n for n in names if n != FLOOR], arguments, Path(scratch) / "gate")
@@ -72,7 +63,7 @@ def main(argv: list[str]) -> int:
         results: dict[str, list[dict]] = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name in names:
-                results[name].append(child(name, work, arguments.trl))
+                results[name].append(child.run(name, work, arguments.trl))
                 shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
                 print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
         for row in table(results, given.facts(work.groups())):
@@ -83,8 +74,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(arguments, scratch: Path, **changes) -> given.Work:
-    dtype = profile("cpu" if arguments.device == "cpu" else "auto", dtype=arguments.dtype).dtype
+def prepare(arguments, scratch: Path) -> given.Work:
+    dtype = shapes.device(arguments.device, arguments.dtype).dtype
     settings = {
         "device": arguments.device, "dtype": str(dtype).removeprefix("torch."),
         "pairs_per_step": arguments.pairs_per_step, "rows_at_once": arguments.rows_at_once or arguments.pairs_per_step,
@@ -92,7 +83,7 @@ def prepare(arguments, scratch: Path, **changes) -> given.Work:
     }  # fmt: skip
     if settings["pairs_per_step"] % settings["rows_at_once"]:
         raise UserError("--rows-at-once: expected a divisor of --pairs-per-step, so that every microbatch is full")
-    return given.prepare(scratch, arguments.model, arguments.pairs, arguments.count, **settings | changes)
+    return given.prepare(scratch, arguments.model, arguments.count, arguments.pairs, **settings)
 
 
 def recipe(work: given.Work) -> dict:
@@ -128,38 +119,21 @@ def obstacle(name: str, arguments) -> str | None:
     return None
 
 
-def child(name: str, work: given.Work, trl: Path | None, *arguments: str) -> dict:
-    """One peer's iteration in its own process."""
-    command = [sys.executable, "-m", "bench.peers.child", name, work.scratch, *arguments]
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    if "trl" in PEERS[name][1]:
-        environment |= path_with(trl)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
-
-
-def path_with(trl: Path | None) -> dict[str, str]:
-    """Environment that puts the directory of another TRL, if one is named, before the installed one."""
-    return {"PYTHONPATH": os.pathsep.join([str(trl), os.environ.get("PYTHONPATH", "")])} if trl else {}
-
-
 # The gate ----------------------------------------------------------------------------------------------------------
 
 
 def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
     """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
     work = given.prepare(
-        scratch, "random:tiny", None, 4, device=arguments.device, dtype="float32", pairs_per_step=4, rows_at_once=4,
+        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, rows_at_once=4,
         max_grad_norm=1e9,
     )  # fmt: skip
     reference = REFERENCE if REFERENCE in names else "eager"
     found = {}
     for name in dict.fromkeys([reference, *names]):
-        child(name, work, arguments.trl, str(scratch / f"{name}.safetensors"))
+        child.run(name, work, arguments.trl, str(scratch / f"{name}.safetensors"))
         found[name] = load_file(scratch / f"{name}.safetensors")
-    losses = {name: child(name, work, arguments.trl)["losses"][0] for name in found}
+    losses = {name: child.run(name, work, arguments.trl)["losses"][0] for name in found}
     cosines = {name: cosine(gradients, found[reference]) for name, gradients in found.items()}
     check_gate(cosines, losses)
     print(f"gate: cosines with {reference} {cosines}, first losses {losses}", flush=True)

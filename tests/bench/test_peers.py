@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from bench.peers import compare, eager_loop, spinfast_loop
 from bench.peers import work as given
 from bench.peers.child import PEERS
-from bench.peers.limits import largest
 from bench.peers.watch import GradientsTaken, Watch
+from bench.scaling import largest
 from spinfast.errors import UserError
 
 
@@ -22,7 +22,7 @@ from spinfast.errors import UserError
 def work(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("work")
     recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "rows_at_once": 3, "max_grad_norm": 1e9}
-    return given.prepare(scratch, "random:tiny", None, 8, **recipe)  # 8: the shuffle crosses steps
+    return given.prepare(scratch, "random:tiny", 8, **recipe)
 
 
 def played(peer, work) -> Watch:

@@ -13,8 +13,13 @@ from spinfast.packing import pack
 from spinfast.types import Group
 
 
+def aged(text: str) -> str:
+    """A page without what moves with every commit, and where there is no history."""
+    return text.replace(results_page.OLDER, "").replace(results_page.UNKNOWN, "")
+
+
 def test_results_md_is_generated():
-    assert results_page.PAGE.read_text() == results_page.page(), "run: python -m bench results"
+    assert aged(results_page.PAGE.read_text()) == aged(results_page.page()), "run: python -m bench results"
 
 
 def row(**changes) -> dict:
@@ -26,26 +31,70 @@ def row(**changes) -> dict:
     }  # fmt: skip
 
 
-def test_targets_met_missed_and_not_measured(tmp_path, monkeypatch):
-    found = [row(spinfast_speedup=7.0, spinfast_memory_ratio=0.4)]
-    (tmp_path / "peers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
-    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    text = results_page.page()
-    assert "| cpu | pairs/s, times TRL's | >= 6 | 7 | met |" in text
-    assert "| cpu | memory above the model, times TRL's | <= 0.35 | 0.4 | missed |" in text
-    assert "| cuda | tokens/s, times TRL's | >= 3 | not measured |  |" in text
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The page of a few rows of peers.jsonl; every commit but HEAD is of another time."""
+
+    def write(*found: dict, history: bool = True) -> str:
+        (tmp_path / "peers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        monkeypatch.setattr(rows, "RESULTS", tmp_path)
+        monkeypatch.setattr(rows, "git", lambda *args: args[3].replace("new", "HEAD") if history else None)
+        results_page.age.cache_clear()
+        return results_page.page()
+
+    yield write
+    results_page.age.cache_clear()
 
 
-def test_the_newest_row_counts(tmp_path, monkeypatch):
+def test_targets_met_missed_and_not_measured(page):
+    text = page(row(spinfast_speedup=7.0, spinfast_memory_ratio=0.4))
+    assert "| cpu | pairs/s, times TRL's | >= 6 | 7 | met | X, 2 cores, AMX | abc, older |" in text
+    assert (
+        "| cpu | memory above the model, times TRL's | <= 0.35 | 0.4 | missed | X, 2 cores, AMX | abc, older |" in text
+    )
+    assert "| cuda | tokens/s, times TRL's | >= 3 | not measured |  |  |  |" in text
+    assert "never a T4's" not in text
+
+
+def test_another_card_is_no_t4(page):
+    text = page(row(spinfast_speedup=4.0, device="NVIDIA H200"))
+    assert "measured on NVIDIA H200:\nfigures of that card, never a T4's." in text
+    assert "| cuda | tokens/s, times TRL's | >= 3 | 4 | met | NVIDIA H200 | abc, older |" in text
+    assert "| cpu | pairs/s, times TRL's | >= 6 | not measured |  |  |  |" in text
+    assert "never a T4's" not in page(row(spinfast_speedup=4.0, device="Tesla T4"))
+
+
+def test_the_newest_row_counts(page):
     found = [row(p50_pairs_per_s=1.0), row(p50_pairs_per_s=2.0), row(p50_pairs_per_s=3.0, device="Tesla T4")]
-    (tmp_path / "peers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
-    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    tables = [line for line in results_page.page().splitlines() if line.startswith("| trl |")]
+    tables = [line for line in page(*found).splitlines() if line.startswith("| trl |")]
     assert [line.split(" | ")[1] for line in tables] == ["2", "3"]
     assert [results_page.kind(r) for r in found] == ["cpu", "cpu", "cuda"]
 
 
-@pytest.mark.parametrize("name", ["peers", "scaling", "profile", "roofline"])
+def test_every_row_says_which_code_it_measured(page):
+    """Its commit, whether the tree was clean, and whether the code was changed since; without history nobody knows."""
+
+    def ends(*found, **options):
+        return [line.split(" | ")[-1] for line in page(*found, **options).splitlines() if line.startswith("| trl |")]
+
+    assert ends(row(commit="new")) == ["new |"]
+    assert ends(row(commit="0123456789ab")) == ["0123456, older |"]
+    assert ends(row(commit="new", dirty=True)) == ["new, tree changed |"]
+    assert ends(row(commit="new", dirty=None)) == ["new, tree unknown |"]
+    assert ends(row(commit="new"), history=False) == ["new, age unknown |"]
+
+
+def test_a_commit_that_nobody_knows_has_no_age():
+    assert results_page.age("f" * 40, ("spinfast",)) == results_page.UNKNOWN
+
+
+def test_what_is_measured_is_there():
+    """A file that moves would leave its rows young for ever."""
+    for files in results_page.MEASURED.values():
+        assert all((results_page.ROOT / name).exists() for name in files)
+
+
+@pytest.mark.parametrize("name", sorted(results_page.MEASURED))
 def test_rows_have_their_birth_certificate(name):
     for each in results_page.read(name):
         assert {"date", "device", "versions", "commit", "dirty", "command"} <= each.keys()

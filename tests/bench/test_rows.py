@@ -28,10 +28,10 @@ def repository(tmp_path):
     return tmp_path
 
 
-def dirty(repository) -> str:
-    code = "from bench import rows; print(rows.certificate()['dirty'])"
+def certificate(repository, field: str, **environment: str) -> str:
+    code = f"from bench import rows; print(rows.certificate()[{field!r}])"
     path = os.pathsep.join([str(repository), *sys.path])
-    env = dict(os.environ, PYTHONPATH=path)
+    env = os.environ | {"PYTHONPATH": path} | environment
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=repository, env=env, text=True, capture_output=True, check=True)
     return done.stdout.strip()
@@ -40,7 +40,19 @@ def dirty(repository) -> str:
 def test_rows_do_not_make_the_tree_dirty_but_code_does(repository):
     with (repository / "bench" / "results" / "kernels.jsonl").open("a") as file:
         file.write("{}\n")
-    assert dirty(repository) == "False"
+    assert certificate(repository, "dirty") == "False"
     with (repository / "bench" / "rows.py").open("a") as file:
         file.write("# changed\n")
-    assert dirty(repository) == "True"
+    assert certificate(repository, "dirty") == "True"
+
+
+@pytest.mark.parametrize("missing", ["history", "program"])
+def test_without_git_nobody_knows_the_tree_unless_its_commit_was_carried(repository, missing):
+    environment = {"PATH": ""} if missing == "program" else {}
+    if missing == "history":
+        shutil.rmtree(repository / ".git")
+    assert certificate(repository, "commit", **environment) == "unknown"
+    assert certificate(repository, "dirty", **environment) == "None"
+    environment["BENCH_COMMIT"] = "0123456789abcdef"
+    assert certificate(repository, "commit", **environment) == "0123456789ab"
+    assert certificate(repository, "dirty", **environment) == "False"

@@ -1,0 +1,238 @@
+"""Every entry of the command table runs, on tiny shapes, and writes rows that carry what a reader of them needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from fixtures import tiny_model_dir
+
+import bench.__main__ as table
+from bench import kernels, operators, profile, results_page, rows, scaling, shapes
+from bench import memory as memory_bench
+from bench.peers import child, compare, end_to_end
+from spinfast import run as spinfast_run
+
+cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs `python -m bench NAME ARGS` in this process; returns the rows it wrote. No file of the checkout changes."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+
+    def run(name: str, *arguments: str, expected: int = 0) -> list[dict]:
+        assert table.main([name, *arguments]) == expected
+        files = sorted((tmp_path / "results").glob("*.jsonl"))
+        found = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        assert all({"date", "device", "versions", "commit", "dirty", "command"} <= row.keys() for row in found)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Processes of a benchmark run in this one: half a minute less of imports for each. test_scaling starts one."""
+
+    def finished(command: list[str], environment: dict) -> str:
+        module, *arguments = command[2:]
+        capsys.readouterr()
+        if module == "bench.peers.child":
+            return json.dumps(child.play(*arguments))
+        assert {"bench": table.main, "spinfast.run": spinfast_run.main}[module](arguments) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(child, "finished", finished)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of one iteration on a tiny model and four made-up questions."""
+    data = [{"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"method: [sft, spin]\nmodel: {{name: {tiny_model_dir(tmp_path)}}}\n"
+        f"data: {{source: {tmp_path / 'data.jsonl'}}}\n"
+        "spin: {iterations: 1}\ngeneration: {max_tokens: 8, backend: transformers}\ndevice: {profile: cpu}\n"
+    )
+    return path
+
+
+def test_every_entry_is_tested_here():
+    names = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {*table.COMMANDS} <= names
+
+
+def test_unknown_names_are_told(capsys):
+    assert table.main(["nothing"]) == 2
+    assert "peers" in capsys.readouterr().err
+
+
+def test_iteration(command, config):
+    (row,) = command("iteration", str(config), "train.save_every_steps=1")
+    assert {"base.save", "sft.train", "0.generate", "0.score", "0.train"} <= row["phase_s"].keys()
+    assert row["tokens_per_second"].keys() == {"sft.train", "0.generate", "0.train"}
+    assert row["wall_s"] > row["phases_s"] > 0
+
+
+def test_iteration_refuses_what_it_does_not_measure(command, config, capsys):
+    command("iteration", str(config), "--dry-run", expected=2)
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_kernels(command, monkeypatch):
+    """One operator of each kind; torch.compile needs a compiler and half a minute."""
+    monkeypatch.setattr(kernels, "gate", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name, value in {"MODEL": "tiny", "TOKENS": 64, "HEAD_TOKENS": 32, "LONG_TOKENS": 256}.items():
+        monkeypatch.setattr(kernels, name, value)
+    found = command("kernels", "--rounds", "2", "--model", "tiny")
+    assert {row["op"] for row in found} == {
+        *operators.operators(shapes.shape("tiny"), 4, 4), "decoder layer", "train step",
+    }  # fmt: skip
+    assert all(row["peak_extra_bytes"] > 0 for row in found if "peak_extra_bytes" in row)
+    heads = {row["what"]: row["peak_extra_mib"] for row in found if "peak_extra_mib" in row}
+    assert heads["triton"] < heads["plain eager"]
+    kept = {row["what"]: row["of_peft_eager"] for row in found if row["op"] == "decoder layer"}
+    assert kept["eager twin"] < 1
+
+
+def test_kernels_without_a_green_gate_measure_nothing(command, monkeypatch):
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 1}))
+    with pytest.raises(SystemExit, match="is red"):
+        command("kernels")
+
+
+@pytest.mark.slow
+def test_compile(command, capsys):
+    assert not command("compile", "tiny")
+    assert "| sm_75 | rope._rope_kernel |" in capsys.readouterr().out
+
+
+def test_memory(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory_bench, "PLOT", tmp_path / "memory.svg")
+    found = command("memory", "--model", "tiny")
+    assert (tmp_path / "memory.svg").exists()
+    held = {row["what"]: row["tensors_gib"] for row in found if "tensors_gib" in row and not row["checkpointed_layers"]}
+    assert held["step, TRL-shaped eager, padded [2B, L]"] > held["step, fastest plan"]
+
+
+def test_scaling(command, monkeypatch):
+    monkeypatch.setattr(scaling, "AXES", {"tokens": [(None, 2, 16, 4)]})
+    (row,) = command("scaling", "--model", "tiny", "--device", "cpu")
+    assert row["step_tokens"] == 2 * (128 + 15 + 15)
+    assert row["steady_step_ms"] > 0 < row["predicted_tensors_mib"]
+
+
+def test_limits(command, monkeypatch):
+    monkeypatch.setattr(scaling, "LONGEST", 16)
+    (row,) = command("limits", "--model", "tiny", "--gib", "0.05", "--device", "cpu")
+    assert row["kind"] == "simulated"
+    assert row["largest_batch"] >= 1
+
+
+@pytest.fixture
+def tiny_gate(monkeypatch):
+    """The gate starts two processes a peer; test_peers.py has its parts, this file the rest."""
+    monkeypatch.setattr(compare, "gate", lambda names, *_: dict.fromkeys(names, 1.0))
+
+
+def test_peers(command, here, tiny_gate):
+    only = "bare GEMMs,spinfast,eager"
+    shape = ("--model", "random:tiny", "--device", "cpu", "--dtype", "float32", "--count", "4", "--pairs-per-step", "2")
+    found = {row["peer"]: row for row in command("peers", *shape, "--only", only, "--rounds", "1")}
+    assert [*found] == only.split(",")
+    assert found["eager"]["spinfast_speedup"] > 0
+    assert found["spinfast"]["share_of_roofline"] > 0
+
+
+@pytest.mark.slow
+def test_peers_gate(command):
+    """The whole gate, as a command."""
+    command("peers", "--model", "random:tiny", "--device", "cpu", "--only", "spinfast,eager", "--rounds", "1")
+
+
+def test_end_to_end(command, here, monkeypatch):
+    """TRL's and vLLM's side stands in; ours is a run."""
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(end_to_end, "script", lambda *_: 1000.0)
+    monkeypatch.setattr(end_to_end, "MAX_TOKENS", 8)
+    shape = ("--model", "random:tiny", "--device", "cpu", "--count", "2", "--pairs-per-step", "2", "--rounds", "1")
+    theirs, ours = command("end_to_end", *shape)
+    assert ours["wall_s"] > 0
+    assert theirs["spinfast_speedup"] > 1
+
+
+@pytest.mark.slow
+def test_end_to_end_script(command):
+    """With vLLM and TRL for true; TRL 1.15's head runs on GPUs only."""
+    for name in ("reasoning_gym", "vllm", "trl"):
+        pytest.importorskip(name)
+    if not torch.cuda.is_available() and sys.modules["trl"].__version__.startswith("1.15"):
+        pytest.skip("TRL 1.15's head runs on GPUs only")
+    command("end_to_end", "--model", "random:tiny", "--count", "2", "--pairs-per-step", "2", "--rounds", "1")
+
+
+def test_profile(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "PICTURE", tmp_path / "profile.svg")
+    ours, theirs = command("profile", "--model", "random:tiny", "--count", "4")
+    assert (ours["peer"], theirs["peer"]) == ("spinfast", "eager")
+    assert ours["self_ms"]["GEMMs"] > 0
+    assert (tmp_path / "profile.svg").exists()
+
+
+def test_roofline(command):
+    (row,) = command("roofline", "--model", "random:tiny", "--tokens", "8")
+    assert row["best_gflops"] > 0 < row["copy_gb_per_s"]
+
+
+@cuda_only
+def test_rehearse(command):
+    assert {row["what"] for row in command("rehearse", "--model", "tiny")} >= {"sft", "spin", "score", "generate"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU is told")
+def test_rehearse_without_a_gpu(command, capsys):
+    command("rehearse", "--model", "tiny", expected=2)
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_generation(command, here):
+    """spinfast's own generator against the library's, gate and ceiling; without vLLM, which takes half a minute."""
+    sides = ("--only", "spinfast-transformers", "model.generate")
+    short = ("--prompts", "3", "--max-tokens", "4", "--rounds", "1")
+    ours, theirs = command("generation", "--model", "random:tiny", *short, *sides)
+    assert ours["ceiling_tokens_per_s"] > 0 < theirs["p50_tokens_per_s"]
+
+
+@pytest.mark.slow
+def test_generation_of_vllm(command):
+    pytest.importorskip("vllm")
+    short = ("--prompts", "3", "--max-tokens", "4", "--rounds", "1", "--stop")
+    found = command("generation", "--model", "random:tiny", *short, "--only", "spinfast-vllm", "bare-vllm")
+    assert found[1]["spinfast_vllm_ratio"] > 0
+
+
+def test_results(command, monkeypatch, tmp_path):
+    """Written from whatever rows there are, plots included."""
+    monkeypatch.setattr(results_page, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(results_page, "IMAGES", tmp_path)
+    shutil.copytree(results_page.ROOT / "bench" / "results", tmp_path / "results")
+    command("results")
+    assert (tmp_path / "RESULTS.md").read_text() == results_page.page()
+    assert (tmp_path / "scaling.svg").exists()
+
+
+def test_a_hub_model_needs_its_commit(tmp_path):
+    with pytest.raises(shapes.UserError, match="@COMMIT"):
+        shapes.resolve("someone/model", tmp_path)
+
+
+def test_a_child_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="broken"):
+        child.finished([sys.executable, "-c", "raise SystemExit('broken')"], {})
