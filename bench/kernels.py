@@ -1,6 +1,6 @@
 """Operators, blocks and the whole step: time and memory against their floor and against their rivals.
 
-    operators    each of operators.py at Qwen2.5-0.5B's sizes, contestants in turn
+    operators    each of operators.py by pytest-benchmark (test_operators.py), some laps of the whole table
     layer        bytes that a decoder layer keeps for the backward, per token, beside stock transformers + PEFT's
     step         tokens/s of the whole train step, beside stock PEFT + log_softmax; contestants in turn
     memory       the head's peak bytes at a T4's shapes, on tensors without data
@@ -8,38 +8,41 @@
 The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. Rows carry the
 load average of a shared machine. With a GPU the Triton table is measured beside the twins.
 
-    python -m bench kernels [--rounds 15] [--only operators,layer,step,memory] [--operators rope,swiglu]
+    python -m bench kernels [--rounds 5] [--laps 3] [--only operators,layer,step,memory] [--operators "rope or swiglu"]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from functools import partial
+from pathlib import Path
 
 import torch
 from spinfast_kernels import reference
 
 from bench import rows, shapes
-from bench.operators import DEVICE, DTYPE, PASSES, TABLES, kept, memory, operators, peak, plain_logps, randn, run
+from bench.operators import DEVICE, DTYPE, TABLES, kept, peak, plain_logps, randn
 from spinfast import ops
 from spinfast.memory.ledger import META
 from spinfast.memory.simulation import _without_launches
 from spinfast.packing import pack
 from spinfast.policy.fuse import fuse
 
-MODEL, TOKENS, HEAD_TOKENS, LONG_TOKENS = "Qwen2.5-0.5B", 2048, 1024, 8192
+MODEL, LONG_TOKENS = "Qwen2.5-0.5B", 8192
 
 
 def main(argv: list[str]) -> int:
     parts = {"operators": time_operators, "layer": layer, "step": step, "memory": head_memory}
     parser = argparse.ArgumentParser("python -m bench kernels")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--laps", type=int, default=3, help="times that the whole table of operators is run")
     parser.add_argument("--only", default=",".join(parts))
-    parser.add_argument("--operators", help="names, all if not given")
+    parser.add_argument("--operators", default="test_operator", help="pytest's -k over the operators' cases")
     parser.add_argument("--model", default="SmolLM2-135M", help="shape of the step")
     arguments = parser.parse_args(argv)
     gate()
@@ -75,23 +78,28 @@ def _synchronize():
 
 
 def time_operators(arguments):
-    """A row per operator, pass and contestant, with its ratio to the floor."""
-    made = operators(shapes.shape(MODEL), TOKENS, HEAD_TOKENS)
-    for op in arguments.operators.split(",") if arguments.operators else made:
-        operator = made[op]
-        torch.manual_seed(0)
-        data = operator.data()
-        for passes in PASSES:
-            contestants = {"floor": partial(operator.floor, data, passes)}
-            contestants |= {name: partial(run, form, data, passes) for name, form in operator.forms.items()}
-            times = race(contestants, arguments.rounds)
-            for name, measured in times.items():
-                ratio = measured["p20_ms"] / times["floor"]["p20_ms"]
-                row = {"op": op, "what": name, "pass": passes, **operator.facts, **measured}
-                row |= {"times_floor": round(ratio, 3), "of_roofline": round(1 / ratio, 3)}
-                if name not in ("floor", "torch.compile") and passes != "forward":  # a compiled graph hides its tensors
-                    row |= memory(operator.forms[name], data)
-                yield row
+    """A row per contestant of test_operators.py, with its ratio to the floor; the laps' samples together."""
+    times, facts = {}, {}
+    for measured in (each for _ in range(arguments.laps) for each in lap(arguments)):
+        info = measured["extra_info"]
+        key = (info["op"], info["pass"], info["what"])
+        facts[key] = info
+        times.setdefault(key, []).extend(1e3 * seconds for seconds in measured["stats"]["data"])
+    for (op, passes, what), samples in times.items():
+        measured = rows.percentiles(samples, "ms")
+        ratio = measured["p20_ms"] / rows.percentiles(times[op, passes, "floor"], "ms")["p20_ms"]
+        yield facts[op, passes, what] | measured | {"times_floor": round(ratio, 3), "of_roofline": round(1 / ratio, 3)}
+
+
+def lap(arguments) -> list[dict]:
+    """One run of test_operators.py by pytest-benchmark, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lap.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "bench/test_operators.py", "-k", arguments.operators]
+        command += [f"--benchmark-json={path}", f"--benchmark-min-rounds={arguments.rounds}", "--benchmark-quiet"]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise SystemExit("bench kernels: bench/test_operators.py failed")
+        return json.loads(path.read_text())["benchmarks"]
 
 
 def head_memory(arguments):
