@@ -20,8 +20,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: setup
-	$(BIN)/python -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py -m "not slow and not faults"
+# with the python of a GPU's set (requirements/t4.lock, cuda13.lock): GPU_PYTHON=/path/to/python make test-gpu
+GPU_PYTHON ?= python
+test-gpu:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py tests/test_sums.py \
+	  -m "not slow and not faults"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not slow"

@@ -12,7 +12,8 @@ import torch
 from spinfast.device import GIB, GPUS, profile
 from spinfast.errors import UserError
 from spinfast.generation import vllm_compat
-from spinfast.policy.transformers import _seeded
+from spinfast.policy import unsloth_environment
+from spinfast.policy.adapters.lora import _seeded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
 
@@ -151,3 +152,17 @@ def test_shapes_do_not_pile_up():
 
     bounded = grown("from spinfast.device import profile; profile('cpu')")
     assert bounded < 0.6 * grown("")
+
+
+def test_a_cpus_bf16_is_found_by_any_torch(monkeypatch):
+    """torch.cpu.get_capabilities came with 2.11: a T4 set without its GPU died of it instead of saying so."""
+    chosen = profile("cpu").dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert profile("cpu").dtype == chosen
+
+
+def test_an_old_card_is_kept_from_flashinfer_under_unsloth(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, told in (((7, 5), "1"), ((9, 0), "0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert unsloth_environment()["UNSLOTH_VLLM_NO_FLASHINFER"] == told

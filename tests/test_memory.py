@@ -179,3 +179,12 @@ def test_a_real_models_step_is_simulated_without_its_weights(tiny_model):
     usage = simulation.train(make_groups([(256, (256, 256))] * 4), Pairwise(), "adamw", more_microbatches=True).usage
     assert usage.by_kind["weights"] == pytest.approx(494_032_768 * 2, rel=1e-3)  # the model card's 0.49 B, tied
     assert "head" in usage.by_kind
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_step_counters_stay_on_the_host(tiny_model, optimizer):
+    """torch before 2.13 makes them on the default device; on meta the optimizer's step reads them in vain."""
+    policy = simulated(tiny_model("qwen2")).policy
+    counters = [moment["step"] for moment in settled(policy, optimizer, scaled=False).optimizer.state.values()]
+    assert counters
+    assert all(counter.is_cpu and counter == 1 for counter in counters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from spinfast.store import files
 
 log = logging.getLogger("spinfast")
 SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
+COMMIT = re.compile("[0-9a-f]{7,40}")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -33,7 +35,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="commit of a hub model")
     parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter; the base alone without it")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), help="comma-separated")
-    parser.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="FOLDER/SPLIT.jsonl files")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="TASK=WHERE",
+        help="FOLDER with SPLIT.jsonl files, or the commit of the hub's data set",
+    )
     parser.add_argument("--scorer", default="text", choices=sorted(SCORERS), help="verdict on FILE.jsonl tasks")
     parser.add_argument("--limit", type=int, help="only the first N rows of each task")
     parser.add_argument("--output", type=Path, help="folder for results.json and samples_TASK.jsonl")
@@ -66,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
     names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
     tasks = [] if arguments.harness else [find_task(name, arguments.scorer) for name in names]
-    folders = dict(_folder(item) for item in arguments.data)
+    places = dict(_place(item) for item in arguments.data)
     with open_engine(arguments) as engine:
         if arguments.harness:
             from spinfast.evaluate.harness import run
@@ -77,13 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             results = []
             for task in tasks:
-                folder = folders.get(task.name)
-                rows = load_rows(task, task.split, folder)[: arguments.limit]
-                pool = load_rows(task, task.shot_split, folder) if task.shots else []
+                place = places.get(task.name)
+                if place is None and not task.source.endswith(".jsonl"):
+                    log.warning(
+                        "%s: %s as the hub has it today; pin it: --data %s=COMMIT", task.name, task.source, task.name
+                    )
+                rows = load_rows(task, task.split, place)[: arguments.limit]
+                pool = load_rows(task, task.shot_split, place) if task.shots else []
                 log.info("%s: %d rows, %d-shot", task.name, len(rows), task.shots)
                 results.append(evaluate(task, engine, rows, pool))
             adapter = arguments.adapter and str(arguments.adapter)
-            outcome = report(results, {"model": arguments.model, "adapter": adapter, "limit": arguments.limit})
+            config = {"model": arguments.model, "adapter": adapter, "limit": arguments.limit}
+            outcome = report(results, config | {"data": {name: str(place) for name, place in places.items()}})
             samples = {result.task.name: result.samples for result in results}
     Console().print(_table(outcome))
     if arguments.output:
@@ -171,11 +184,13 @@ def _canary_prompt(renderer) -> tuple[int, ...]:
     return tuple(renderer.prompt_ids([{"role": "user", "content": "What is the sum of twelve and thirty?"}]))
 
 
-def _folder(item: str) -> tuple[str, Path]:
-    name, found, folder = item.partition("=")
-    if not found or not Path(folder).is_dir():
-        raise UserError(f"--data {item}: expected TASK=FOLDER with an existing folder")
-    return name, Path(folder)
+def _place(item: str) -> tuple[str, Path | str]:
+    name, found, where = item.partition("=")
+    if found and Path(where).is_dir():
+        return name, Path(where)
+    if found and COMMIT.fullmatch(where):
+        return name, where
+    raise UserError(f"--data {item}: expected TASK=FOLDER with an existing folder, or TASK=COMMIT")
 
 
 def _table(outcome: dict) -> Table:

@@ -253,8 +253,9 @@ def find_task(name: str, scorer: str = "text") -> Task:
     return replace(task, shots=int(shots))
 
 
-def load_rows(task: Task, split: str, folder: Path | None = None) -> list[Row]:
-    """A split's rows: from FOLDER/SPLIT.jsonl, from the task's own .jsonl file, or from the hub."""
+def load_rows(task: Task, split: str, where: Path | str | None = None) -> list[Row]:
+    """A split's rows: from FOLDER/SPLIT.jsonl, from the task's own .jsonl file, or from the hub at a commit."""
+    folder, revision = (where, None) if isinstance(where, Path) else (None, where)
     if folder or task.source.endswith(".jsonl"):
         path = folder / f"{split}.jsonl" if folder else Path(task.source)
         if not path.is_file():
@@ -267,7 +268,7 @@ def load_rows(task: Task, split: str, folder: Path | None = None) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(task.source, task.subset, split=split))
+        return list(load_dataset(task.source, task.subset, split=split, revision=revision))
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"task {task.name}: {task.source} is neither on this machine nor reachable on the hub; "

@@ -87,10 +87,12 @@ class Policy(Protocol):
 
 def unsloth_environment() -> dict[str, str]:
     """What must stand before Unsloth is imported, which imports vLLM as well: no telemetry, no folder where we are."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
     return {
         **SETTINGS,
         "UNSLOTH_COMPILE_LOCATION": str(default_cache() / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_VLLM_NO_FLASHINFER": str(int(old)),  # it would choose FlashInfer wherever nvcc is there
     }
 
 

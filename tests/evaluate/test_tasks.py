@@ -346,3 +346,21 @@ def test_missing_rows(tmp_path):
     with pytest.raises(UserError, match="4 rows are needed to show 3, got 2"):
         rows = rows_of("boolq")[0][:2]
         tasks.introductions(tasks.find_task("boolq:3"), rows, rows)
+
+
+def test_a_hub_data_set_is_read_at_the_commit_that_is_named(monkeypatch, capsys):
+    """No hub here: what is asked of `datasets` is all that can be seen."""
+    asked = []
+
+    def nowhere(*args, **options):
+        asked.append((args, options))
+        raise ConnectionError
+
+    monkeypatch.setattr("datasets.load_dataset", nowhere)
+    for where, revision in (
+        (None, None),
+        ("740312add88f781978c0658806c59bfc2815b986", "740312add88f781978c0658806c59bfc2815b986"),
+    ):
+        with pytest.raises(UserError, match="neither on this machine nor reachable"):
+            tasks.load_rows(tasks.TASKS["gsm8k"], "test", where)
+        assert asked.pop() == (("openai/gsm8k", "main"), {"split": "test", "revision": revision})
