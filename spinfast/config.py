@@ -66,7 +66,8 @@ class Lora(Section):
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's target_modules")
     init: Literal["continue", "merge"] = Field(
-        "continue", description="the next round trains the same adapter on, or merges it and starts a fresh one"
+        "continue",
+        description="the next round or stage trains the same adapter on, or merges it and starts a fresh one",
     )
 
 

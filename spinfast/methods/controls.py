@@ -49,7 +49,7 @@ def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]
             yield conclude(run, last, run.played[-1] if run.played else last, run.policy.adapter())
             continue
         same = run.stage(stage.name, last, "spin", stage.number)
-        start = run.become(last, merge=run.config.adapter.init == "merge" and last.method != "base")
+        start = run.become(last)
         pairs = deal(run, same, stage, CONTROLS[name])
         imitate(run, same, pairs) if name == "sft" else train_policy(run, same, pairs)
         yield conclude(run, same, last, start, game(run.config, stage.number))

@@ -40,7 +40,7 @@ class Run:
     heldout: Sequence[Example]
     longest: int  # packed tokens of the longest group that the config admits
     game: Pairwise  # what stages that are no game themselves are held out against
-    budget: Budget = None
+    budget: Budget = field(init=False)
     base: str | None = None
     played: list[Stage] = field(default_factory=list)
 
@@ -71,13 +71,13 @@ class Run:
         """A stage's directory; `number` counts the rounds of its method."""
         return Stage(self.directory, name, last, method, number)
 
-    def become(self, last: Stage, merge: bool = False) -> Adapter:
+    def become(self, last: Stage) -> Adapter:
         """Put the policy where a stage starts, the result of the last one, and return its adapter there.
 
-        With `merge` that result moves into the base and a fresh adapter starts, B zero.
+        With adapter.init: merge that result, if it was trained, moves into the base and a fresh adapter starts, B zero.
         """
         self.policy.restore(adapters.load(last.path("adapter"), self.session.machine.model.revision))
-        if merge:
+        if self.config.adapter.init == "merge" and last.method != "base":
             self.policy.merge_and_restart(seed=prompt_seed(self.config.seed, len(self.policy.folded), 0, "adapter"))
         self.base = self.policy.base_checksum()
         start = self.policy.adapter()

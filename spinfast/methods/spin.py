@@ -35,7 +35,7 @@ def spin(run: Run, last: Stage) -> Iterator[dict]:
     c = run.config.spin
     for t in range(c.iterations):
         stage = run.stage(f"iter_{t:03d}", last, "spin", t)
-        start = run.become(last, merge=run.config.adapter.init == "merge" and last.method != "base")
+        start = run.become(last)
         sampling = run.session.sampling(run.config.generation.temperature, run.config.generation.max_tokens)
         pairs = pair(run, stage, rollout(run, stage, run.examples, sampling), last)
         if not pairs:
