@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from test_run import play, write_config
 
+from spinfast import fit
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed
 from spinfast.generation import transformers as generation
 from spinfast.generation.canary import BOUNDS
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
-from spinfast.methods import spin as loop
 from spinfast.ops import EAGER
 from spinfast.packing import pack
 from spinfast.policy.adapters import Lora
@@ -425,13 +425,13 @@ def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, 
 
 def test_a_round_that_changes_the_base_is_an_error(tiny_model, tmp_path, monkeypatch):
     """One bit of one frozen weight, changed while the policy trains."""
-    train = loop.train
+    train = fit.train
 
     def harmful(policy, *args):
         policy.decoder.layers[1].mlp.up_proj.get_base_layer().weight.data.view(torch.int32)[3, 5] ^= 1
         yield from train(policy, *args)
 
-    monkeypatch.setattr(loop, "train", harmful)
+    monkeypatch.setattr(fit, "train", harmful)
     with pytest.raises(RuntimeError, match="the base's weights changed while a round was played"):
         play(tmp_path, tiny_model("llama"), spin={"iterations": 1})
     assert [row["iteration"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["base"]
