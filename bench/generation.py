@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from bench import rows, shapes
 from bench.peers import child
+from bench.roofline import seconds
 from spinfast.generation import prompt_seed
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Request, Sampling
@@ -117,7 +118,7 @@ def spinfast_vllm(given: Given) -> dict:
     from spinfast.generation.canary import check_adapter, policy_logps
     from spinfast.generation.vllm import VLLMGenerator
 
-    device, start, swaps = given.device, time.perf_counter(), []
+    device, start = given.device, time.perf_counter()
     with VLLMGenerator(
         given.path, device=device.device, capability=device.capability, dtype=device.dtype, max_model_len=MAX_LEN,
         max_lora_rank=RANK, batch_size=BATCH, kv_cache_bytes=CACHE,
@@ -126,14 +127,9 @@ def spinfast_vllm(given: Given) -> dict:
         policy = given.policy(generator.shared_model())
         adapter, measure = policy.adapter(), policy_logps(policy, device.attention)
         canary = check_adapter(generator, measure, given.requests[0].prompt_ids, adapter, dtype=device.dtype)
-        for change in range(5):
-            tensors = {name: tensor + change * 1e-4 for name, tensor in adapter.tensors.items()}
-            start = time.perf_counter()
-            generator.swap(Adapter(adapter.config, tensors))
-            swaps.append(time.perf_counter() - start)
         rates = given.rates(answers_of(generator, given.adapter))
     facts = {"start_s": start_s, "canary_error": canary.adapter_error, "canary_moved": canary.moved}
-    return {"tokens_per_s": rates, **facts, **rows.percentiles(swaps, "swap_s")}
+    return {"tokens_per_s": rates, **facts}
 
 
 def bare_vllm(given: Given) -> dict:
@@ -239,17 +235,11 @@ def until(ids: list[int], stop_ids: list[int]) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def gemm_seconds(policy, batch_size: int) -> float:
-    """One pass of `batch_size` rows through every frozen projection and the head, nothing else; best of five."""
+    """One pass of `batch_size` rows through every frozen projection and the head, nothing else."""
     named = policy.decoder.named_parameters()
     weights = [p for n, p in named if p.ndim == 2 and "lora_" not in n and "embed" not in n] + [policy.head_VD]
     inputs = [torch.randn(batch_size, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
 
-    def once() -> float:
-        start = time.perf_counter()
-        for weight, x in zip(weights, inputs, strict=True):
-            out = functional.linear(x, weight)
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(5))
+    return seconds(
+        lambda: [functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], inputs[0].device.type
+    )

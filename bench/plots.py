@@ -51,18 +51,13 @@ def scaling(rows: list[dict], path: Path) -> None:
     with picture(path, 2, len(named), figsize=(3.2 * len(named), 5), sharex="col") as (_, axes):
         for name, (above, below) in zip(named, axes.T, strict=True):
             mine = [row for row in found if row["what"] == name]
-            lines = {
-                "iteration, s" if name == "prompts" else "step, ms": above, "measured": below, "simulated": below,
-            }  # fmt: skip
-            fields = (
-                "iteration_s" if name == "prompts" else "steady_step_ms",
-                "above_model_mib",
-                "predicted_tensors_mib",
-            )
-            for (label, axis), field in zip(lines.items(), fields, strict=True):
+            whole = name == "prompts"
+            time = "iteration_s" if whole else "steady_step_ms"
+            for axis, field in ((above, time), (below, "above_model_mib"), (below, "predicted_tensors_mib")):
+                label = "simulated" if "predicted" in field else "measured"
                 axis.plot([row[along[name]] for row in mine], [row[field] for row in mine], marker="o", label=label)
-                axis.set_ylim(0)
-            above.set_ylabel(next(iter(lines)))
+                axis.axhline(0, color="black", linewidth=0.5)
+            above.set_ylabel("iteration, s" if whole else "step, ms")
             below.set(ylabel="MiB above the model", xlabel=along[name].replace("_", " "))
             below.tick_params(axis="x", rotation=30)
         axes[1][0].legend(fontsize=8)

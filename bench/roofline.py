@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 from transformers import PretrainedConfig
 
 from bench import rows, shapes
+from bench.peers.watch import now
 from spinfast.types import PackedBatch
 
 RANK = 16
@@ -77,22 +77,14 @@ def bandwidth_gbs(device: str, mib: int = 512) -> float:
 
 
 def seconds(call, device: str, least: float = 0.15) -> float:
-    """Median time of a call, after a warm-up, over at least five calls and `least` seconds."""
-    call()
+    """Median time of a call, after a warm-up, over at least five calls that take `least` seconds."""
     samples: list[float] = []
-    begin = time.perf_counter()
-    while len(samples) < 5 or time.perf_counter() - begin < least:
-        _wait(device)
-        start = time.perf_counter()
+    call()
+    while len(samples) < 5 or sum(samples) < least:
+        start = now(device)
         call()
-        _wait(device)
-        samples.append(time.perf_counter() - start)
+        samples.append(now(device) - start)
     return statistics.median(samples)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(argv: list[str]) -> int:

@@ -95,7 +95,6 @@ def test_kernels(command, monkeypatch):
     assert {row["op"] for row in found} == {
         *operators.operators(shapes.shape("tiny"), 4, 4), "decoder layer", "train step",
     }  # fmt: skip
-    assert all(row["peak_extra_bytes"] > 0 for row in found if "peak_extra_bytes" in row)
     heads = {row["what"]: row["peak_extra_mib"] for row in found if "peak_extra_mib" in row}
     assert heads["triton"] < heads["plain eager"]
     kept = {row["what"]: row["of_peft_eager"] for row in found if row["op"] == "decoder layer"}
