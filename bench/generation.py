@@ -83,7 +83,7 @@ class Given:
         self.path = Path((arguments.scratch / "model.txt").read_text())
         self.adapter_path = None if arguments.no_adapter else arguments.scratch / "adapter"
         if arguments.model.startswith("random:"):
-            prompts, stop_ids = [group.prompt_ids for group in shapes.draw("gsm8k-like", arguments.prompts)], (2,)
+            prompts, stop_ids = [group.prompt_ids for group in shapes.draw(arguments.prompts)], (2,)
         else:
             examples, renderer = shapes.problems(self.path, arguments.prompts)
             prompts, stop_ids = [example.prompt_ids for example in examples], renderer.stop_ids
