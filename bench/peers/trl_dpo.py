@@ -6,6 +6,8 @@ Liger's kernels, and with Unsloth's model under it. The reference is TRL's own c
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
@@ -17,16 +19,15 @@ from bench.peers.work import Work
 from spinfast.policy.adapters import files as adapters
 
 
-def plain(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work))
+def plain(work: Work, watch: Watch, **options) -> None:
+    _play(work, watch, stock_model(work), **options)
 
 
 def precomputed(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work), precompute_ref_log_probs=True, precompute_ref_batch_size=work.rows_at_once)
+    plain(work, watch, precompute_ref_log_probs=True, precompute_ref_batch_size=work.rows_at_once)
 
 
-def liger(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work), use_liger_kernel=True)
+liger = partial(plain, use_liger_kernel=True)
 
 
 def unsloth(work: Work, watch: Watch) -> None:
