@@ -5,8 +5,8 @@
     step         tokens/s of the whole train step, beside stock PEFT + log_softmax; contestants in turn
     memory       the head's peak bytes at a T4's shapes, on tensors without data
 
-The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. Rows carry the
-load average of a shared machine. With a GPU the Triton table is measured beside the twins.
+The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. With a
+GPU the Triton table is measured beside the twins.
 
     python -m bench kernels [--rounds 5] [--laps 3] [--only operators,layer,step,memory] [--operators "rope or swiglu"]
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     gate()
     for name in arguments.only.split(","):
         for row in parts[name](arguments):
-            rows.write("kernels", row | {"dtype": str(DTYPE), "load_average": os.getloadavg()[0]}, DEVICE)
+            rows.write("kernels", row | {"dtype": str(DTYPE)}, DEVICE)
     return 0
 
 

@@ -45,14 +45,12 @@ def run_config(four_bit: bool = False, **sections) -> Config:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory")
-    parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
-    if not arguments.no_plot:
-        draw(arguments.model, ops)
     for row in (*steps(arguments.model, ops), *eager_rows(arguments.model), *iterations(arguments.model, ops)):
         rows.write("memory", row | {"kind": "simulated"})
+    draw(arguments.model, ops)
     return 0
 
 

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         rates = gemm_gflops(config, tokens, device.dtype, kind)
         row = {
             "model": arguments.model, "dtype": str(device.dtype).removeprefix("torch."), "tokens": tokens,
-            "threads": torch.get_num_threads(), "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
+            "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
             "best_gflops": round(max(rates.values()), 1), "copy_gb_per_s": round(bandwidth, 2),
         }  # fmt: skip
         rows.write("roofline", row, kind)

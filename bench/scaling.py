@@ -15,7 +15,6 @@ alone counts: an answer may be longer than the model's context.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -78,7 +77,7 @@ def point(name: str, per_step: int, answer: int, count: int, device: str) -> dic
         "steady_step_ms": round(1e3 * statistics.median(steps), 2), "iteration_s": sum(found["seconds"].values()),
         "step_tokens_per_s": round(tokens / statistics.median(steps), 1),
         "above_model_mib": round(found["above_model_mib"], 1), "predicted_tensors_mib": round(predicted, 1),
-        "threads": found["threads"], "load_1m": round(os.getloadavg()[0], 2),
+        "threads": found["threads"],
     }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -165,7 +164,7 @@ def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
             "p50_tokens_per_s": round(facts["tokens"] / statistics.median(seconds[name]), 1),
             "score_s": [round(r["seconds"].get("score", 0.0), 2) for r in runs],
             "train_s": [round(r["seconds"]["train"], 2) for r in runs],
-            "threads": runs[0]["threads"], "load_1m": round(os.getloadavg()[0], 2),
+            "threads": runs[0]["threads"],
         }  # fmt: skip
         if name != FLOOR:
             row |= {k: round(statistics.median(r[k] for r in runs), 1) for k in runs[0] if k.endswith("_mib")}
