@@ -82,9 +82,8 @@ def main(argv: list[str]) -> int:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = given.prepare(
-            Path(scratch), arguments.model, arguments.count,
-            device=kind, dtype=dtype, pairs_per_step=4, rows_at_once=4,
-        )  # fmt: skip
+            Path(scratch), arguments.model, arguments.count, device=kind, dtype=dtype, pairs_per_step=4
+        )
         facts = given.facts(work.groups())
         for name, peer in {"spinfast": spinfast_loop, "eager": eager_loop}.items():
             watch = Profiled(kind)

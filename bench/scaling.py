@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 def point(name: str, per_step: int, answer: int, count: int, device: str) -> dict:
     dtype = str(shapes.device(device).dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = {"device": device, "dtype": dtype, "pairs_per_step": per_step, "rows_at_once": per_step}
+        recipe = {"device": device, "dtype": dtype, "pairs_per_step": per_step}
         work = given.prepare(Path(scratch), f"random:{name}", count, **recipe)
         given.write_groups(Path(scratch), shapes.alike(count, PROMPT, answer))
         found = child.run("spinfast", work)
@@ -139,7 +139,7 @@ def simulated(name: str, budget: float, checkpointing: bool) -> Callable[[list[G
 
 def measured(peer: str, work: given.Work, budget: float, trl: Path | None, groups: list[Group]) -> bool:
     given.write_groups(Path(work.scratch), groups)
-    trial = replace(work, pairs_per_step=len(groups), rows_at_once=len(groups), budget_gib=budget)
+    trial = replace(work, pairs_per_step=len(groups), budget_gib=budget)
     trial.save()
     try:
         child.run(peer, trial, trl)

@@ -43,7 +43,6 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
     parser.add_argument("--count", type=int, default=32, help="pairs of the iteration")
     parser.add_argument("--pairs-per-step", type=int, default=4)
-    parser.add_argument("--rows-at-once", type=int, help="pairs of a microbatch; default: a whole step's")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for every peer")
     parser.add_argument("--only", help=f"of {','.join(PEERS)}")
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
                 shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
                 print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
         for row in table(results, given.facts(work.groups())):
-            names = ("pairs_per_step", "rows_at_once", "lr", "beta", "gradient_checkpointing")
+            names = ("pairs_per_step", "lr", "beta", "gradient_checkpointing")
             config = {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}
             row |= {"model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds, "config": config}
             row |= {"gate_cosine": cosines[row["peer"]]} if row["peer"] in cosines else {}
@@ -77,11 +76,8 @@ def prepare(arguments, scratch: Path) -> given.Work:
     dtype = shapes.device(arguments.device, arguments.dtype).dtype
     settings = {
         "device": arguments.device, "dtype": str(dtype).removeprefix("torch."),
-        "pairs_per_step": arguments.pairs_per_step, "rows_at_once": arguments.rows_at_once or arguments.pairs_per_step,
-        "gradient_checkpointing": arguments.checkpointing,
+        "pairs_per_step": arguments.pairs_per_step, "gradient_checkpointing": arguments.checkpointing,
     }  # fmt: skip
-    if settings["pairs_per_step"] % settings["rows_at_once"]:
-        raise UserError("--rows-at-once: expected a divisor of --pairs-per-step, so that every microbatch is full")
     return given.prepare(scratch, arguments.model, arguments.count, **settings)
 
 
@@ -117,9 +113,8 @@ def obstacle(name: str, arguments) -> str | None:
 def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
     """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
     work = given.prepare(
-        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, rows_at_once=4,
-        max_grad_norm=1e9,
-    )  # fmt: skip
+        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, max_grad_norm=1e9
+    )
     reference = REFERENCE if REFERENCE in names else "eager"
     found = {}
     for name in dict.fromkeys([reference, *names]):

@@ -52,8 +52,7 @@ def write_work(arguments, scratch: Path) -> dict:
     path = shapes.resolve(arguments.model, scratch)
     examples, _ = shapes.problems(path, arguments.count)
     dtype = str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch.")
-    size = arguments.pairs_per_step
-    base = Work(str(scratch), str(path), arguments.device, dtype, pairs_per_step=size, rows_at_once=size)
+    base = Work(str(scratch), str(path), arguments.device, dtype, arguments.pairs_per_step)
     base.policy().save_adapter(base.adapter)
     work = {
         "scratch": str(scratch), "model": str(path), "dtype": dtype, "device": arguments.device,

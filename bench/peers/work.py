@@ -32,8 +32,7 @@ class Work:
     model: str  # directory
     device: str
     dtype: str
-    pairs_per_step: int
-    rows_at_once: int  # pairs of a padded microbatch; packed microbatches hold as many tokens as such pairs have
+    pairs_per_step: int  # each a microbatch; packed ones hold as many tokens as so many pairs have at most
     lr: float = 5e-5
     beta: float = 0.1
     gradient_checkpointing: bool = False
