@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from bench import rows, shapes
 from bench.peers import child
+from bench.roofline import seconds
 from spinfast.generation import prompt_seed
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Request, Sampling
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         row = {
             "side": side, "model": arguments.model, "adapter": not arguments.no_adapter,
             "config": {name: vars(arguments)[name] for name in names} | {"lora_r": RANK},
-            "threads": torch.get_num_threads(), "load_1m": round(os.getloadavg()[0], 2), **result, **rates[side],
+            **result, **rates[side],
         }  # fmt: skip
         if "spinfast-vllm" in found and side != "spinfast-vllm":
             ours, theirs = rates["spinfast-vllm"]["p50_tokens_per_s"], rates[side]["p50_tokens_per_s"]
@@ -82,7 +83,7 @@ class Given:
         self.path = Path((arguments.scratch / "model.txt").read_text())
         self.adapter_path = None if arguments.no_adapter else arguments.scratch / "adapter"
         if arguments.model.startswith("random:"):
-            prompts, stop_ids = [group.prompt_ids for group in shapes.draw("gsm8k-like", arguments.prompts)], (2,)
+            prompts, stop_ids = [group.prompt_ids for group in shapes.draw(arguments.prompts)], (2,)
         else:
             examples, renderer = shapes.problems(self.path, arguments.prompts)
             prompts, stop_ids = [example.prompt_ids for example in examples], renderer.stop_ids
@@ -117,23 +118,16 @@ def spinfast_vllm(given: Given) -> dict:
     from spinfast.generation.canary import check_adapter, policy_logps
     from spinfast.generation.vllm import VLLMGenerator
 
-    device, start, swaps = given.device, time.perf_counter(), []
+    device = given.device
     with VLLMGenerator(
         given.path, device=device.device, capability=device.capability, dtype=device.dtype, max_model_len=MAX_LEN,
         max_lora_rank=RANK, batch_size=BATCH, kv_cache_bytes=CACHE,
     ) as generator:  # fmt: skip
-        start_s = time.perf_counter() - start
         policy = given.policy(generator.shared_model())
         adapter, measure = policy.adapter(), policy_logps(policy, device.attention)
         canary = check_adapter(generator, measure, given.requests[0].prompt_ids, adapter, dtype=device.dtype)
-        for change in range(5):
-            tensors = {name: tensor + change * 1e-4 for name, tensor in adapter.tensors.items()}
-            start = time.perf_counter()
-            generator.swap(Adapter(adapter.config, tensors))
-            swaps.append(time.perf_counter() - start)
         rates = given.rates(answers_of(generator, given.adapter))
-    facts = {"start_s": start_s, "canary_error": canary.adapter_error, "canary_moved": canary.moved}
-    return {"tokens_per_s": rates, **facts, **rows.percentiles(swaps, "swap_s")}
+    return {"tokens_per_s": rates, "canary_error": canary.adapter_error, "canary_moved": canary.moved}
 
 
 def bare_vllm(given: Given) -> dict:
@@ -141,7 +135,6 @@ def bare_vllm(given: Given) -> dict:
     from spinfast.generation.vllm_compat import arguments as engine_arguments
 
     os.environ |= SETTINGS
-    start = time.perf_counter()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -151,7 +144,6 @@ def bare_vllm(given: Given) -> dict:
         max_lora_rank=RANK, max_num_seqs=BATCH, kv_cache_memory_bytes=CACHE,
         **engine_arguments(given.device.device, given.device.capability, MAX_LEN, CACHE, sleep_mode=False),
     )  # fmt: skip
-    start_s = time.perf_counter() - start
     lora = LoRARequest("adapter", 1, str(given.adapter_path)) if given.adapter_path else None
 
     def write(requests, sampling):
@@ -166,7 +158,7 @@ def bare_vllm(given: Given) -> dict:
         outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
         return [tuple(output.outputs[0].token_ids) for output in outputs]
 
-    return {"tokens_per_s": given.rates(write), "start_s": start_s}
+    return {"tokens_per_s": given.rates(write)}
 
 
 def spinfast_transformers(given: Given) -> dict:
@@ -179,19 +171,15 @@ def spinfast_transformers(given: Given) -> dict:
     theirs = library(given, torch.float32)(few, greedy)
     if sorted(ours) != sorted(theirs):
         raise SystemExit(f"bench generation: greedy answers differ in fp32: {ours} and {theirs}")
-    start = time.perf_counter()
     policy = given.policy()
     with TransformersGenerator(policy, batch_size=BATCH, max_model_len=MAX_LEN) as generator:
-        start_s = time.perf_counter() - start
         rates = given.rates(answers_of(generator, given.adapter))
     size = min(BATCH, len(given.requests))
-    return {"tokens_per_s": rates, "start_s": start_s, "ceiling_tokens_per_s": size / gemm_seconds(policy, size)}
+    return {"tokens_per_s": rates, "ceiling_tokens_per_s": size / gemm_seconds(policy, size)}
 
 
 def model_generate(given: Given) -> dict:
-    start = time.perf_counter()
-    write = library(given, given.device.dtype)
-    return {"start_s": time.perf_counter() - start, "tokens_per_s": given.rates(write)}
+    return {"tokens_per_s": given.rates(library(given, given.device.dtype))}
 
 
 SIDES = {
@@ -239,17 +227,11 @@ def until(ids: list[int], stop_ids: list[int]) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def gemm_seconds(policy, batch_size: int) -> float:
-    """One pass of `batch_size` rows through every frozen projection and the head, nothing else; best of five."""
+    """One pass of `batch_size` rows through every frozen projection and the head, nothing else."""
     named = policy.decoder.named_parameters()
     weights = [p for n, p in named if p.ndim == 2 and "lora_" not in n and "embed" not in n] + [policy.head_VD]
     inputs = [torch.randn(batch_size, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
 
-    def once() -> float:
-        start = time.perf_counter()
-        for weight, x in zip(weights, inputs, strict=True):
-            out = functional.linear(x, weight)
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(5))
+    return seconds(
+        lambda: [functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], inputs[0].device.type
+    )

@@ -42,20 +42,15 @@ def main(argv: list[str]) -> int:
     if fresh:
         print(f"{'start-up':24} {wall - sum(phases.values()):8.1f} s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows.write(
-        "iteration",
-        {
-            "config": path.stem,
-            "overrides": overrides,
-            "wall_s": round(wall, 1) if fresh else None,
-            "phases_s": round(sum(phases.values()), 1),
-            "phase_s": phases,
-            "tokens_per_second": {name: round(tokens[name] / phases[name], 1) for name in tokens},
-            "peak_rss_mib": max(row["memory/rss_mib"] for row in clocks),
-            **({"peak_allocated_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1)} if device == "cuda" else {}),
-        },
-        device,
-    )
+    row = {
+        "config": path.stem, "overrides": overrides, "wall_s": round(wall, 1) if fresh else None,
+        "phases_s": round(sum(phases.values()), 1), "phase_s": phases,
+        "tokens_per_second": {name: round(tokens[name] / phases[name], 1) for name in tokens},
+        "peak_rss_mib": max(row["memory/rss_mib"] for row in clocks),
+    }  # fmt: skip
+    if device == "cuda":
+        row["peak_allocated_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    rows.write("iteration", row, device)
     return 0
 
 

@@ -5,8 +5,8 @@
     step         tokens/s of the whole train step, beside stock PEFT + log_softmax; contestants in turn
     memory       the head's peak bytes at a T4's shapes, on tensors without data
 
-The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. Rows carry the
-load average of a shared machine. With a GPU the Triton table is measured beside the twins.
+The gate first: tests/kernels must be green, or nothing is measured. Ratios are of p20 within one run. With a
+GPU the Triton table is measured beside the twins.
 
     python -m bench kernels [--rounds 5] [--laps 3] [--only operators,layer,step,memory] [--operators "rope or swiglu"]
 """
@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from spinfast_kernels import reference
+from torch.autograd.graph import saved_tensors_hooks
 
 from bench import rows, shapes
-from bench.operators import DEVICE, DTYPE, TABLES, kept, peak, plain_logps, randn
+from bench.operators import DEVICE, DTYPE, TABLES, plain_logps, randn
+from bench.peers.watch import now
 from spinfast import ops
-from spinfast.memory.ledger import META
+from spinfast.memory.ledger import META, Ledger
 from spinfast.memory.simulation import _without_launches
 from spinfast.packing import pack
 from spinfast.policy.fuse import fuse
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     gate()
     for name in arguments.only.split(","):
         for row in parts[name](arguments):
-            rows.write("kernels", row | {"dtype": str(DTYPE), "load_average": os.getloadavg()[0]}, DEVICE)
+            rows.write("kernels", row | {"dtype": str(DTYPE)}, DEVICE)
     return 0
 
 
@@ -63,18 +63,11 @@ def race(contestants: dict, rounds: int) -> dict[str, dict]:
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for lap in range(rounds + 1):
         for name, function in contestants.items():
-            _synchronize()
-            start = time.perf_counter()
+            start = now(DEVICE)
             function()
-            _synchronize()
             if lap:
-                samples[name].append(1e3 * (time.perf_counter() - start))
+                samples[name].append(1e3 * (now(DEVICE) - start))
     return {name: rows.percentiles(times, "ms") for name, times in samples.items()}
-
-
-def _synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def time_operators(arguments):
@@ -113,8 +106,12 @@ def head_memory(arguments):
         with META:
             hidden = torch.empty(N, D, dtype=torch.float16, requires_grad=True)
             data = hidden, torch.empty(V, D, dtype=torch.float16), torch.empty(N, dtype=torch.int64)
-        with _without_launches():
-            extra = peak(lambda form=form, data=data: form(*data).sum().backward(), data, simulated=True)
+        ledger = Ledger(simulated=True)
+        for tensor in data:
+            ledger.tag(tensor, "data")
+        with _without_launches(), ledger:
+            form(*data).sum().backward()
+        extra = ledger.usage.peak - ledger.usage.by_kind["data"]
         facts = {"op": "linear_logps", "pass": "forward+backward", "N": N, "D": D, "V": V, "simulated": "fp16"}
         yield facts | {"what": name, "peak_extra_mib": round(extra / 2**20, 1)}
 
@@ -144,12 +141,18 @@ def layer(arguments):
 
 
 def _kept_bytes(policy, packed) -> float:
-    own = {p.untyped_storage().data_ptr() for p in policy.decoder.parameters()}
+    found = {p.untyped_storage().data_ptr(): (0, p) for p in policy.decoder.parameters()}
+
+    def note(tensor):  # holds the tensor, so that no address is given twice
+        storage = tensor.untyped_storage()
+        found.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))
+        return tensor
+
     x = randn(1, packed.tokens, policy.causal_lm.config.hidden_size, grad=True)
     angles = policy.decoder.rotary_emb(x, packed.position_ids_T[None])
-    second = policy.decoder.layers[1]
-    found = kept(lambda: second(x, position_embeddings=angles, layout=packed.layout).sum().backward())
-    return sum(size for pointer, size in found.items() if pointer not in own) / packed.tokens
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        policy.decoder.layers[1](x, position_embeddings=angles, layout=packed.layout).sum().backward()
+    return sum(size for size, _ in found.values()) / packed.tokens
 
 
 def step(arguments):

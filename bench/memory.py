@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import rows, shapes
+from bench.plots import picture
 from spinfast import ops as operators
 from spinfast.config import Config, parse_config
 from spinfast.device import GIB, profile
@@ -44,14 +45,12 @@ def run_config(four_bit: bool = False, **sections) -> Config:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory")
-    parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
-    if not arguments.no_plot:
-        draw(arguments.model, ops)
     for row in (*steps(arguments.model, ops), *eager_rows(arguments.model), *iterations(arguments.model, ops)):
         rows.write("memory", row | {"kind": "simulated"})
+    draw(arguments.model, ops)
     return 0
 
 
@@ -153,11 +152,6 @@ def fused_attention() -> Iterator[None]:
 
 def draw(name: str, ops) -> None:
     """Bytes by kind over one step on the same 16 pairs, ours in one microbatch beside the eager step."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     t4, pairs = profile("t4", plan_only=True), shapes.alike(PAIRS, PROMPT, ANSWER)
     simulation = Simulation(shapes.shape(name), t4, run_config().adapter, ops)
     ours = simulation.train(pairs, Pairwise(), "adamw", more_microbatches=False, timeline=True)
@@ -169,20 +163,16 @@ def draw(name: str, ops) -> None:
         "spinfast, a pair at a time\n(one of 16 microbatches)": least,
     }
     kinds = [kind for kind in KINDS if any(kind in moment for each in panels.values() for moment in each.timeline)]
-    figure, axes = plt.subplots(1, len(panels), sharey=True, figsize=(11, 4), layout="constrained")
-    for axis, (title, ledger) in zip(axes, panels.items(), strict=True):
-        moments = ledger.timeline[:: max(1, len(ledger.timeline) // 120)]
-        heights = [[moment.get(kind, 0) / GIB for moment in moments] for kind in kinds]
-        share = [100 * i / len(moments) for i in range(len(moments))]
-        axis.stackplot(share, heights, labels=kinds, linewidth=0)
-        axis.axhline(14.7, color="black", linestyle=":", linewidth=1)
-        axis.set_title(f"{title}\npeak {ledger.usage.peak / GIB:.1f} GiB", fontsize=10)
-        axis.set_xlabel("operators of the step, %")
-    axes[0].set_ylabel("GiB of live tensors")
-    axes[0].text(2, 15.0, "a T4's 14.7 GiB", fontsize=8)
-    axes[-1].legend(loc="upper right", fontsize=8, reverse=True)
-    figure.suptitle(f"{name} fp16, LoRA r=16, 16 pairs of 256 + 256 + 256 tokens: simulated", fontsize=11)
-    PLOT.parent.mkdir(exist_ok=True)
-    plt.rcParams["svg.hashsalt"] = "spinfast"
-    figure.savefig(PLOT, metadata={"Date": None})
-    plt.close(figure)
+    with picture(PLOT, 1, len(panels), sharey=True, figsize=(11, 4)) as (figure, (axes,)):
+        for axis, (title, ledger) in zip(axes, panels.items(), strict=True):
+            moments = ledger.timeline[:: max(1, len(ledger.timeline) // 120)]
+            heights = [[moment.get(kind, 0) / GIB for moment in moments] for kind in kinds]
+            share = [100 * i / len(moments) for i in range(len(moments))]
+            axis.stackplot(share, heights, labels=kinds, linewidth=0)
+            axis.axhline(14.7, color="black", linestyle=":", linewidth=1)
+            axis.set_title(f"{title}\npeak {ledger.usage.peak / GIB:.1f} GiB", fontsize=10)
+            axis.set_xlabel("operators of the step, %")
+        axes[0].set_ylabel("GiB of live tensors")
+        axes[0].text(2, 15.0, "a T4's 14.7 GiB", fontsize=8)
+        axes[-1].legend(loc="upper right", fontsize=8, reverse=True)
+        figure.suptitle(f"{name} fp16, LoRA r=16, 16 pairs of 256 + 256 + 256 tokens: simulated", fontsize=11)

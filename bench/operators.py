@@ -17,13 +17,11 @@ from dataclasses import dataclass
 
 import torch
 from spinfast_kernels.blocks import Lora
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, silu
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from spinfast import ops
-from spinfast.memory.ledger import Ledger
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -57,42 +55,9 @@ def run(form: Callable, data: tuple, passes: str) -> None:
     outputs = form(*data)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-    for tensor in tensors(data):
-        tensor.grad = None
-
-
-def tensors(data: tuple) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(data) if isinstance(leaf, torch.Tensor)]
-
-
-def memory(form: Callable, data: tuple) -> dict[str, int]:
-    """Bytes that the backward keeps beside the data, and the peak of a forward and backward above it."""
-    given = {tensor.untyped_storage().data_ptr() for tensor in tensors(data)}
-    size = sum(size for pointer, size in kept(lambda: form(*data)).items() if pointer not in given)
-    return {"bytes_kept": size, "peak_extra_bytes": peak(lambda: run(form, data, "forward+backward"), data)}
-
-
-def peak(function: Callable, data: tuple, simulated: bool = False) -> int:
-    """The most bytes beside the data while the function runs."""
-    ledger = Ledger(simulated=simulated)
-    for tensor in tensors(data):
-        ledger.tag(tensor, "data")
-    with ledger:
-        function()
-    return ledger.usage.peak - ledger.usage.by_kind["data"]
-
-
-def kept(function: Callable) -> dict[int, int]:
-    """Address and bytes of every storage that is saved for the backward of what the function does."""
-    found = {}
-
-    def note(tensor):  # holds the tensor, so that no address is given twice
-        found[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        function()
-    return {pointer: size for pointer, (size, _) in found.items()}
+    for leaf in tree_leaves(data):
+        if isinstance(leaf, torch.Tensor):
+            leaf.grad = None
 
 
 # Rivals and floors -------------------------------------------------------------------------------------------------

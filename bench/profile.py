@@ -1,9 +1,9 @@
 """Where a training step's time goes: torch's profiler by class of operator, spinfast beside the eager loop.
 
-    python -m bench profile [--model MODEL|random:SHAPE] [--count 8] [--top 0]
+    python -m bench profile [--model MODEL|random:SHAPE] [--count 8]
 
 Self time of every operator in the training phase of one iteration (scoring excluded), summed by class. Rows go to
-results/profile.jsonl, the picture to docs/images/profile.svg. Numba's kernels have no events of their own: they are
+results/profile.jsonl; `python -m bench results` draws them. Numba's kernels have no events of their own: they are
 self time of the autograd functions that call them, with the Python between. The profiler itself costs some 5 us per
 operator, so many small operators look a little worse than they are.
 """
@@ -11,13 +11,10 @@ operator, so many small operators look a little worse than they are.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
@@ -27,7 +24,6 @@ from bench.peers import eager_loop, spinfast_loop
 from bench.peers import work as given
 from bench.peers.watch import Watch
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "profile.svg"
 CLASSES = {  # class -> what the operator's name contains; the first that fits
     "GEMMs": ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "gemm"),
     "attention": ("attention", "_PackedAttention"),
@@ -80,55 +76,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench profile", description=__doc__)
     parser.add_argument("--model", default=shapes.SMOLLM2)
     parser.add_argument("--count", type=int, default=8, help="pairs, 4 to a step")
-    parser.add_argument("--top", type=int, default=0, help="print so many operators of each side")
-    parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args(argv)
     device = shapes.device()
     kind, dtype = device.device.type, str(device.dtype).removeprefix("torch.")
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = given.prepare(
-            Path(scratch), arguments.model, arguments.count,
-            device=kind, dtype=dtype, pairs_per_step=4, rows_at_once=4,
-        )  # fmt: skip
+            Path(scratch), arguments.model, arguments.count, device=kind, dtype=dtype, pairs_per_step=4
+        )
         facts = given.facts(work.groups())
         for name, peer in {"spinfast": spinfast_loop, "eager": eager_loop}.items():
             watch = Profiled(kind)
             peer.play(work, watch)
             found[name] = watch.by_class()
-            for operator, time in sorted(watch.operators().items(), key=lambda item: -item[1])[: arguments.top]:
-                print(f"{name:10} {operator_class(operator):20} {time:9.1f} ms  {operator}")
     for name, times in found.items():
         shown = {key: round(value, 1) for key, value in times.items()}
         row = {"what": "training", "peer": name, "model": arguments.model, "dtype": dtype, **facts, "self_ms": shown}
-        row |= {"total_ms": round(sum(times.values()), 1), "threads": torch.get_num_threads()}
-        print(row) if arguments.no_write else rows.write("profile", row, kind)
-    if not arguments.no_write:
-        draw(found, f"{facts['tokens']} packed tokens, {dtype}, {rows.device_name(kind)}")
+        rows.write("profile", row | {"total_ms": round(sum(times.values()), 1)}, kind)
     return 0
-
-
-def draw(found: dict[str, dict[str, float]], title: str) -> None:
-    """A bar per side, in seconds, cut by class."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"{PICTURE.name}: not drawn, matplotlib is not installed", file=sys.stderr)
-        return
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "spinfast"
-    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.8 * len(found)), layout="constrained")
-    starts = dict.fromkeys(found, 0.0)
-    for number, kind in enumerate([*CLASSES, OTHER]):
-        widths = [times[kind] / 1e3 for times in found.values()]
-        axis.barh(list(found), widths, left=list(starts.values()), label=kind, color=plt.cm.tab10(number % 10))
-        starts = {name: starts[name] + width for name, width in zip(found, widths, strict=True)}
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds of self time in one iteration's training")
-    axis.set_title(title, fontsize=10)
-    figure.legend(fontsize=8, ncols=5, loc="outside lower center", frameon=False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None})
-    plt.close(figure)

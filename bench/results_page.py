@@ -1,17 +1,19 @@
 """`python -m bench results`: RESULTS.md and its plots from the rows in bench/results/, nothing by hand.
 
-The newest row of each comparison counts. What no row says is written as "not measured". A row is old if the code that
-its benchmark measures was committed to since.
+The newest row of each comparison counts; a column is a field of the rows. What no row says is "not measured". A row is
+old if the code that its benchmark measures was committed to since.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from bench import rows
+from bench import plots, rows
 
 ROOT = Path(__file__).parent.parent
 PAGE, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "images"
@@ -45,6 +47,37 @@ MEASURED = {  # benchmark -> the files that its rows describe
     "roofline": ("bench/roofline.py",),
     "scaling": STEP,
 }
+UNITS = {"s": "s", "ms": "ms", "mib": "MiB", "gib": "GiB", "gflops": "GFLOP/s"}
+TRAINING = (
+    "peer p50_pairs_per_s p50_tokens_per_s first_step_s steady_step_s above_model_mib spinfast_speedup "
+    "spinfast_memory_ratio share_of_bare_gemms share_of_roofline gate_cosine"
+)
+SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row is kept of
+    ("End to end: one iteration, processes and loading included", "peers", "end to end",
+     "peer model pairs wall_s spinfast_speedup device", "peer device"),
+    ("A whole run, phase by phase", "iteration", None,
+     "config phases_s wall_s tokens_per_second peak_rss_mib device", "config device"),
+    ("What fits", "peers", "limits",
+     "peer model budget_gib kind gradient_checkpointing largest_batch longest_answer device",
+     "peer model budget_gib kind gradient_checkpointing device"),
+    ("Memory of a step and an iteration on a T4, simulated", "memory", None,
+     "what model target tensors_gib with_reserve_gib peak_gib microbatch_tokens checkpointed_layers offload",
+     "what model checkpointed_layers offload"),
+    ("A T4's memory plan rehearsed on another card: simulated against its allocator", "rehearse", None,
+     "what model predicted_mib measured_mib error device", "what model device"),
+    ("Operators, a layer, a step", "kernels", None,
+     "op what pass p50_ms times_floor tokens_per_s speed_up bytes_kept_per_token peak_extra_mib dtype device",
+     "op what pass N T device"),
+    ("Roofline of the device", "roofline", None,
+     "device model dtype tokens threads best_gflops copy_gb_per_s", "device model dtype tokens threads"),
+    ("Where the time goes", "profile", None, "peer model tokens dtype total_ms self_ms device", "peer model device"),
+    ("Scaling", "scaling", None,
+     "what model step_tokens answer_tokens pairs steady_step_ms step_tokens_per_s above_model_mib "
+     "predicted_tensors_mib device", "device what model pairs_per_step answer_tokens pairs"),
+    ("Generation", "generation", None, "side model adapter p50_tokens_per_s spinfast_vllm_ratio threads device",
+     "side model adapter threads device"),
+]  # fmt: skip
+PICTURES = {"profile": "self time by class of operator", "scaling": "seconds and memory of a step against its size"}
 
 
 # Rows --------------------------------------------------------------------------------------------------------------
@@ -83,13 +116,24 @@ def newest(found: Iterable[dict], *keys: str) -> list[dict]:
 # The page ----------------------------------------------------------------------------------------------------------
 
 
-def table(header: dict[str, str], found: list[dict]) -> list[str]:
-    """Markdown; header maps a column's title to the row's field."""
+def title(field: str) -> str:
+    """A field as a column has it: steady_step_ms is "steady step, ms", p50_tokens_per_s "tokens/s"."""
+    name = field.removeprefix("p50_")
+    name = f"{name[:-6]}/s" if name.endswith("_per_s") else name
+    stem, _, unit = name.rpartition("_")
+    return (f"{stem}, {UNITS[unit]}" if stem and unit in UNITS else name).replace("_", " ")
+
+
+def table(columns: str, found: list[dict]) -> list[str]:
     if not found:
         return [MISSING, ""]
-    header = header | {"taken at": "taken"}
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(shown(row.get(f)) for f in header.values()) + " |" for row in found), ""]
+    fields = columns.split()
+    lines = ["| " + " | ".join([*map(title, fields), "taken at"]) + " |", "|" + "---|" * (len(fields) + 1)]
+    return [*lines, *(line(row.get(field) for field in [*fields, "taken"]) for row in found), ""]
+
+
+def line(cells: Iterable) -> str:
+    return "| " + " | ".join(map(shown, cells)) + " |"
 
 
 def shown(value) -> str:
@@ -98,6 +142,15 @@ def shown(value) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
     return "" if value is None else str(value)
+
+
+def rows_of(name: str) -> list[dict]:
+    """A section's rows, by the name of its benchmark."""
+    return next(select(*section[1:]) for section in SECTIONS if section[1] == name)
+
+
+def select(name: str, what: str | None, columns: str, keys: str) -> list[dict]:
+    return newest((row for row in read(name) if what in (None, row.get("what"))), *keys.split())
 
 
 def page() -> str:
@@ -111,11 +164,11 @@ def page() -> str:
         f"\"{OLDER[2:]}\": the code that it measures was changed since; \"{UNKNOWN[2:]}\": no history here tells.", "",
         *targets_section(peers), *peers_section([row for row in peers if row["what"] == "training iteration"]),
     ]  # fmt: skip
-    for title, picture, header, found in sections(peers):
-        lines += [f"## {title}", ""]
-        if picture:
-            lines += [f"![{picture[1]}](docs/images/{picture[0]}.svg)", ""]
-        lines += table(header, found)
+    for heading, name, *selection in SECTIONS:
+        lines += [f"## {heading}", ""]
+        if name in PICTURES:
+            lines += [f"![{PICTURES[name]}](docs/images/{name}.svg)", ""]
+        lines += table(selection[1], select(name, *selection))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -130,27 +183,18 @@ def targets_section(found: list[dict]) -> list[str]:
     lines += ["| on | what | target | measured | | device | taken at |", "|---|---|---|---|---|---|---|"]
     for device, peer, what, target, field, more in TARGETS:
         fits = [r for r in found if r.get("peer") == peer and device in ("any", kind(r)) and field in r]
-        sign = ">=" if more else "<="
-        if not fits:
-            lines.append(f"| {device} | {what} | {sign} {target:g} | {MISSING} |  |  |  |")
-            continue
-        row, value = fits[-1], fits[-1][field]
-        verdict = "met" if (value >= target if more else value <= target) else "missed"
-        cells = (device, what, f"{sign} {target:g}", shown(value), verdict, row["device"], row["taken"])
-        lines.append("| " + " | ".join(cells) + " |")
+        cells: list = [MISSING, None, None, None]
+        if fits:
+            value = fits[-1][field]
+            met = value >= target if more else value <= target
+            cells = [value, "met" if met else "missed", fits[-1]["device"], fits[-1]["taken"]]
+        lines.append(line([device, what, f"{'>=' if more else '<='} {target:g}", *cells]))
     return [*lines, ""]
 
 
 def peers_section(found: list[dict]) -> list[str]:
     lines = ["## Side by side: one iteration's training, opponent scoring included", ""]
     together = ("device", "model", "dtype", "command")
-    columns = {
-        "": "peer", "pairs/s": "p50_pairs_per_s", "tokens/s": "p50_tokens_per_s", "first step, s": "first_step_s",
-        "steady step, s": "steady_step_s", "MiB above the model": "above_model_mib",
-        "spinfast is faster by": "spinfast_speedup", "and holds": "spinfast_memory_ratio",
-        "share of bare GEMMs": "share_of_bare_gemms", "share of roofline": "share_of_roofline",
-        "gradient cosine": "gate_cosine",
-    }  # fmt: skip
     for group in newest(found, *together):
         mine = newest((row for row in found if all(row[key] == group[key] for key in together)), "peer")
         versions = ", ".join(f"{n} {v}" for n, v in group["versions"].items() if n in ("torch", "transformers", "peft"))
@@ -158,97 +202,17 @@ def peers_section(found: list[dict]) -> list[str]:
             f"**{group['model']}** on {group['device']}, {group['dtype']}, {group['pairs']} pairs of "
             f"{group['tokens']:,} packed tokens, {group['config']['pairs_per_step']} to a step, {group['threads']} "
             f"threads, load {group['load_1m']}. {group['date'][:10]}, {versions}: `{group['command']}`", "",
-            *table(columns, sorted(mine, key=lambda row: PEERS.index(row["peer"]))),
+            *table(TRAINING, sorted(mine, key=lambda row: PEERS.index(row["peer"]))),
         ]  # fmt: skip
     return lines if found else [*lines, MISSING, ""]
 
 
-def sections(peers: list[dict]) -> list[tuple]:
-    """(title, (picture, caption) or None, columns, rows) of all the rest."""
-    device, model = {"device": "device"}, {"model": "model"}
-    return [
-        ("End to end: one iteration, processes and loading included", None,
-         {"": "peer", **model, "pairs": "pairs", "seconds": "wall_s", "spinfast is faster by": "spinfast_speedup",
-          **device}, newest((row for row in peers if row["what"] == "end to end"), "peer", "device")),
-        ("A whole run, phase by phase", None,
-         {"config": "config", "s in phases": "phases_s", "s in all": "wall_s", "tokens/s": "tokens_per_second",
-          "peak RSS, MiB": "peak_rss_mib", **device}, newest(read("iteration"), "config", "device")),
-        ("What fits", None,
-         {"": "peer", **model, "GiB": "budget_gib", "how": "kind", "checkpointed": "gradient_checkpointing",
-          "pairs in a batch": "largest_batch", "longest answers": "longest_answer", **device},
-         newest((row for row in peers if row["what"] == "limits"),
-                "peer", "model", "budget_gib", "kind", "gradient_checkpointing", "device")),
-        ("Memory of a step and an iteration on a T4, simulated", None,
-         {"": "what", **model, "target": "target", "tensors, GiB": "tensors_gib", "with reserve": "with_reserve_gib",
-          "peak, GiB": "peak_gib", "microbatch, tokens": "microbatch_tokens", "checkpointed": "checkpointed_layers",
-          "offload": "offload"}, newest(read("memory"), "what", "model", "checkpointed_layers", "offload")),
-        ("A T4's memory plan rehearsed on another card: simulated against its allocator", None,
-         {"phase": "what", **model, "predicted, MiB": "predicted_mib", "measured, MiB": "measured_mib",
-          "error": "error", **device}, newest(read("rehearse"), "what", "model", "device")),
-        ("Operators, a layer, a step", None,
-         {"": "op", "by": "what", "pass": "pass", "ms": "p50_ms", "times the floor": "times_floor",
-          "tokens/s": "tokens_per_s", "times PEFT's": "speed_up", "bytes kept a token": "bytes_kept_per_token",
-          "MiB beside the data": "peak_extra_mib", "dtype": "dtype", **device},
-         newest(read("kernels"), "op", "what", "pass", "N", "T", "device")),
-        ("Roofline of the device", None,
-         {**device, **model, "dtype": "dtype", "tokens": "tokens", "threads": "threads",
-          "best GFLOP/s": "best_gflops", "copy, GB/s": "copy_gb_per_s"},
-         newest(read("roofline"), "device", "model", "dtype", "tokens", "threads")),
-        ("Where the time goes", ("profile", "self time by class of operator"),
-         {"": "peer", **model, "tokens": "tokens", "dtype": "dtype", "ms in all": "total_ms", "ms by class": "self_ms",
-          **device}, newest(read("profile"), "peer", "model", "device")),
-        ("Scaling", ("scaling", "seconds and memory of a step against its size"),
-         {"axis": "what", **model, "tokens of a step": "step_tokens", "answer": "answer_tokens", "pairs": "pairs",
-          "step, ms": "steady_step_ms", "tokens/s": "step_tokens_per_s", "MiB above the model": "above_model_mib",
-          "MiB of tensors, simulated": "predicted_tensors_mib", **device}, scaling_rows()),
-        ("Generation", None,
-         {"": "side", **model, "adapter": "adapter", "tokens/s": "p50_tokens_per_s",
-          "spinfast's vLLM is faster by": "spinfast_vllm_ratio", "threads": "threads", **device},
-         newest((row for row in read("generation") if "p50_tokens_per_s" in row),
-                "side", "model", "adapter", "threads", "device")),
-    ]  # fmt: skip
-
-
-def scaling_rows() -> list[dict]:
-    keys = ("what", "model", "pairs_per_step", "answer_tokens", "pairs")
-    return sorted(newest(read("scaling"), "device", *keys), key=lambda row: (row["device"], row["what"]))
-
-
-def draw() -> None:
-    """docs/images/scaling.svg: per axis the step's time, and its memory measured and simulated; one device's rows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    found = scaling_rows()
-    if not found:
-        return
-    plt.rcParams["svg.hashsalt"] = "spinfast"
-    found = [row for row in found if row["device"] == found[0]["device"]]
-    along = {"tokens": "step_tokens", "length": "answer_tokens", "prompts": "pairs", "model": "model"}
-    axes_named = [name for name in along if any(row["what"] == name for row in found)]
-    figure, axes = plt.subplots(2, len(axes_named), figsize=(3.2 * len(axes_named), 5), squeeze=False, sharex="col")
-    for column, name in enumerate(axes_named):
-        mine = [row for row in found if row["what"] == name]
-        where = [row[along[name]] for row in mine]
-        time = "iteration_s" if name == "prompts" else "steady_step_ms"
-        axes[0][column].plot(where, [row[time] for row in mine], marker="o")
-        axes[0][column].set_ylabel("iteration, s" if name == "prompts" else "step, ms")
-        axes[1][column].plot(where, [row["above_model_mib"] for row in mine], marker="o", label="measured")
-        axes[1][column].plot(where, [row["predicted_tensors_mib"] for row in mine], marker=".", label="simulated")
-        axes[1][column].set(ylabel="MiB above the model", xlabel=along[name].replace("_", " "))
-        axes[1][column].tick_params(axis="x", rotation=30)
-        for axis in axes[:, column]:
-            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-    axes[1][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(IMAGES / "scaling.svg", metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main(argv: list[str]) -> int:
-    draw()
+    if importlib.util.find_spec("matplotlib"):
+        plots.profile(rows_of("profile"), IMAGES / "profile.svg")
+        plots.scaling(rows_of("scaling"), IMAGES / "scaling.svg")
+    else:
+        print("matplotlib is not installed: the plots stay as they are", file=sys.stderr)
     PAGE.write_text(page())
     print(f"{PAGE.name} written")
     return 0

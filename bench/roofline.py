@@ -6,7 +6,8 @@ FLOPs and bytes of an iteration.
 FLOPs per token and weight: 2 to score, 4 to train (no weight gradient for a frozen base), the head on answer tokens
 only, rank-r products and attention included. Bytes: the weights once per pass of a microbatch, and what a layer's
 backward must keep (its input, q, k, v, attention's output, gate, up), written and read. A reachable limit, lower
-than this one's, is the peer "bare GEMMs" of `python -m bench peers`: the same products with nothing in between.
+than this one's, is the floor "bare GEMMs" of `python -m bench peers` (`play`): the base's products of the whole
+iteration, each once, with real weights, activations in reused buffers, and nothing in between.
 
     python -m bench roofline [--model MODEL] [--tokens 1536]
 """
@@ -15,15 +16,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from bench import rows, shapes
+from bench.peers.spinfast_loop import budget_of, steps_of
+from bench.peers.watch import Watch, now
+from bench.peers.work import Work
+from spinfast.train import batches
 from spinfast.types import PackedBatch
 
-RANK = 16
+RANK, VOCAB_BLOCK = 16, 4096
 
 
 def projections(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
@@ -60,7 +64,7 @@ def work_of(config: PretrainedConfig, batches: list[PackedBatch], itemsize: int)
 
 def gemm_gflops(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Rate of y = x W^T for each of the model's shapes and the head (a block of its vocabulary), median of many."""
-    shapes = projections(config) | {"head": (config.hidden_size, min(config.vocab_size, 4096))}
+    shapes = projections(config) | {"head": (config.hidden_size, min(config.vocab_size, VOCAB_BLOCK))}
     rates = {}
     for name, (i, o) in shapes.items():
         x, w = (torch.randn(n, i, dtype=dtype, device=device) for n in (tokens, o))
@@ -77,22 +81,59 @@ def bandwidth_gbs(device: str, mib: int = 512) -> float:
 
 
 def seconds(call, device: str, least: float = 0.15) -> float:
-    """Median time of a call, after a warm-up, over at least five calls and `least` seconds."""
-    call()
+    """Median time of a call, after a warm-up, over at least five calls that take `least` seconds."""
     samples: list[float] = []
-    begin = time.perf_counter()
-    while len(samples) < 5 or time.perf_counter() - begin < least:
-        _wait(device)
-        start = time.perf_counter()
+    call()
+    while len(samples) < 5 or sum(samples) < least:
+        start = now(device)
         call()
-        _wait(device)
-        samples.append(time.perf_counter() - start)
+        samples.append(now(device) - start)
     return statistics.median(samples)
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+# The floor of `python -m bench peers` ------------------------------------------------------------------------------
+
+
+def play(work: Work, watch: Watch) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=work.torch_dtype).to(work.device)
+    watch.loaded(model)
+    names = projections(model.config)
+    weights = [m.weight for n, m in model.get_decoder().named_modules() if n.rsplit(".", 1)[-1] in names]
+    blocks = model.get_output_embeddings().weight.split(VOCAB_BLOCK)
+    budget = budget_of(work)
+    packed = [batch for groups in steps_of(work) for batch in batches(groups, budget)]
+    buffer = Buffers(work)
+    for phase in ("score", "train"):
+        with watch.phase(phase), torch.no_grad():
+            for batch in packed:
+                products(weights, batch.tokens, buffer, backward=phase == "train")
+                products(blocks, len(batch.targets_N), buffer, backward=phase == "train")
+    return {
+        "work": work_of(model.config, packed, work.torch_dtype.itemsize),
+        "gemm_gflops": gemm_gflops(model.config, packed[0].tokens, work.torch_dtype, work.device),
+        "copy_gb_per_s": bandwidth_gbs(work.device),
+    }
+
+
+class Buffers(dict):
+    """(rows, columns) -> a matrix."""
+
+    def __init__(self, work: Work):
+        super().__init__()
+        self.options = {"dtype": work.torch_dtype, "device": work.device}
+
+    def __missing__(self, shape: tuple[int, int]) -> torch.Tensor:
+        self[shape] = torch.full(shape, 0.01, **self.options)
+        return self[shape]
+
+
+def products(weights, rows: int, buffer: Buffers, backward: bool) -> None:
+    """y = x W^T, and dx = dy W, for each weight."""
+    for weight in weights:
+        outputs, inputs = weight.shape
+        torch.mm(buffer[rows, inputs], weight.t(), out=buffer[rows, outputs])
+        if backward:
+            torch.mm(buffer[rows, outputs], weight, out=buffer[rows, inputs])
 
 
 def main(argv: list[str]) -> int:
@@ -107,7 +148,7 @@ def main(argv: list[str]) -> int:
         rates = gemm_gflops(config, tokens, device.dtype, kind)
         row = {
             "model": arguments.model, "dtype": str(device.dtype).removeprefix("torch."), "tokens": tokens,
-            "threads": torch.get_num_threads(), "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
+            "gemm_gflops": {n: round(r, 1) for n, r in rates.items()},
             "best_gflops": round(max(rates.values()), 1), "copy_gb_per_s": round(bandwidth, 2),
         }  # fmt: skip
         rows.write("roofline", row, kind)

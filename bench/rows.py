@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from spinfast.environment import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -20,8 +22,6 @@ WRITTEN = (":(top,exclude)bench/results", ":(top,exclude)docs/images")  # what m
 def device_name(device: str = "cpu") -> str:
     """The device as a row names it: the GPU's name, or the CPU model with its core count."""
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -41,7 +41,7 @@ def git(*args: str) -> str | None:
 
 
 def certificate(device: str = "cpu") -> dict:
-    """Device, versions, commit, dirty flag, command and date of a measurement; dirty is None where nobody knows.
+    """Device, its threads and load, versions, commit, dirty flag, command, date; dirty is None where nobody knows.
 
     BENCH_COMMIT names the commit of a clean tree that travelled to the machine without its history.
     """
@@ -52,6 +52,8 @@ def certificate(device: str = "cpu") -> dict:
         "device": device_name(device),
         "python": platform.python_version(),
         "versions": installed_versions(),
+        "threads": torch.get_num_threads(),
+        "load_1m": round(os.getloadavg()[0], 2),
         "commit": carried or git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": False if carried else None if changed is None else bool(changed),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
@@ -60,7 +62,7 @@ def certificate(device: str = "cpu") -> dict:
 
 def write(name: str, row: dict, device: str = "cpu") -> dict:
     """Append one row to bench/results/NAME.jsonl and print it as the last line a script can parse."""
-    row = {"bench": name, **row, **certificate(device)}
+    row = {"bench": name} | certificate(device) | row
     RESULTS.mkdir(exist_ok=True)
     line = json.dumps(row)
     with (RESULTS / f"{name}.jsonl").open("a") as file:

@@ -15,7 +15,6 @@ alone counts: an answer may be longer than the model's context.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
 def point(name: str, per_step: int, answer: int, count: int, device: str) -> dict:
     dtype = str(shapes.device(device).dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = {"device": device, "dtype": dtype, "pairs_per_step": per_step, "rows_at_once": per_step}
+        recipe = {"device": device, "dtype": dtype, "pairs_per_step": per_step}
         work = given.prepare(Path(scratch), f"random:{name}", count, **recipe)
         given.write_groups(Path(scratch), shapes.alike(count, PROMPT, answer))
         found = child.run("spinfast", work)
@@ -78,7 +77,7 @@ def point(name: str, per_step: int, answer: int, count: int, device: str) -> dic
         "steady_step_ms": round(1e3 * statistics.median(steps), 2), "iteration_s": sum(found["seconds"].values()),
         "step_tokens_per_s": round(tokens / statistics.median(steps), 1),
         "above_model_mib": round(found["above_model_mib"], 1), "predicted_tensors_mib": round(predicted, 1),
-        "threads": found["threads"], "load_1m": round(os.getloadavg()[0], 2),
+        "threads": found["threads"],
     }  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def simulated(name: str, budget: float, checkpointing: bool) -> Callable[[list[G
 
 def measured(peer: str, work: given.Work, budget: float, trl: Path | None, groups: list[Group]) -> bool:
     given.write_groups(Path(work.scratch), groups)
-    trial = replace(work, pairs_per_step=len(groups), rows_at_once=len(groups), budget_gib=budget)
+    trial = replace(work, pairs_per_step=len(groups), budget_gib=budget)
     trial.save()
     try:
         child.run(peer, trial, trl)

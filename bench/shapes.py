@@ -132,7 +132,7 @@ def policy(
 
 # Pairs -------------------------------------------------------------------------------------------------------------
 
-LENGTHS = {"gsm8k-like": ((110, 25), (130, 50), (190, 70)), "ultrachat-like": ((170, 120), (280, 110), (270, 100))}
+LENGTHS = ((110, 25), (130, 50), (190, 70))  # of gsm8k: mean and deviation of prompt, real and generated
 
 
 def alike(count: int, prompt: int, answer: int) -> list[Group]:
@@ -145,15 +145,15 @@ def alike(count: int, prompt: int, answer: int) -> list[Group]:
     return [Group(ids(prompt), (ids(answer), ids(answer))) for _ in range(count)]
 
 
-def draw(kind: str, count: int) -> list[Group]:
-    """Pairs with normally distributed lengths (mean, deviation) of prompt, real and generated, 8 to 512 tokens."""
+def draw(count: int) -> list[Group]:
+    """Pairs of random tokens, lengths normally distributed within 8 to 512."""
     source = random.Random(0)
 
     def ids(mean, deviation):
         length = min(512, max(8, round(source.gauss(mean, deviation))))
         return tuple(source.randrange(1, 1000) for _ in range(length))
 
-    return [Group(ids(*p), (ids(*r), ids(*g))) for p, r, g in [LENGTHS[kind]] * count]
+    return [Group(ids(*p), (ids(*r), ids(*g))) for p, r, g in [LENGTHS] * count]
 
 
 def problems(model: Path, count: int) -> tuple[list[Example], Renderer]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench import shapes
-from bench.operators import DEVICE, PASSES, Operator, memory, operators, run
+from bench.operators import DEVICE, PASSES, Operator, operators, run
+from bench.peers.watch import now
 
 SHAPE = os.environ.get("BENCH_OPERATORS", "Qwen2.5-0.5B,2048,1024")  # model, tokens, of which are scored
 
@@ -37,12 +38,9 @@ def test_operator(benchmark, op, name, passes, request):
     operator, args = made()[op], data(op)
     benchmark.group = f"{op} {passes}"
     benchmark.extra_info = {"op": op, "what": name, "pass": passes, **operator.facts}
-    if name not in ("floor", "torch.compile") and passes != "forward":  # a compiled graph hides its tensors
-        benchmark.extra_info |= memory(operator.forms[name], args)
 
     def synchronised():
         operator.floor(args, passes) if name == "floor" else run(operator.forms[name], args, passes)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        now(DEVICE)
 
     benchmark.pedantic(synchronised, rounds=request.config.getoption("--benchmark-min-rounds"), warmup_rounds=1)

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 PEERS = {  # name -> (function, packages it needs, CUDA only); bare GEMMs are the floor
-    "bare GEMMs": ("bare_gemms:play", (), False),
-    "spinfast": ("spinfast_loop:play", (), False),
-    "eager": ("eager_loop:play", (), False),
-    "trl": ("trl_dpo:plain", ("trl", "datasets"), False),
-    "trl-precomputed": ("trl_dpo:precomputed", ("trl", "datasets"), False),
-    "trl-liger": ("trl_dpo:liger", ("trl", "datasets", "liger_kernel"), True),
-    "unsloth": ("trl_dpo:unsloth", ("unsloth", "trl", "datasets"), True),
+    "bare GEMMs": ("roofline:play", (), False),
+    "spinfast": ("peers.spinfast_loop:play", (), False),
+    "eager": ("peers.eager_loop:play", (), False),
+    "trl": ("peers.trl_dpo:plain", ("trl", "datasets"), False),
+    "trl-precomputed": ("peers.trl_dpo:precomputed", ("trl", "datasets"), False),
+    "trl-liger": ("peers.trl_dpo:liger", ("trl", "datasets", "liger_kernel"), True),
+    "unsloth": ("peers.trl_dpo:unsloth", ("unsloth", "trl", "datasets"), True),
 }
 
 
@@ -52,7 +52,7 @@ def play(name: str, scratch: str, gradients: str | None = None) -> dict:
     from bench.peers.work import Work
 
     module, function = PEERS[name][0].split(":")
-    iteration = getattr(importlib.import_module(f"bench.peers.{module}"), function)
+    iteration = getattr(importlib.import_module(f"bench.{module}"), function)
     work = Work.load(Path(scratch))
     if work.budget_gib:
         from spinfast.device import GIB, cap_memory

@@ -5,7 +5,7 @@ in a process of its own, in turn, for some rounds (A B C, A B C: what drifts, dr
 small random model in fp32 every peer's first loss is ln 2 and its adapter gradients point where TRL's do, cosine
 >= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products alone.
 
-    python -m bench peers [--device cpu|cuda] [--model MODEL|random:SHAPE] [--pairs FILE.parquet|.jsonl]
+    python -m bench peers [--device cpu|cuda] [--model MODEL|random:SHAPE]
                           [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
 
 TRL 1.15's DPO head runs on GPUs only; 1.16 also has it in plain torch. `--trl DIR` names a directory with another
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -42,10 +41,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m bench {name}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
-    parser.add_argument("--pairs", type=Path, help="pairs.parquet, or .jsonl with prompt, real, generated")
     parser.add_argument("--count", type=int, default=32, help="pairs of the iteration")
     parser.add_argument("--pairs-per-step", type=int, default=4)
-    parser.add_argument("--rows-at-once", type=int, help="pairs of a microbatch; default: a whole step's")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for every peer")
     parser.add_argument("--only", help=f"of {','.join(PEERS)}")
@@ -67,10 +64,11 @@ def main(argv: list[str]) -> int:
                 shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
                 print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
         for row in table(results, given.facts(work.groups())):
-            facts = {"model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds, **recipe(work)}
-            if row["peer"] in cosines:
-                row["gate_cosine"] = cosines[row["peer"]]
-            rows.write("peers", {"what": "training iteration", **row, **facts}, arguments.device)
+            names = ("pairs_per_step", "lr", "beta", "gradient_checkpointing")
+            config = {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}
+            row |= {"model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds, "config": config}
+            row |= {"gate_cosine": cosines[row["peer"]]} if row["peer"] in cosines else {}
+            rows.write("peers", {"what": "training iteration", **row}, arguments.device)
     return 0
 
 
@@ -78,17 +76,9 @@ def prepare(arguments, scratch: Path) -> given.Work:
     dtype = shapes.device(arguments.device, arguments.dtype).dtype
     settings = {
         "device": arguments.device, "dtype": str(dtype).removeprefix("torch."),
-        "pairs_per_step": arguments.pairs_per_step, "rows_at_once": arguments.rows_at_once or arguments.pairs_per_step,
-        "gradient_checkpointing": arguments.checkpointing,
+        "pairs_per_step": arguments.pairs_per_step, "gradient_checkpointing": arguments.checkpointing,
     }  # fmt: skip
-    if settings["pairs_per_step"] % settings["rows_at_once"]:
-        raise UserError("--rows-at-once: expected a divisor of --pairs-per-step, so that every microbatch is full")
-    return given.prepare(scratch, arguments.model, arguments.count, arguments.pairs, **settings)
-
-
-def recipe(work: given.Work) -> dict:
-    names = ("pairs_per_step", "rows_at_once", "lr", "beta", "gradient_checkpointing")
-    return {"config": {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}}
+    return given.prepare(scratch, arguments.model, arguments.count, **settings)
 
 
 def contestants(arguments) -> list[str]:
@@ -109,13 +99,11 @@ def obstacle(name: str, arguments) -> str | None:
     _, packages, cuda_only = PEERS[name]
     if cuda_only and arguments.device != "cuda":
         return "it needs a CUDA GPU"
-    own_trl = {"trl"} if arguments.trl else set()
-    if missing := [p for p in packages if p not in own_trl and importlib.util.find_spec(p) is None]:
+    if missing := [p for p in packages if not (p == "trl" and arguments.trl) and importlib.util.find_spec(p) is None]:
         return f"not installed: {', '.join(missing)}"
-    if "trl" in packages and arguments.device == "cpu" and not arguments.trl:
-        version = tuple(int(part) for part in metadata.version("trl").split(".")[:2])
-        if version == (1, 15):
-            return "TRL 1.15's head runs on GPUs only; name another with --trl"
+    installed = "trl" in packages and arguments.device == "cpu" and not arguments.trl
+    if installed and metadata.version("trl").startswith("1.15."):
+        return "TRL 1.15's head runs on GPUs only; name another with --trl"
     return None
 
 
@@ -125,9 +113,8 @@ def obstacle(name: str, arguments) -> str | None:
 def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
     """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
     work = given.prepare(
-        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, rows_at_once=4,
-        max_grad_norm=1e9,
-    )  # fmt: skip
+        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, max_grad_norm=1e9
+    )
     reference = REFERENCE if REFERENCE in names else "eager"
     found = {}
     for name in dict.fromkeys([reference, *names]):
@@ -172,7 +159,7 @@ def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
             "p50_tokens_per_s": round(facts["tokens"] / statistics.median(seconds[name]), 1),
             "score_s": [round(r["seconds"].get("score", 0.0), 2) for r in runs],
             "train_s": [round(r["seconds"]["train"], 2) for r in runs],
-            "threads": runs[0]["threads"], "load_1m": round(os.getloadavg()[0], 2),
+            "threads": runs[0]["threads"],
         }  # fmt: skip
         if name != FLOOR:
             row |= {k: round(statistics.median(r[k] for r in runs), 1) for k in runs[0] if k.endswith("_mib")}
@@ -183,9 +170,8 @@ def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
             row["steady_step_s"] = round(statistics.median(s for r in runs for s in r["steps_s"][1:]), 3)
             row["losses"] = [round(loss, 5) for loss in runs[0]["losses"]]
         if "spinfast" in results and name not in ("spinfast", FLOOR):
-            ours = results["spinfast"]
+            above = [[r["above_model_mib"] for r in side] for side in (results["spinfast"], runs)]
             row["spinfast_speedup"] = _median_ratio(seconds[name], seconds["spinfast"])
-            above = [[r["above_model_mib"] for r in side] for side in (ours, runs)]
             row["spinfast_memory_ratio"] = _median_ratio(*above)
         if FLOOR in results and name != FLOOR:
             row["share_of_bare_gemms"] = _median_ratio(seconds[FLOOR], seconds[name])

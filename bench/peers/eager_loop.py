@@ -30,25 +30,20 @@ def play(work: Work, watch: Watch) -> None:
     optimizer = torch.optim.AdamW(trained, lr=work.lr, weight_decay=0.0)
     watch.optimizer(optimizer, model)
     groups = work.groups()
+    steps = [groups[i : i + work.pairs_per_step] for i in range(0, len(groups), work.pairs_per_step)]
     with watch.phase("score"), torch.no_grad():
-        starts = range(0, len(groups), work.rows_at_once)
-        opponent = [sequence_logps(model, groups[i : i + work.rows_at_once], work) for i in starts]
-    opponent_P2 = torch.cat(opponent)
+        opponent = [sequence_logps(model, step, work) for step in steps]
     with watch.phase("train"):
-        for first in range(0, len(groups), work.pairs_per_step):
-            end, total = min(first + work.pairs_per_step, len(groups)), 0.0
-            for i in range(first, end, work.rows_at_once):
-                part = slice(i, min(i + work.rows_at_once, end))
-                ratio_P2 = sequence_logps(model, groups[part], work) - opponent_P2[part]
-                loss = -logsigmoid(work.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])).sum() / (end - first)
-                (loss * work.loss_scale).backward()
-                total += loss.item()
+        for step, opponent_P2 in zip(steps, opponent, strict=True):
+            ratio_P2 = sequence_logps(model, step, work) - opponent_P2
+            loss = -logsigmoid(work.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])).mean()
+            (loss * work.loss_scale).backward()
             for parameter in trained:
                 parameter.grad.div_(work.loss_scale)
             torch.nn.utils.clip_grad_norm_(trained, work.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            watch.step(total)
+            watch.step(loss.item())
 
 
 def sequence_logps(model, groups: list[Group], work: Work) -> torch.Tensor:

@@ -9,7 +9,6 @@ epoch in steps of as many pairs with the same learning rate.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
         row = {
             "what": "end to end", "peer": name, "model": arguments.model, "pairs": arguments.count,
             "max_tokens": MAX_TOKENS, "pairs_per_step": arguments.pairs_per_step, "rounds": arguments.rounds,
-            "wall_s": round(rows.percentiles(times, "s")["p50_s"], 1), "load_1m": round(os.getloadavg()[0], 2),
+            "wall_s": round(rows.percentiles(times, "s")["p50_s"], 1),
         }  # fmt: skip
         if name != "spinfast":
             row["spinfast_speedup"] = round(rows.percentiles(ratios, "x")["p50_x"], 3)
@@ -53,8 +52,7 @@ def write_work(arguments, scratch: Path) -> dict:
     path = shapes.resolve(arguments.model, scratch)
     examples, _ = shapes.problems(path, arguments.count)
     dtype = str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch.")
-    size = arguments.pairs_per_step
-    base = Work(str(scratch), str(path), arguments.device, dtype, pairs_per_step=size, rows_at_once=size)
+    base = Work(str(scratch), str(path), arguments.device, dtype, arguments.pairs_per_step)
     base.policy().save_adapter(base.adapter)
     work = {
         "scratch": str(scratch), "model": str(path), "dtype": dtype, "device": arguments.device,

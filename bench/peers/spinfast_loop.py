@@ -46,8 +46,8 @@ def steps_of(work: Work) -> Epochs:
 
 
 def budget_of(work: Work) -> Budget:
-    """A microbatch holds as many tokens as the padded peers' pairs of one microbatch have at most."""
-    tokens = sum(sorted(map(packed_length, work.groups()))[-work.rows_at_once :])
+    """A microbatch holds as many tokens as the pairs of a step have at most."""
+    tokens = sum(sorted(map(packed_length, work.groups()))[-work.pairs_per_step :])
     return Budget(tokens, shapes.device(work.device, work.dtype).attention, shrunk=refuse)
 
 

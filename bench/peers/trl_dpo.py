@@ -6,6 +6,8 @@ Liger's kernels, and with Unsloth's model under it. The reference is TRL's own c
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
@@ -17,16 +19,15 @@ from bench.peers.work import Work
 from spinfast.policy.adapters import files as adapters
 
 
-def plain(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work))
+def plain(work: Work, watch: Watch, **options) -> None:
+    _play(work, watch, stock_model(work), **options)
 
 
 def precomputed(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work), precompute_ref_log_probs=True, precompute_ref_batch_size=work.rows_at_once)
+    plain(work, watch, precompute_ref_log_probs=True, precompute_ref_batch_size=work.pairs_per_step)
 
 
-def liger(work: Work, watch: Watch) -> None:
-    _play(work, watch, stock_model(work), use_liger_kernel=True)
+liger = partial(plain, use_liger_kernel=True)
 
 
 def unsloth(work: Work, watch: Watch) -> None:
@@ -50,6 +51,8 @@ def unsloth(work: Work, watch: Watch) -> None:
 def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
     from trl import DPOConfig, DPOTrainer
 
+    losses: list[torch.Tensor] = []  # of the step that is under way
+
     class Trainer(DPOTrainer):
         """TRL's, with token ids for texts, file order for a shuffle, and a watch."""
 
@@ -67,10 +70,9 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            self.micro_losses.append(loss.detach())
-            if len(self.micro_losses) > self.args.gradient_accumulation_steps:
-                watch.step(torch.stack(self.micro_losses[:-1]).mean().item())
-                del self.micro_losses[:-1]
+            losses.append(loss.detach())
+            if len(losses) > 1:
+                watch.step(losses.pop(0).item())
             return loss
 
     rows = [
@@ -78,8 +80,8 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
         for g in work.groups()
     ]
     config = DPOConfig(
-        output_dir=work.scratch, per_device_train_batch_size=work.rows_at_once,
-        gradient_accumulation_steps=work.pairs_per_step // work.rows_at_once, num_train_epochs=1, beta=work.beta,
+        output_dir=work.scratch, per_device_train_batch_size=work.pairs_per_step, gradient_accumulation_steps=1,
+        num_train_epochs=1, beta=work.beta,
         learning_rate=work.lr, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0,
         max_grad_norm=work.max_grad_norm, max_length=None, train_sampling_strategy="sequential",
         fp16=work.dtype == "float16", bf16=False, gradient_checkpointing=work.gradient_checkpointing,
@@ -89,7 +91,6 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
     watch.loaded(model)
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.micro_losses = []
     with watch.phase("train"):
         trainer.train()
-        watch.step(torch.stack(trainer.micro_losses).mean().item())
+        watch.step(losses.pop().item())

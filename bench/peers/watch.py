@@ -44,16 +44,15 @@ class Watch:
     @contextmanager
     def phase(self, name: str):
         """Seconds of the block, added to those of earlier blocks of this name."""
-        start = self.since = self._now()
+        start = self.since = now(self.device)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - start
 
     def step(self, loss: float) -> None:
         """An optimizer step is done; `loss` is the mean over its pairs, before the step."""
-        now = self._now()
-        self.steps.append(now - self.since)
+        since, self.since = self.since, now(self.device)
+        self.steps.append(self.since - since)
         self.losses.append(loss)
-        self.since = now
 
     def optimizer(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
         """In the gate: the gradients as the first step finds them, and that is all there is to do."""
@@ -70,21 +69,17 @@ class Watch:
             peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.memory |= {"peak_allocated_mib": peak, "peak_reserved_mib": reserved}
         else:
-            peak = resident("VmHWM")
-            self.memory["peak_rss_mib"] = peak
+            peak = self.memory["peak_rss_mib"] = resident("VmHWM")
         self.memory["above_model_mib"] = peak - self.memory["model_mib"]
-        return {
-            "seconds": self.seconds,
-            "steps_s": self.steps,
-            "losses": self.losses,
-            "threads": torch.get_num_threads(),
-            **self.memory,
-        }
+        found = {"seconds": self.seconds, "steps_s": self.steps, "losses": self.losses}
+        return {**found, "threads": torch.get_num_threads(), **self.memory}
 
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now(device: str) -> float:
+    """The time at which the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident(field: str) -> float:

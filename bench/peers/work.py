@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import shapes
-from spinfast.data.pairs import make_pairs, read_pairs
-from spinfast.data.renderer import Renderer
-from spinfast.errors import UserError
+from spinfast.data.pairs import make_pairs
 from spinfast.generation import prompt_seed
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.models import load_tokenizer
@@ -34,8 +32,7 @@ class Work:
     model: str  # directory
     device: str
     dtype: str
-    pairs_per_step: int
-    rows_at_once: int  # pairs of a padded microbatch; packed microbatches hold as many tokens as such pairs have
+    pairs_per_step: int  # each a microbatch; packed ones hold as many tokens as so many pairs have at most
     lr: float = 5e-5
     beta: float = 0.1
     gradient_checkpointing: bool = False
@@ -72,16 +69,12 @@ class Work:
         return cls(**json.loads((scratch / "work.json").read_text()))
 
 
-def prepare(scratch: Path, model: str, count: int, pairs: Path | None = None, **recipe) -> Work:
+def prepare(scratch: Path, model: str, count: int, **recipe) -> Work:
     """Write model, adapter and pairs under `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = shapes.resolve(model, scratch)
     work = Work(str(scratch), str(path), pad_id=load_tokenizer(path).pad_token_id, **recipe)
-    if pairs is not None:
-        groups = file_groups(pairs, path)[:count]
-    else:
-        groups = shapes.draw("gsm8k-like", count) if model.startswith("random:") else played(work, count)
-    write_groups(scratch, groups)
+    write_groups(scratch, shapes.draw(count) if model.startswith("random:") else played(work, count))
     work.policy(noise=2e-3).save_adapter(work.adapter)
     work.save()
     return work
@@ -89,22 +82,6 @@ def prepare(scratch: Path, model: str, count: int, pairs: Path | None = None, **
 
 def write_groups(scratch: Path, groups: list[Group]) -> None:
     (scratch / "pairs.json").write_text(json.dumps([[g.prompt_ids, *g.answers] for g in groups]))
-
-
-def file_groups(path: Path, model: Path) -> list[Group]:
-    """Pairs of a pairs.parquet (token ids), or of .jsonl rows with prompt, real, generated as text."""
-    if path.suffix == ".parquet":
-        return [pair.group for pair in read_pairs(path)]
-    renderer = Renderer(load_tokenizer(model))
-    groups = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if not {"prompt", "real", "generated"} <= row.keys():
-            raise UserError(f"{path}: expected prompt, real, generated in every row, got {', '.join(row)}")
-        turns = [{"role": "user", "content": row["prompt"]}]
-        answers = tuple(renderer.answer_ids(turns, row[side]) for side in ("real", "generated"))
-        groups.append(Group(renderer.prompt_ids(turns), answers))
-    return groups
 
 
 def played(work: Work, count: int) -> list[Group]:

@@ -11,7 +11,7 @@ import torch
 from fixtures import tiny_model_dir
 
 import bench.__main__ as table
-from bench import kernels, operators, profile, results_page, rows, scaling, shapes
+from bench import kernels, operators, results_page, rows, scaling, shapes
 from bench import memory as memory_bench
 from bench.peers import child, compare, end_to_end
 from spinfast import run as spinfast_run
@@ -95,7 +95,6 @@ def test_kernels(command, monkeypatch):
     assert {row["op"] for row in found} == {
         *operators.operators(shapes.shape("tiny"), 4, 4), "decoder layer", "train step",
     }  # fmt: skip
-    assert all(row["peak_extra_bytes"] > 0 for row in found if "peak_extra_bytes" in row)
     heads = {row["what"]: row["peak_extra_mib"] for row in found if "peak_extra_mib" in row}
     assert heads["triton"] < heads["plain eager"]
     kept = {row["what"]: row["of_peft_eager"] for row in found if row["op"] == "decoder layer"}
@@ -178,12 +177,10 @@ def test_end_to_end_script(command):
     command("end_to_end", "--model", "random:tiny", "--count", "2", "--pairs-per-step", "2", "--rounds", "1")
 
 
-def test_profile(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(profile, "PICTURE", tmp_path / "profile.svg")
+def test_profile(command):
     ours, theirs = command("profile", "--model", "random:tiny", "--count", "4")
     assert (ours["peer"], theirs["peer"]) == ("spinfast", "eager")
     assert ours["self_ms"]["GEMMs"] > 0
-    assert (tmp_path / "profile.svg").exists()
 
 
 def test_roofline(command):
@@ -225,7 +222,7 @@ def test_results(command, monkeypatch, tmp_path):
     shutil.copytree(results_page.ROOT / "bench" / "results", tmp_path / "results")
     command("results")
     assert (tmp_path / "RESULTS.md").read_text() == results_page.page()
-    assert (tmp_path / "scaling.svg").exists()
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"profile.svg", "scaling.svg"}
 
 
 def test_a_hub_model_needs_its_commit(tmp_path):

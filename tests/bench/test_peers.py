@@ -21,7 +21,7 @@ from spinfast.errors import UserError
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("work")
-    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "rows_at_once": 3, "max_grad_norm": 1e9}
+    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9}
     return given.prepare(scratch, "random:tiny", 8, **recipe)
 
 
@@ -44,15 +44,6 @@ def test_peers_take_the_same_steps(work):
     assert ours[0] == pytest.approx(math.log(2), abs=1e-5)
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert abs(ours[1] - math.log(2)) > 1e-5  # the adapter moved
-
-
-def test_microbatches_leave_the_eager_step_as_it_is(work, tmp_path):
-    from dataclasses import replace
-
-    whole = captured(eager_loop, work, tmp_path / "whole")
-    cut = captured(eager_loop, replace(work, rows_at_once=1), tmp_path / "cut")
-    assert compare.cosine(whole, cut) > 0.999999
-    assert all(torch.allclose(whole[name], cut[name], rtol=1e-3, atol=1e-6) for name in whole)
 
 
 def test_gradients_agree_and_reach_both_factors(work, tmp_path):
@@ -127,11 +118,3 @@ def test_largest_finds_the_limit_to_an_eighth(limit):
     found = largest(lambda size: size <= limit, 4)
     assert found <= limit
     assert found >= limit - max(1, limit // 8)
-
-
-def test_microbatches_must_be_full():
-    arguments = SimpleNamespace(
-        device="cpu", dtype="auto", pairs_per_step=4, rows_at_once=3, checkpointing=False, model="random:tiny"
-    )
-    with pytest.raises(UserError, match="expected a divisor"):
-        compare.prepare(arguments, None)

@@ -140,3 +140,4 @@ def test_operators_have_a_class(operator, kind):
 
 def test_rows_carry_the_versions_of_one_list():
     assert rows.certificate()["versions"]["torch"] == torch.__version__
+    assert rows.certificate()["threads"] == torch.get_num_threads()
