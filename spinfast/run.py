@@ -78,7 +78,9 @@ def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, boo
     parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
-    parser.add_argument("--controls", action="store_true", help="then play the controls too, see controls.py")
+    parser.add_argument(
+        "--controls", action="store_true", help="then play the controls of self-play too, see methods/controls.py"
+    )
     arguments = parser.parse_args(argv)
     paths = [Path(word) for word in arguments.config if "=" not in word]
     if len(paths) > 1:
@@ -109,11 +111,13 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     from spinfast.environment import describe
     from spinfast.evaluate.advice import warnings
     from spinfast.methods import play as play_methods
-    from spinfast.methods.controls import play_controls
+    from spinfast.methods.controls import check, play_controls
     from spinfast.methods.run import open_run
     from spinfast.progress import Display
     from spinfast.store.record import RunDir
 
+    if controls:
+        check(config)
     quiet_libraries()
     started = time.monotonic()
     display, record = Display(), RunDir(run_dir, config)

@@ -101,6 +101,28 @@ def test_controls_added_to_a_finished_run_and_stopped_in_between(with_controls, 
     }
 
 
+def test_what_follows_self_play_is_played_from_the_controls_own_adapter(tmp_path, tiny_model, capsys):
+    few = {"spin": {"iterations": 1}, "evaluate": {"problems": 2, "pairs": 2}, "sft": {"lr": 1e-3}}
+    config = write_config(tmp_path, tiny_model("llama"), **few)
+    command = [str(config), "method=[spin, sft]", "--run-dir", str(tmp_path / "run"), "--controls"]
+    assert main(command) == 0
+    arms = [tmp_path / "run", *(tmp_path / "run" / "controls" / name for name in CONTROLS)]
+    assert len({(arm / "sft/adapter/adapter_model.safetensors").read_bytes() for arm in arms}) == 4
+    assert [row["stage"] for row in results(arms[1]).values()] == ["base", "iter_000", "sft"]
+    before = fingerprints(tmp_path / "run")
+    assert main(command) == 0
+    assert fingerprints(tmp_path / "run") == before
+    assert "made again" not in capsys.readouterr().err
+
+
+def test_without_self_play_there_are_no_controls(tmp_path, tiny_model, capsys):
+    config = write_config(tmp_path, tiny_model("llama"), spin=None)
+    config.write_text(config.read_text().replace("spin: null", "method: sft"))
+    assert main([str(config), "--run-dir", str(tmp_path / "run"), "--controls"]) == 2
+    assert "--controls: they are of self-play, method is [sft]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_report_shows_the_controls_beside_their_run(with_controls, tmp_path):
     runs = read_runs([with_controls])
     assert [run.name for run in runs] == ["run", "run/coin", "run/sft", "run/shuffled"]

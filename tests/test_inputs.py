@@ -122,6 +122,18 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, tiny_model, capsy
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["letter.txt"]
 
 
+def test_the_directory_of_ones_own_config_is_no_run_directory(tmp_path, tiny_model, capsys):
+    """Its config.yaml is the very config, and a data file that is refused must not take the directory with it."""
+    config = write_config(tmp_path, tiny_model("llama"))
+    (tmp_path / "train.jsonl").write_text('{"question": 3}\n')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "not a run of spinfast" in complaint(capsys, [config, "--run-dir", tmp_path])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "lock").touch()
+    complaint(capsys, [config, "--run-dir", tmp_path])
+    assert before.keys() <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_changed_data_is_not_mixed_into_a_run(tmp_path, tiny_model, capsys):
     play(tmp_path, tiny_model("llama"), spin={"iterations": 1}, evaluate={"problems": 0, "pairs": 1})
     with (tmp_path / "train.jsonl").open("a") as file:

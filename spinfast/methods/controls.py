@@ -16,9 +16,11 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 
-from spinfast.config import at
+from spinfast.config import Config, at
 from spinfast.data.pairs import read_pairs, write_pairs
+from spinfast.errors import UserError
 from spinfast.fit import fit
+from spinfast.methods import METHODS
 from spinfast.methods.phases import conclude, epochs
 from spinfast.methods.run import Run, begin
 from spinfast.methods.spin import game, train_policy
@@ -28,6 +30,12 @@ from spinfast.store.record import RunDir, Stage
 from spinfast.types import Group, Pair
 
 Deal = Callable[[Sequence[Pair], int], list[Pair]]
+
+
+def check(config: Config) -> None:
+    """Raises UserError if there would be nothing to play."""
+    if "spin" not in config.method:
+        raise UserError(f"--controls: they are of self-play, method is [{', '.join(config.method)}]; leave it out")
 
 
 def play_controls(run: Run) -> Iterator[tuple[str, dict]]:
@@ -42,8 +50,13 @@ def play_controls(run: Run) -> Iterator[tuple[str, dict]]:
 
 def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]:
     """One control of a run whose stages were `played`."""
-    last = None
+    last, apart = None, False  # apart: from here on it trains from another adapter than the run did
     for stage in played:
+        if apart and stage.method != "spin":
+            if stage.method != last.method:
+                yield from METHODS[stage.method].play(run, last)
+                last = run.played[-1]
+            continue
         if stage.method != "spin":
             last = borrow(run, stage, last)
             yield conclude(run, last, run.played[-1] if run.played else last, run.policy.adapter())
@@ -53,7 +66,7 @@ def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]
         pairs = deal(run, same, stage, CONTROLS[name])
         imitate(run, same, pairs) if name == "sft" else train_policy(run, same, pairs)
         yield conclude(run, same, last, start, game(run.config, stage.number))
-        last = same
+        last, apart = same, True
 
 
 def borrow(run: Run, stage: Stage, last: Stage | None) -> Stage:

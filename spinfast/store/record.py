@@ -44,6 +44,7 @@ class RunDir:
         check_installed(config.report_to)
         self.path, self.config = path, config
         _check_ours(path)
+        self._new = not (path / "config.yaml").exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,8 +96,8 @@ class RunDir:
         files.write_sealed(path, inputs, "inputs")
 
     def discard_unused(self) -> None:
-        """Remove a run directory in which nothing was computed yet."""
-        if not any(path.is_dir() for path in self.path.iterdir()):
+        """Remove a run directory that this process began and in which nothing was computed yet."""
+        if self._new and not any(path.is_dir() for path in self.path.iterdir()):
             shutil.rmtree(self.path)
 
     def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
@@ -281,7 +282,8 @@ def _check_ours(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: a file of that name exists")
     begun = {"lock", ".config.yaml.partial"}  # all that a run killed in its first instant leaves
-    if path.is_dir() and not (path / "config.yaml").exists() and {entry.name for entry in path.iterdir()} - begun:
+    known = all((path / name).exists() for name in ("config.yaml", "lock"))  # a config.yaml alone may be the user's
+    if path.is_dir() and not known and {entry.name for entry in path.iterdir()} - begun:
         raise UserError(f"run directory {path}: not empty and not a run of spinfast; give another --run-dir")
 
 
