@@ -84,7 +84,7 @@ class Optimisation(Section):
 
 
 class Sft(Optimisation):
-    lr: PerRound = Field((1e-4,), description="peak learning rate")
+    lr: PerRound = Field((1e-4,), max_length=1, description="peak learning rate")
 
 
 class Spin(Optimisation):
@@ -265,9 +265,9 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     if first["type"] == "extra_forbidden":
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
-        siblings = _siblings(first["loc"], kind)
-        near = difflib.get_close_matches(str(first["loc"][-1]), siblings, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(siblings)}"
+        key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
+        near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
@@ -282,9 +282,15 @@ def _siblings(location: tuple, kind: type[Config]) -> list[str]:
     return list(section.model_fields)
 
 
+def _elsewhere(key: str, kind: type[Config]) -> list[str]:
+    """The sections' keys of exactly this name."""
+    sections = {name: _section_of(field.annotation) for name, field in kind.model_fields.items()}
+    return [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
+
+
 def _section_of(annotation: Any) -> Any:
     options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
 
 def reference_table() -> str:
