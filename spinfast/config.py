@@ -32,6 +32,11 @@ def _listed(value: Any) -> Any:
 PerRound = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
+PositivePerRound = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)
+]
+
+
 class Model(Section):
     name: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE.gguf")
     revision: str | None = Field(None, description="commit of a hub model; the resolved one is recorded")
@@ -89,7 +94,7 @@ class Sft(Optimisation):
 
 class Spin(Optimisation):
     iterations: int = Field(3, gt=0, description="rounds of self-play")
-    beta: PerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
+    beta: PositivePerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
     mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
     stop_patience: int = Field(

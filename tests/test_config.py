@@ -53,6 +53,7 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("method=[spin, sft, spin]", ["method", "each method once"]),
         ("sft.lr=1e-4", ["section sft has no use", "method is [spin]", "name sft there too"]),
         ("spin.beta=[]", ["spin.beta", "at least 1"]),
+        ("spin.beta=0", ["spin.beta", "greater than 0"]),
         ("sft.lr=[1e-4, 1e-5]", ["sft.lr", "at most 1"]),
         ("model.name.x=1", ["name is a value, not a section"]),
         ("spin.lr", ["expected section.key=value"]),
