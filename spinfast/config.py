@@ -32,6 +32,11 @@ def _listed(value: Any) -> Any:
 PerRound = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
+PositivePerRound = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)
+]
+
+
 class Model(Section):
     name: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE.gguf")
     revision: str | None = Field(None, description="commit of a hub model; the resolved one is recorded")
@@ -85,12 +90,12 @@ class Optimisation(Section):
 
 
 class Sft(Optimisation):
-    lr: PerRound = Field((1e-4,), description="peak learning rate")
+    lr: PerRound = Field((1e-4,), max_length=1, description="peak learning rate")
 
 
 class Spin(Optimisation):
     iterations: int = Field(3, gt=0, description="rounds of self-play")
-    beta: PerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
+    beta: PositivePerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
     mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
     stop_patience: int = Field(
@@ -266,9 +271,9 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     if first["type"] == "extra_forbidden":
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
-        siblings = _siblings(first["loc"], kind)
-        near = difflib.get_close_matches(str(first["loc"][-1]), siblings, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(siblings)}"
+        key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
+        near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
@@ -283,9 +288,15 @@ def _siblings(location: tuple, kind: type[Config]) -> list[str]:
     return list(section.model_fields)
 
 
+def _elsewhere(key: str, kind: type[Config]) -> list[str]:
+    """The sections' keys of exactly this name."""
+    sections = {name: _section_of(field.annotation) for name, field in kind.model_fields.items()}
+    return [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
+
+
 def _section_of(annotation: Any) -> Any:
     options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
 
 def reference_table() -> str:

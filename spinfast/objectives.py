@@ -7,6 +7,7 @@ log-prob that a reference gave it, an advantage) stands in `batch.given`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -30,6 +31,9 @@ class Objective(Protocol):
     @property
     def at_start(self) -> float | None:
         """The loss where policy and reference are one model, as before the first step; None if there is no such."""
+
+    def rounding(self, groups: Sequence[Group]) -> float:
+        """How far from at_start rounding may move the loss of a step; not asked where there is none."""
 
     def weight(self, group: Group) -> float:
         """The group's share in the mean that a step reports and optimises."""
@@ -65,6 +69,12 @@ class Pairwise:
     @property
     def at_start(self) -> float:
         return loss_at_zero_margin(self.kind, self.beta)
+
+    def rounding(self, groups: Sequence[Group]) -> float:
+        """How far the loss may lie from at_start because log-probs are sums in fp32."""
+        largest = max((abs(logp) for group in groups for logp in group.given[REFERENCE]), default=0.0)
+        slope = 1 / self.beta if self.kind == "ipo" else self.beta  # per nat
+        return 4 * slope * largest * torch.finfo(torch.float32).eps
 
     def weight(self, group: Group) -> float:
         return 1.0

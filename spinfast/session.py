@@ -82,7 +82,27 @@ def look(config: Config, plan_only: bool = False) -> Machine:
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    check_limits(config, model, shape)
     return Machine(device, model, shape, renderer, ops, why)
+
+
+def context_of(config: Config) -> int:
+    """Tokens of the longest prompt with the longest answer that is generated."""
+    return config.prompt.max_prompt_tokens + max(config.generation.max_tokens, config.evaluate.max_tokens)
+
+
+def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) -> None:
+    """Raises UserError where the config asks for more than the model has."""
+    context = context_of(config)
+    if context > shape.max_position_embeddings:
+        raise UserError(
+            f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
+            f"{shape.max_position_embeddings}; lower them"
+        )
+    if config.adapter.r > shape.hidden_size:
+        raise UserError(
+            f"adapter.r: {config.adapter.r} is more than the width of {model.name}, {shape.hidden_size}; lower it"
+        )
 
 
 def plan_steps(config: Config, machine: Machine, loads: Sequence[Load]) -> StepPlan:
@@ -114,17 +134,7 @@ def open_session(config: Config, machine: Machine, plan: StepPlan, generate: boo
 def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[tuple[Policy, Generator | None]]:
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings, device, model = config.generation, machine.device, machine.model
-    context = config.prompt.max_prompt_tokens + max(settings.max_tokens, config.evaluate.max_tokens)
-    if context > machine.shape.max_position_embeddings:
-        raise UserError(
-            f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
-            f"{machine.shape.max_position_embeddings}; lower them"
-        )
-    if config.adapter.r > machine.shape.hidden_size:
-        raise UserError(
-            f"adapter.r: {config.adapter.r} is more than the width of {model.name}, {machine.shape.hidden_size}; "
-            "lower it"
-        )
+    context = context_of(config)
     backend, why = choose_backend(config) if generate else ("none", "nothing is generated")
     log.info("generation: %s: %s", backend, why)
     cache = engine_cache(config, machine.shape, device)

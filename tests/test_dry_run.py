@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from spinfast import ops
-from spinfast.config import parse_config
+from spinfast.config import Sft, parse_config
 from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run
 from spinfast.errors import UserError
@@ -100,6 +100,12 @@ def test_a_vllm_cache_is_resident_and_not_larger_than_useful():
     assert "generate" not in result.phases
 
 
+@pytest.mark.parametrize("names", [["sft"], ["sft", "spin"]])
+def test_a_vllm_cache_is_resident_while_sft_is_the_fullest_load(names):
+    c = config(generation={"backend": "vllm"}).model_copy(update={"method": names, "sft": Sft(groups_per_step=64)})
+    assert planned_for(c, profile("t4", plan_only=True), engine="vllm").kv_cache_bytes > 0
+
+
 def test_worst_batch_is_the_fullest_the_data_can_make():
     (load,) = [METHODS[name].load(config(), [(100, 20), (10, 120), (128, 128)]) for name in config().method]
     assert [len(group.prompt_ids) for group in load.groups] == [128, 10, 100]
@@ -136,6 +142,18 @@ def test_dry_run_shows_everything(run_config, name):
     assert ("published figures" in text) == (name == "t4")
     for phase in ("spin", "score", "generate"):
         assert phase in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"generation": {"max_tokens": 1000}}, "but .* has a context of 1024; lower them"),
+        ({"adapter": {"r": 65}}, "adapter.r: 65 is more than the width"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(run_config, changes, words):
+    with pytest.raises(UserError, match=words):
+        dry_run(parse_config(run_config | {"device": {"profile": "t4"}} | changes), Console(record=True))
 
 
 def test_trained_tokens_are_coloured(run_config):

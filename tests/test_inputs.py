@@ -103,7 +103,7 @@ def test_settings_that_cannot_be_met(tmp_path, tiny_model, capsys, sections, wor
 def test_a_missing_config_and_an_unknown_key(tmp_path, tiny_model, capsys):
     assert "no such file" in complaint(capsys, [tmp_path / "none.yaml"])
     config = write_config(tmp_path, tiny_model("llama"))
-    assert "did you mean 'epochs'" in complaint(capsys, [config, "train.epochz=2"])
+    assert "did you mean 'epochs'" in complaint(capsys, [config, "spin.epochz=2"])
 
 
 def test_a_run_directory_belongs_to_one_config(tmp_path, tiny_model, capsys):

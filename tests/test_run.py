@@ -94,6 +94,16 @@ def test_every_iteration_starts_at_ln_2_with_margin_0(played):
         assert row["train/margin"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("game", [{"beta": 5.0}, {"beta": 0.1, "loss": "ipo"}])
+def test_long_answers_in_a_steep_game_start_at_the_first_loss_to_rounding(tmp_path, tiny_model, game):
+    words = {"max_answer_tokens": 400}
+    path = write_config(tmp_path, tiny_model("llama"), spin={"iterations": 1, **game}, prompt=words, heldout=None)
+    rows = [{"prompt": f"Say {i}.", "completion": f"April is {i} yards. " * 25} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = ["generation.max_tokens=300", "train.microbatch_tokens=4096"]
+    assert main([str(path), *long, "--run-dir", str(tmp_path / "run")]) == 0
+
+
 def test_losses_match_the_golden_file(played):
     """Rewrite it deliberately: python tests/test_run.py RUN_DIR > tests/golden/tiny_losses.json"""
     golden = json.loads(GOLDEN.read_text())

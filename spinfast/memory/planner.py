@@ -123,7 +123,7 @@ def plan(
     heaviest = max(loads, key=lambda load: sum(map(packed_length, load.groups)))
     groups = heaviest.groups
     simulation = Simulation(model, profile, config.adapter, ops, config.model.load_in_4bit)
-    kv_cache = engine_cache(config, model, profile) if engine == "vllm" and heaviest.generates else 0
+    kv_cache = engine_cache(config, model, profile) if engine == "vllm" else 0
     several = sum(map(packed_length, groups))
 
     def usage(tokens, layers, offload, chunk=HEAD_CHUNKS[-1]):

@@ -193,13 +193,6 @@ def _starts_with(parts: list[Adapter], first: list[Adapter]) -> bool:
     )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
 def load_policy(
     path: Path,
     name: str,

@@ -298,8 +298,10 @@ def _check_config(path: Path, config: Config) -> None:
             f"{existing}: damaged, so the run cannot be told from another config's; give another --run-dir"
         ) from None
     try:
-        same = parse_config(stored, kind=type(config)).identity() == config.identity()
-    except (UserError, TypeError):
+        same = parse_config(stored, str(existing), type(config)).identity() == config.identity()
+    except UserError as error:
+        raise UserError(f"{error}: damaged, or of another edition of spinfast; give another --run-dir") from None
+    except TypeError:
         same = False
     if not same:
         raise UserError(
