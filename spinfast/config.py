@@ -231,6 +231,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config {path}: expected sections (model:, data:, ...), got {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
+    if any(override.startswith("method=") for override in overrides):  # the file's other methods are not meant
+        named = _listed(tree["method"])
+        given = {override.partition("=")[0].partition(".")[0] for override in overrides}
+        left_out = [name for name in Config.methods() if name not in named and name not in given]
+        tree = {key: value for key, value in tree.items() if key not in left_out}
     return parse_config(tree, where=f"config {path}")
 
 

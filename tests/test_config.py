@@ -154,3 +154,12 @@ def test_every_key_is_described():
 
 def test_the_printed_reference_is_in_the_docs():
     assert reference_table() in (Path(__file__).parent.parent / "docs" / "config.md").read_text()
+
+
+def test_a_method_on_the_command_line_leaves_the_files_other_methods_out(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {name: x}\ndata: {source: y}\nspin: {iterations: 2}\n")
+    assert load_config(path, ["method=sft"]).method == ("sft",)
+    assert load_config(path, ["method=[sft, spin]"]).spin.iterations == 2
+    with pytest.raises(UserError, match="section spin has no use"):  # what is said there itself is meant
+        load_config(path, ["method=sft", "spin.lr=1e-5"])
