@@ -38,7 +38,7 @@ class Run:
     display: Display
     examples: Sequence[Example]
     heldout: Sequence[Example]
-    longest: int  # packed tokens of the longest group that the config admits
+    longest: int  # packed tokens of the longest group that there can be
     game: Pairwise  # what stages that are no game themselves are held out against
     budget: Budget = field(init=False)
     base: str | None = None
@@ -121,7 +121,7 @@ def begin(
     session.fresh()
     if not plan_path(directory).exists():
         files.write_sealed(plan_path(directory), asdict(session.plan), "plan")
-    work = loads(session.config, ())
+    work = loads(session.config, examples)
     longest = max(packed_length(group) for load in work for group in load.groups)
     game = next((load.objective for load in work if load.objective.at_start is not None), Pairwise())
     return Run(session, directory, display, examples, heldout, longest, game)

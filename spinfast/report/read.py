@@ -104,7 +104,7 @@ def read_run(path: Path) -> Run:
     stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     config = parse_config(stored, f"report {path}: config.yaml").model_dump(mode="json")
     played = control_of(path) or path  # a control plays what its run did
-    ended = _json(played / "best.json", None)  # what a run writes last
+    ended = _best(played / "best.json")
     return Run(
         path=path.resolve(),
         name=run_name(path),
@@ -115,7 +115,7 @@ def read_run(path: Path) -> Run:
         steps=[{key: _number(value) for key, value in row.items()} for row in lines("metrics.jsonl")],
         system=lines("system.jsonl"),
         predicted_mib=_json(path / "plan.json", {}).get("predicted_mib", {}),
-        expected=len(ended["of"]) if ended else None,
+        expected=ended and len(ended),
     )
 
 
@@ -139,6 +139,14 @@ def seeds_apart(runs: Iterable[Run]) -> list[list[Run]]:
 
 def _json(path: Path, default):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def _best(path: Path) -> list[str] | None:
+    """The stages that a run which has ended played; best.json is what it writes last, and may be damaged."""
+    try:
+        return list(_json(path, {})["of"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _number(value):

@@ -167,9 +167,9 @@ class Stage:
         self.run, self.name, self.after, self.method, self.number = run, name, after, method, number
         self.directory = run.path / name
         self.directory.mkdir(exist_ok=True)
-        kind = {"method": method, "number": number, "label": self.label}
-        if not self.path(KIND).exists() or self.path(KIND).read_text() != json.dumps(kind) + "\n":
-            files.write_text(self.path(KIND), json.dumps(kind) + "\n")
+        kind = json.dumps({"method": method, "number": number, "label": self.label}) + "\n"
+        if not self.path(KIND).exists() or self.path(KIND).read_bytes() != kind.encode():
+            files.write_text(self.path(KIND), kind)
 
     @property
     def label(self) -> str | int:
@@ -282,7 +282,8 @@ def _check_ours(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run directory {path}: a file of that name exists")
     begun = {"lock", ".config.yaml.partial"}  # all that a run killed in its first instant leaves
-    known = all((path / name).exists() for name in ("config.yaml", "lock"))  # a config.yaml alone may be the user's
+    # a config.yaml alone may be the user's
+    known = (path / "config.yaml").exists() and any((path / name).exists() for name in ("lock", "log.txt"))
     if path.is_dir() and not known and {entry.name for entry in path.iterdir()} - begun:
         raise UserError(f"run directory {path}: not empty and not a run of spinfast; give another --run-dir")
 

@@ -8,8 +8,7 @@ from fixtures import FailingCall
 from packed_cases import tiny_policy
 from test_run import play, train_rows, write_config
 
-from spinfast import train
-from spinfast.methods import spin as loop
+from spinfast import fit, train
 from spinfast.objectives import Nll, Pairwise
 from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
@@ -52,7 +51,7 @@ def test_a_non_finite_loss_is_skipped_counted_and_shown(tmp_path, model, monkeyp
 
 def spoil_parameters(monkeypatch, spoil):
     """Call spoil(parameter, number of its gradient) for one parameter whenever it got one."""
-    original = loop.start_training
+    original = fit.start_training
 
     def start(policy, *args):
         state, count = original(policy, *args), 0
@@ -66,7 +65,7 @@ def spoil_parameters(monkeypatch, spoil):
         parameter.register_post_accumulate_grad_hook(hook)
         return state
 
-    monkeypatch.setattr(loop, "start_training", start)
+    monkeypatch.setattr(fit, "start_training", start)
 
 
 def test_one_infinite_gradient_is_skipped_and_counted(tmp_path, model, monkeypatch):
