@@ -156,9 +156,11 @@ def test_shapes_do_not_pile_up():
 
 def test_a_cpus_bf16_is_found_by_any_torch(monkeypatch):
     """torch.cpu.get_capabilities came with 2.11: a T4 set without its GPU died of it instead of saying so."""
-    chosen = profile("cpu").dtype
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert profile("cpu").dtype == chosen
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for found, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found)
+        assert profile("cpu").dtype == chosen
 
 
 def test_an_old_card_is_kept_from_flashinfer_under_unsloth(monkeypatch):
