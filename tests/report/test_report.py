@@ -64,7 +64,7 @@ def test_the_first_loss_is_expected_where_the_runs_loss_puts_it(run_copy, config
 def test_a_loss_without_a_value_at_margin_0_is_no_runs(run_copy):
     path = run_copy / "config.yaml"
     path.write_text(path.read_text().replace("  - 0.1\n", "  - 0.0\n").replace("loss: logistic", "loss: ipo"))
-    with pytest.raises(UserError, match="spin.beta.0: input should be greater than 0"):
+    with pytest.raises(UserError, match=r"spin\.beta\.0: input should be greater than 0"):
         write_report([run_copy], png=False)
 
 
