@@ -85,6 +85,7 @@ def test_iteration_refuses_what_it_does_not_measure(command, config, capsys):
     assert "--dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kernels(command, monkeypatch):
     """Every operator; torch.compile needs a compiler and half a minute."""
     monkeypatch.setattr(kernels, "gate", lambda: None)

@@ -36,6 +36,7 @@ def play(config, run_dir, *overrides):
     return run_dir
 
 
+@pytest.mark.slow
 def test_both_generators_draw_from_one_distribution(generator, trained, prompts):
     """96 short answers each to four prompts, with other seeds: how long they are, and where they start."""
     ids, stop_ids = prompts
