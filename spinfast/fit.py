@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -71,7 +70,7 @@ def fit(
         checkpoint.finite_adapter(policy, state)
         files.write_directory(stage.path("adapter"), policy.save_adapter)
         files.write_json(stage.path("train.json"), summary(rows))
-        files.write_text(stage.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(stage.path("metrics.jsonl"), files.jsonl(rows))
 
 
 def check_first_loss(

@@ -8,7 +8,7 @@ log-prob that a reference gave it, an advantage) stands in `batch.given`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,11 @@ from spinfast.ops import Ops
 from spinfast.types import Group, PackedBatch
 
 REFERENCE = "reference_logps"  # given per answer: its log-prob under the policy that the stage started from
+
+
+def with_reference(group: Group, logps: Sequence[float]) -> Group:
+    """The group, given a reference's log-prob of each answer."""
+    return replace(group, given={**group.given, REFERENCE: tuple(logps)})
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def score(
     scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
     for rows in epochs.first:
         chosen = [groups[row] for row in rows]
-        (sums, tokens), fitting = within_memory(budget, groups, partial(_scored, policy, chosen))
+        (sums, tokens), fitting = within_memory(budget, chosen, partial(_scored, policy, chosen))
         if fitting is not budget:
             return score(policy, epochs, fitting, advance)
         scores[rows] = torch.tensor(sums)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -51,7 +50,7 @@ def evaluate(run, stage: Stage, previous: Stage, opponent: Adapter, game: Pairwi
         sampling = session.sampling(generation.temperature, generation.max_tokens)
         samples = draw(run, stage, players, sampling)
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
-        files.write_text(stage.path("heldout_samples.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(stage.path("heldout_samples.jsonl"), files.jsonl(rows))
         rivals = read_samples(previous)
         metrics |= play(run.policy, run.budget, stage, players, samples, rivals, opponent, game)
     files.write_json(stage.path("eval.json"), metrics)
@@ -80,7 +79,7 @@ def greedy_metrics(
                 "tokens": len(completion.token_ids),
             }
         )
-    files.write_text(stage.path("heldout.jsonl"), "".join(json.dumps(row) + "\n" for row in transcripts))
+    files.write_text(stage.path("heldout.jsonl"), files.jsonl(transcripts))
     if not strict:
         return {}
     return {

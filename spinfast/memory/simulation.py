@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from spinfast import attention
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import META, Ledger, Usage, counting
-from spinfast.objectives import REFERENCE, Objective
+from spinfast.objectives import Objective, with_reference
 from spinfast.ops import Ops
 from spinfast.packing import pack, packed_length
 from spinfast.policy import Policy
@@ -69,7 +69,7 @@ class Phases:
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
         if objective.at_start is not None:
-            groups = [_with_reference(group) for group in groups]
+            groups = [with_reference(group, (0.0,) * len(group.answers)) for group in groups]
         budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
         state = settled(self.policy, optimizer, self.profile.scaled_loss)
         with self.counting(state, timeline) as ledger:
@@ -79,10 +79,6 @@ class Phases:
             train_step(self.policy, groups, objective, 1.0, budget, state)
             held = []  # noqa: F841
         return ledger
-
-
-def _with_reference(group: Group) -> Group:
-    return replace(group, given={**group.given, REFERENCE: (0.0,) * len(group.answers)})
 
 
 def settled(policy: Policy, optimizer: str, scaled: bool) -> TrainState:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from safetensors.torch import load_file, save_file
 
+from spinfast import objectives
 from spinfast.config import Optimisation
 from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
@@ -15,7 +16,7 @@ from spinfast.evaluate import heldout
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
 from spinfast.methods.run import Run
-from spinfast.objectives import REFERENCE, Pairwise
+from spinfast.objectives import Pairwise
 from spinfast.policy.adapters import files as adapters
 from spinfast.report.card import write_card
 from spinfast.store import checkpoint, files
@@ -42,7 +43,7 @@ def rollout(run: Run, stage: Stage, examples: Sequence[Example], sampling: Sampl
         adapter = run.policy.adapter()
         owner = f"{stage.name} {run.config.seed} {adapters.fingerprint(adapter)}"
         rows = {row["index"]: files.seal(row, owner) for row in files.sealed_lines(path, owner)}
-        files.write_text(path, _lines(rows.values()))
+        files.write_text(path, files.jsonl(rows.values()))
         requests = [
             Request(example.index, example.prompt_ids, prompt_seed(run.config.seed, stage.number, example.index))
             for example in examples
@@ -67,12 +68,12 @@ def rollout(run: Run, stage: Stage, examples: Sequence[Example], sampling: Sampl
                     file.flush()
                     tick.advance(tokens=len(answer.token_ids))
                     stop_if_asked()
-            files.write_text(path, _lines(rows[example.index] for example in examples))
+            files.write_text(path, files.jsonl(rows[example.index] for example in examples))
     return [Completion(row["index"], tuple(row["token_ids"]), row["finish_reason"]) for row in files.read_jsonl(path)]
 
 
 def epochs(run: Run, groups: Sequence[Group], settings: Optimisation, round_number: int) -> Epochs:
-    """The groups of every step; `round_number` counts a run's stages of training, 0 for a first SFT."""
+    """The groups of every step; `round_number` counts a run's stages of training, 0 for SFT."""
     return Epochs(groups, settings.groups_per_step, settings.epochs, run.config.seed * 1009 + round_number)
 
 
@@ -98,7 +99,7 @@ def with_reference(run: Run, stage: Stage, steps: Epochs) -> tuple[Epochs, int]:
                 save_file(scores, partial, metadata=reference)
     scores = load_file(path)
     given = [
-        Group(group.prompt_ids, group.answers, {**group.given, REFERENCE: tuple(logps)})
+        objectives.with_reference(group, logps)
         for group, logps in zip(steps.groups, scores["logps"].tolist(), strict=True)
     ]
     return steps.of(given), int(scores["microbatch_tokens"])
@@ -135,7 +136,3 @@ def conclude(run: Run, stage: Stage, last: Stage, start: Adapter, game: Pairwise
     write_card(stage.path("adapter"), run.directory.path, stage.name)
     run.played.append(stage)
     return row
-
-
-def _lines(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -5,7 +5,6 @@ A method is a generator function (run, last stage) -> rows of results.json; phas
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,8 +24,6 @@ from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
 from spinfast.types import Adapter, Example
-
-log = logging.getLogger("spinfast")
 
 
 @dataclass
@@ -103,7 +100,6 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     examples = data["data"].examples
     work = loads(config, examples)
     plan = _adopted(directory) or plan_steps(config, machine, work)
-    files.write_sealed(plan_path(directory), asdict(plan), "plan")
     with open_session(config, machine, plan) as session:
         needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
         room.check(directory.path, needed - room.taken(directory.path), "the run")

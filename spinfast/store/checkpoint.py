@@ -45,7 +45,7 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
         save_file(tensors, path / "optimizer.safetensors")
         counters = {name: getattr(state, name) for name in COUNTERS}
         (path / "state.json").write_text(json.dumps(counters | {"identity": identity}, indent=2) + "\n")
-        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / "metrics.jsonl").write_text(files.jsonl(rows))
 
     target = directory / f"step_{state.step:06d}"
     files.write_directory(target, fill)

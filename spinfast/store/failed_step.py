@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +27,11 @@ STEP = "step.json"
 
 def keep(run, stage, objective: Objective, error: NonFinite) -> UserError:
     """Write RUN/failed_step and return the error to raise, which names it."""
-    plan = run.session.plan
+    plan = replace(run.session.plan, microbatch_tokens=error.microbatch_tokens)
     step = {
         "stage": stage.name,
         "loss_scale": error.loss_scale,
-        "plan": {
-            "microbatch_tokens": error.microbatch_tokens,
-            "checkpoint_layers": plan.checkpoint_layers,
-            "offload": plan.offload,
-            "head_chunk": plan.head_chunk,
-        },
+        "plan": asdict(plan),
         "objective": described(objective),
         "groups": [
             {"prompt_ids": group.prompt_ids, "answers": group.answers, "given": dict(group.given)}

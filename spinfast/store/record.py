@@ -121,7 +121,7 @@ class RunDir:
         before = [row for row in known if row["stage"] in place and row["stage"] != stage.name]
         after = [row for row in known if row["stage"] not in place]
         before.sort(key=lambda row: (place[row["stage"]], row["step"]))
-        text = _jsonl([*before, *rows, *after])
+        text = files.jsonl([*before, *rows, *after])
         if not path.exists() or path.read_bytes() != text.encode():
             self._close_trackers()
             files.write_text(path, text)
@@ -260,11 +260,7 @@ def whole_lines(path: Path) -> list[dict]:
 
 def _append(path: Path, row: dict) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(_jsonl([row]))
-
-
-def _jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+        file.write(files.jsonl([row]))
 
 
 def _finite(value: float) -> float | str:
