@@ -24,7 +24,7 @@ from transformers import (
 
 from spinfast import attention
 from spinfast.config import Lora
-from spinfast.data.formats import load_examples
+from spinfast.data.examples import load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile, profile
 from spinfast.errors import UserError

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from spinfast.errors import UserError
 
@@ -29,9 +38,17 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
+def _weighed(value: Any) -> Any:
+    """A name or a list of names as {name: 1}."""
+    if isinstance(value, list) and len({*map(str, value)}) < len(value):
+        raise ValueError("expected each name once")
+    return value if isinstance(value, dict) else dict.fromkeys(map(str, _listed(value)), 1.0)
+
+
 PerRound = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
+Weighed = Annotated[dict[str, Annotated[float, Field(gt=0, le=1e6)]], BeforeValidator(_weighed), Field(min_length=1)]
 PositivePerRound = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)
 ]
@@ -53,7 +70,7 @@ class Data(Section):
     revision: str | None = Field(None, description="commit of a hub data set")
     size: int | None = Field(None, gt=0, description="examples to use, chosen by a seeded shuffle; all if null")
     seed: int = Field(0, ge=0, description="seed of the choice (reasoning_gym: of the problems themselves)")
-    turns: Literal["first", "last"] = Field("first", description="which answer of a longer conversation is real")
+    turns: Literal["first", "last", "all"] = Field("first", description="which answers of a conversation are learnt")
     columns: dict[str, str] | None = Field(None, description="recognised column name: the data's own name for it")
     bad_rows: Literal["error", "skip"] = Field("error", description="a faulty row stops the run, or is counted")
 
@@ -61,7 +78,8 @@ class Data(Section):
 class Prompt(Section):
     system: str | None = Field(None, description="system turn put before every prompt that has none")
     max_prompt_tokens: int = Field(512, gt=0, description="longer prompts are rejected and counted")
-    max_answer_tokens: int = Field(512, gt=0, description="longer real answers are rejected and counted")
+    max_answer_tokens: int = Field(512, gt=0, description="longer answers of the data are rejected and counted, or cut")
+    overlong: Literal["drop", "cut"] = Field("drop", description="cut keeps the start of answers that are too long")
     template: dict[str, JsonValue] = Field(default_factory=dict, description="extra variables of the chat template")
 
 
@@ -89,8 +107,73 @@ class Optimisation(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
 
-class Sft(Optimisation):
+class Watched(Optimisation):
+    """A method whose held-out loss can be taken at any step."""
+
+    evaluate_every: int = Field(0, ge=0, description="steps between held-out losses; 0: after the last step only")
+    patience: int = Field(0, ge=0, description="stop after so many held-out losses without a significant gain; 0 never")
+    keep: Literal["last", "best"] = Field("last", description="the last adapter, or that of the least held-out loss")
+
+    @model_validator(mode="after")
+    def _looks(self):
+        if not self.evaluate_every and (self.patience or self.keep == "best"):
+            raise ValueError("patience and keep: best need held-out losses on the way; set evaluate_every")
+        return self
+
+
+class Sft(Watched):
     lr: PerRound = Field((1e-4,), max_length=1, description="peak learning rate")
+
+
+PAIRED = (  # the losses of losses.py
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
+    *("apo_zero", "apo_down", "discopop", "sft", "cpo", "simpo", "orpo"),
+)
+UNPAIRED = ("kto", "apo_zero_unpaired")
+REFERENCE_FREE = {"sft", "cpo", "simpo", "orpo"}
+USED_BY = {  # option -> the losses that have it
+    "label_smoothing": {"robust", "exo_pair", "cpo", "simpo"},
+    "discopop_tau": {"discopop"},
+    "simpo_gamma": {"simpo"},
+    "cpo_alpha": {"cpo"},
+    "desirable_weight": {*UNPAIRED},
+    "undesirable_weight": {*UNPAIRED},
+}
+
+
+class Dpo(Watched):
+    loss: Weighed = Field({"sigmoid": 1.0}, description="a loss of losses.py, a list (their sum), or {name: weight}")
+    beta: float = Field(0.1, gt=0, le=1e6, description="how far the policy may move from its reference")
+    reference: str = Field(
+        "start", min_length=1, description="start of the stage, base, an adapter's directory, or a reference.parquet"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of wrong labels (robust, exo_pair, cpo ...)")
+    discopop_tau: float = Field(0.05, gt=0, le=1e6, description="temperature of discopop's blend")
+    simpo_gamma: float = Field(0.5, ge=0, le=1e6, description="SimPO's margin")
+    cpo_alpha: float = Field(1.0, ge=0, le=1e6, description="weight of CPO's likelihood term")
+    desirable_weight: float = Field(1.0, ge=0, le=1e6, description="of desirable answers (kto, apo_zero_unpaired)")
+    undesirable_weight: float = Field(1.0, ge=0, le=1e6, description="of undesirable answers (kto, apo_zero_unpaired)")
+    lr: PerRound = Field((1e-5,), max_length=1, description="peak learning rate")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        names, known = [*self.loss], (*PAIRED, *UNPAIRED)
+        if strangers := [name for name in names if name not in known]:
+            near = difflib.get_close_matches(strangers[0], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
+            raise ValueError(f"loss: {strangers[0]!r} is none there is; {hint}")
+        if len(names) > 1 and {*names} & {*UNPAIRED}:
+            raise ValueError(f"loss: {' and '.join(UNPAIRED)} take no pairs, so they stand alone")
+        for option, losses in USED_BY.items():
+            if getattr(self, option) != type(self).model_fields[option].default and not losses & {*names}:
+                raise ValueError(f"{option} has no use with loss {', '.join(names)}; only {', '.join(sorted(losses))}")
+        if "exo_pair" in names and not self.label_smoothing:
+            raise ValueError("exo_pair needs label_smoothing above 0 (its paper: 1e-3)")
+        if self.reference != "start" and {*names} <= REFERENCE_FREE:
+            raise ValueError(f"reference has no use with loss {', '.join(names)}")
+        if not self.desirable_weight + self.undesirable_weight:
+            raise ValueError("desirable_weight and undesirable_weight: expected one above 0")
+        return self
 
 
 class Spin(Optimisation):
@@ -123,8 +206,8 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    problems: int = Field(64, ge=0, description="held-out problems answered greedily; 0 turns evaluation off")
-    pairs: int = Field(64, ge=0, description="held-out prompts played for pair accuracy and diagnostics; 0 plays none")
+    problems: int = Field(64, ge=0, description="held-out problems answered greedily; 0 answers none")
+    pairs: int = Field(64, ge=0, description="held-out rows scored, by spin played for pair accuracy; 0 scores none")
     max_tokens: int = Field(256, gt=0, description="tokens of a held-out answer")
 
 
@@ -140,7 +223,7 @@ class Device(Section):
 
 class Config(Section):
     method: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        ("spin",), description="what is played, stage after stage: sft, spin"
+        ("spin",), description="what is played, stage after stage: sft, spin, dpo"
     )
     model: Model
     data: Data
@@ -149,6 +232,7 @@ class Config(Section):
     adapter: Lora = Lora()
     sft: Sft = Sft()
     spin: Spin = Spin()
+    dpo: Dpo = Dpo()
     generation: Generation = Generation()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -86,7 +86,7 @@ def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, load
         one_pass = planner.seconds(
             device, shape, load.everything, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
         )
-        scoring = 0.5 if load.objective.at_start is not None else 0.0  # the forward with half of the head
+        scoring = 0.5 if load.objective.reference else 0.0  # the forward with half of the head
         epochs, first, *later = load.settings.epochs, *load.rounds
         seconds += to_rate * one_pass * (epochs + scoring) * sum(load.rounds) / first
         tokens = sum(map(packed_length, load.everything)) / len(load.everything)

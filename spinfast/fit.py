@@ -15,21 +15,30 @@ from spinfast.objectives import Objective
 from spinfast.store import checkpoint, failed_step, files
 from spinfast.store.record import Stage
 from spinfast.train import NonFinite, Steps, start_training, train
+from spinfast.watch import Watch, best_adapter
 
 log = logging.getLogger("spinfast")
 
 
 def fit(
-    run, stage: Stage, steps: Steps, objective: Objective, settings: Optimisation, lr: float, cut: int | None = None
+    run,
+    stage: Stage,
+    steps: Steps,
+    objective: Objective,
+    settings: Optimisation,
+    lr: float,
+    cut: int | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train the adapter to the end of the stage and save it; one metrics line per step.
 
-    `cut` is the size of the microbatches, in tokens, in which a reference was scored.
+    `cut` is the size of the microbatches, in tokens, in which the policy was scored as the reference that it starts
+    from; None if it does not start from its reference. `watch` looks at held-out data on the way.
     """
     if stage.finished("train"):
         return
     config, policy, device = run.config, run.policy, run.session.machine.device
-    run.generator.rest()
+    run.session.rest()
     identity = {"stage": stage.name, "basis": stage.basis("train")}
     identity |= {"config": config.hash(), "model": run.session.machine.model.revision}
     saves = stage.path("checkpoints")
@@ -53,20 +62,34 @@ def fit(
     ):
         tick.advance(state.step)
         try:
-            for metrics in train(policy, steps, objective, settings, lr, run.budget, state, config.train.max_overflows):
+            ended = watch is not None and watch.stops(state.watched)
+            made = train(policy, steps, objective, settings, lr, run.budget, state, config.train.max_overflows)
+            for metrics in () if ended else made:
                 untouched = (rows[-1]["train/overflows"] if rows else 0) == state.step - 1  # all before were skipped
-                if untouched and objective.at_start is not None:
-                    rounding = objective.rounding(steps[state.step - 1])
-                    check_first_loss(metrics, objective.at_start, device.dtype, cut, rounding)
+                if untouched and cut is not None:
+                    groups = steps[state.step - 1]
+                    check_first_loss(metrics, objective.at_start(groups), device.dtype, cut, objective.rounding(groups))
+                if watch and watch.due(state.step, len(steps)):
+                    metrics |= watch.look(state.step, policy, state.watched)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
                 run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
                 due = state.step % config.train.save_every_steps == 0
                 if due or time.monotonic() - saved_at > config.train.save_every_seconds:
                     save()
+                if watch and watch.stops(state.watched):
+                    log.info(
+                        "%s: stopped after step %d of %d: no held-out gain in the last %d looks",
+                        *(stage.name, state.step, len(steps), watch.patience),
+                    )
+                    save()
+                    break
                 stop_if_asked(save)
         except NonFinite as error:
             raise failed_step.keep(run, stage, objective, error) from None
+        if watch and watch.keeps_best and state.watched.step != state.step:
+            log.info("%s: the adapter of step %d is kept, its held-out loss is least", stage.name, state.watched.step)
+            policy.load_adapter(best_adapter(policy, state.watched))
         checkpoint.finite_adapter(policy, state)
         files.write_directory(stage.path("adapter"), policy.save_adapter)
         files.write_json(stage.path("train.json"), summary(rows))
@@ -90,7 +113,7 @@ def check_first_loss(
         raise RuntimeError(
             f"the first loss is {metrics['train/loss']:.6f}, expected {expected:.6f} ± {bound:g}: policy and reference "
             "differ before the first step. Usual causes: another adapter than the one that was scored, dropout left "
-            "on, another chat template or packing between scoring and training. Delete opponent_logps.safetensors to "
+            "on, another chat template or packing between scoring and training. Delete reference.parquet to "
             "score again; if it stays, please report it with the run's log.txt"
         )
 

@@ -3,20 +3,29 @@
 An objective is a few numbers and words, holds no tensors, and says how heavy a group weighs: a step divides by the sum
 of weights, so its gradient does not depend on how it was cut into microbatches. What an answer brings along (the
 log-prob that a reference gave it, an advantage) stands in `batch.given`.
+
+Shapes: N scored tokens, S answers, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from itertools import accumulate, combinations
+from typing import Protocol, Self
 
 import torch
+from torch.nn.functional import sigmoid
 
+from spinfast.config import REFERENCE_FREE
+from spinfast.losses import LOSSES, Pairs
 from spinfast.ops import Ops
+from spinfast.sums import segment_sums, take_rows
 from spinfast.types import Group, PackedBatch
 
-REFERENCE = "reference_logps"  # given per answer: its log-prob under the policy that the stage started from
+REFERENCE = "reference_logps"  # given per answer: its log-prob under the reference
+DESIRABLE = "desirable"  # given per answer: 1 or 0; of an answer that belongs to another prompt, 0
+Measure = Callable[[Sequence[Group]], list[list[float]]]  # log-prob sums per answer under the policy as it stands
 
 
 def with_reference(group: Group, logps: Sequence[float]) -> Group:
@@ -33,34 +42,70 @@ class Loss:
 
 
 class Objective(Protocol):
-    @property
-    def at_start(self) -> float | None:
-        """The loss where policy and reference are one model, as before the first step; None if there is no such."""
+    reference: bool  # whether groups must be given a reference's log-probs
+
+    def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
+        """The objective with what it must know of the whole step, and the groups that are trained on."""
+
+    def at_start(self, groups: Sequence[Group]) -> float:
+        """The loss of a step where the policy is the reference; asked only where there is one."""
 
     def rounding(self, groups: Sequence[Group]) -> float:
-        """How far from at_start rounding may move the loss of a step; not asked where there is none."""
+        """How far from at_start rounding may move it."""
 
     def weight(self, group: Group) -> float:
         """The group's share in the mean that a step reports and optimises."""
 
+    def units(self, groups: Sequence[Group], logps: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, weights) of the units that its mean is over, from log-prob sums: for held-out losses."""
+
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss: ...
 
 
-@dataclass(frozen=True)
-class Nll:
-    """Supervised fine-tuning: the mean negative log-likelihood per answer token of a step."""
+class Plain:
+    """What most objectives need not say."""
 
-    at_start = None
+    reference = False
+
+    def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
+        return self, groups
+
+    def at_start(self, groups: Sequence[Group]) -> float:
+        """By the loss itself, of the reference's own log-probs."""
+        objective, groups = self.for_step(groups, lambda parts: [group.given[REFERENCE] for group in parts])
+        losses, weights = objective.units(groups, [group.given[REFERENCE] for group in groups])
+        return (losses.sum() / weights.sum()).item()
+
+    def rounding(self, groups: Sequence[Group]) -> float:
+        """Log-probs are sums in fp32: what the loss moves by if all are off by a few units in the last place."""
+        exact = [group.given[REFERENCE] for group in groups]
+        error = 4 * torch.finfo(torch.float32).eps * max(abs(logp) for logps in exact for logp in logps)
+        moved = [[logp + (-1) ** side * error for side, logp in enumerate(logps)] for logps in exact]
+        objective, groups = self.for_step(groups, lambda parts: [group.given[REFERENCE] for group in parts])
+        (here, weights), (there, _) = objective.units(groups, exact), objective.units(groups, moved)
+        return ((there - here).abs().sum() / weights.sum()).item()
 
     def weight(self, group: Group) -> float:
-        return float(sum(len(answer) for answer in group.answers))
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Nll(Plain):
+    """Supervised fine-tuning: the mean negative log-likelihood per scored token of a step."""
+
+    def weight(self, group: Group) -> float:
+        return float(sum(group.lengths))
+
+    def units(self, groups, logps):
+        lengths = [length for group in groups for length in group.lengths]
+        return -_flat(logps), torch.tensor(lengths, dtype=torch.float64)
 
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
         return Loss(-logps_N.sum(), {})
 
 
 @dataclass(frozen=True)
-class Pairwise:
+class Pairwise(Plain):
     """The mean over pairs of l(margin), for groups of two answers y+ and y- with the reference's log-probs given.
 
         margin = beta * [ (log p(y+|x) - log p_ref(y+|x)) - (log p(y-|x) - log p_ref(y-|x)) ]
@@ -70,9 +115,9 @@ class Pairwise:
 
     kind: str = "logistic"  # l, a name of spinfast_kernels.pairwise.KINDS
     beta: float = 0.1
+    reference = True
 
-    @property
-    def at_start(self) -> float:
+    def at_start(self, groups: Sequence[Group]) -> float:
         return loss_at_zero_margin(self.kind, self.beta)
 
     def rounding(self, groups: Sequence[Group]) -> float:
@@ -80,9 +125,6 @@ class Pairwise:
         largest = max((abs(logp) for group in groups for logp in group.given[REFERENCE]), default=0.0)
         slope = 1 / self.beta if self.kind == "ipo" else self.beta  # per nat
         return 4 * slope * largest * torch.finfo(torch.float32).eps
-
-    def weight(self, group: Group) -> float:
-        return 1.0
 
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
         reference_S = batch.given[REFERENCE]
@@ -99,12 +141,154 @@ class Pairwise:
         )
 
 
+@dataclass(frozen=True)
+class Preference(Plain):
+    """The DPO family (losses.py): the mean over all pairs of a step, a better and a worse answer of one group.
+
+    A group's answers stand best first; k of them make k (k-1) / 2 pairs, its prompt is computed once.
+    """
+
+    loss: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)  # names of losses.LOSSES and their weights (MPO)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    mean_length: float = 1.0  # of a step's chosen answers, see losses.Pairs
+
+    @property
+    def reference(self) -> bool:
+        return not {name for name, _ in self.loss} <= REFERENCE_FREE
+
+    def for_step(self, groups, measure):
+        lengths = [group.lengths[better] for group in groups for better, _ in _pairs(len(group.answers))]
+        return replace(self, mean_length=sum(lengths) / len(lengths)), groups
+
+    def weight(self, group: Group) -> float:
+        return float(len(_pairs(len(group.answers))))
+
+    def units(self, groups, logps):
+        lengths = _flat([group.lengths for group in groups])
+        given = [group.given.get(REFERENCE, (0.0,) * len(group.answers)) for group in groups]
+        pairs = self.pairs([len(group.answers) for group in groups], _flat(logps), _flat(given), lengths)
+        losses = self.losses(pairs)
+        return losses, torch.ones_like(losses)
+
+    def pairs(self, answers: Sequence[int], logps_S, reference_S, lengths_S) -> Pairs:
+        """Every better answer of a group beside every worse one, `answers` of them in each group."""
+        starts = accumulate(answers, initial=0)
+        found = [(start + i, start + j) for start, k in zip(starts, answers, strict=False) for i, j in _pairs(k)]
+        better_P, worse_P = torch.tensor(found, device=logps_S.device).view(-1, 2).unbind(1)
+        columns = (logps_S, reference_S, lengths_S)
+        sides = [take_rows(column, side_P) for column in columns for side_P in (better_P, worse_P)]
+        return Pairs(*sides, mean_length=self.mean_length)
+
+    def losses(self, pairs: Pairs) -> torch.Tensor:
+        """(P,) the weighted sum of the named losses."""
+        return sum(weight * LOSSES[name](pairs, self) for name, weight in self.loss)
+
+    def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
+        logps_S = segment_sums(logps_N, batch.sequence_ids_N, batch.sequences)
+        reference_S = batch.given.get(REFERENCE, torch.zeros_like(logps_S))
+        pairs = self.pairs(batch.answers, logps_S, reference_S, batch.lengths_S)
+        return Loss(self.losses(pairs).sum(), {name: value.sum() for name, value in self.metrics(pairs).items()})
+
+    @torch.no_grad()
+    def metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
+        """(P,) each: TRL's names, and the fused loss's own. Without a reference the rewards are beta log p."""
+        c, r = self.beta * pairs.c, self.beta * pairs.r
+        if {name for name, _ in self.loss} <= {"simpo", "orpo"}:  # their reward is per token
+            c, r = c / pairs.chosen_lengths, r / pairs.rejected_lengths
+        margin = c - r
+        found = {
+            "rewards/chosen": c,
+            "rewards/rejected": r,
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).float(),
+            "logps/chosen": pairs.chosen_logps,
+            "logps/rejected": pairs.rejected_logps,
+            "train/margin": margin,
+            "train/pair_accuracy": 0.5 * (1 + margin.sign()),  # a tie is half a win
+        }
+        if self.reference:
+            found |= {"train/chosen_logp_change": pairs.c, "train/rejected_logp_change": pairs.r}
+        return found
+
+
+@dataclass(frozen=True)
+class Unpaired(Plain):
+    """Answers that are desirable or not, each for itself: the mean over the answers of a step.
+
+    kto (arXiv 2402.01306, Eq. 7), with c the log-ratio log p - log p_ref of an answer:
+        desirable: 1 - s(beta (c - z)),    undesirable: 1 - s(beta (z - c)),    each times its weight,
+    where z = max(0, mean c of answers that belong to other prompts), over the whole step and without a gradient.
+    Such an answer is the second of every group. apo_zero_unpaired (2408.06266, Eq. 7): the same with z = 0.
+    """
+
+    kind: str = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    kl: float = 0.0  # z
+    desirable_share: float = 0.5  # of the step's answers
+    reference = True
+
+    def for_step(self, groups, measure):
+        share = sum(group.given[DESIRABLE][0] for group in groups) / len(groups)
+        kl = 0.0
+        if self.kind == "kto":
+            strangers = [_only(group, 1) for group in groups]
+            ratios = _flat(measure(strangers)) - _flat([group.given[REFERENCE] for group in strangers])
+            kl = max(0.0, ratios.mean().item())
+        return replace(self, kl=kl, desirable_share=share), [_only(group, 0) for group in groups]
+
+    def units(self, groups, logps):
+        reference, desirable = ([group.given[name][0] for group in groups] for name in (REFERENCE, DESIRABLE))
+        ratios = _flat([[own] for own, *_ in logps]) - torch.tensor(reference, dtype=torch.float64)
+        losses = self.losses(ratios, torch.tensor(desirable, dtype=torch.float64))
+        return losses, torch.ones_like(losses)
+
+    def losses(self, ratios_S: torch.Tensor, desirable_S: torch.Tensor) -> torch.Tensor:
+        sign_S = 2 * desirable_S - 1
+        weight_S = desirable_S * self.desirable_weight + (1 - desirable_S) * self.undesirable_weight
+        return weight_S * sigmoid(-sign_S * self.beta * (ratios_S - self.kl))
+
+    def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
+        logps_S = segment_sums(logps_N, batch.sequence_ids_N, batch.sequences)
+        ratios_S, desirable_S = logps_S - batch.given[REFERENCE], batch.given[DESIRABLE]
+        metrics = {"kl": torch.full_like(ratios_S, self.kl)}
+        sides = {"chosen": (desirable_S, self.desirable_share), "rejected": (1 - desirable_S, 1 - self.desirable_share)}
+        for side, (belongs_S, share) in sides.items():
+            if share:
+                metrics[f"rewards/{side}"] = self.beta * ratios_S.detach() * belongs_S / share
+                metrics[f"logps/{side}"] = logps_S.detach() * belongs_S / share
+                metrics[f"train/{side}_logp_change"] = ratios_S.detach() * belongs_S / share
+        if 0 < self.desirable_share < 1:
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        total = self.losses(ratios_S, desirable_S).sum()
+        return Loss(total, {name: value.sum() for name, value in metrics.items()})
+
+
 def loss_at_zero_margin(kind: str, beta: float) -> float:
     """l(0): ln 2 for the logistic loss."""
     return 1 / (4 * beta**2) if kind == "ipo" else {"logistic": 0.6931471805599453}.get(kind, 1.0)
 
 
-OBJECTIVES = {"nll": Nll, "pairwise": Pairwise}
+def _pairs(answers: int) -> list[tuple[int, int]]:
+    return list(combinations(range(answers), 2))
+
+
+def _only(group: Group, answer: int) -> Group:
+    """The group with one of its answers."""
+    given = {name: values[answer : answer + 1] for name, values in group.given.items()}
+    return replace(group, answers=group.answers[answer : answer + 1], given=given)
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+
+
+OBJECTIVES = {"nll": Nll, "pairwise": Pairwise, "preference": Preference, "unpaired": Unpaired}
 
 
 def described(objective: Objective) -> dict:
@@ -115,4 +299,7 @@ def described(objective: Objective) -> dict:
 
 def restored(description: dict) -> Objective:
     """The objective that was `described`."""
-    return OBJECTIVES[description["name"]](**{key: value for key, value in description.items() if key != "name"})
+    options = {key: value for key, value in description.items() if key != "name"}
+    if "loss" in options:
+        options["loss"] = tuple((name, weight) for name, weight in options["loss"])
+    return OBJECTIVES[description["name"]](**options)

@@ -10,7 +10,7 @@ product anew for every token count, which took a tenth of a step (bench/LOG.md).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 
 import torch
 
@@ -53,8 +53,7 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
     positions: list[int] = []
     scored: list[int] = []
     targets: list[int] = []
-    sequence_ids: list[int] = []
-    sequences = 0
+    lengths: list[int] = []
     kv_index: list[int] = []
     segments: list[tuple[int, int]] = []
     for row in rows:
@@ -66,10 +65,10 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
             begin, queries = len(tokens), len(answer) - 1
             tokens += answer[:-1]
             positions += range(prompt, prompt + queries)
-            scored += [start + prompt - 1, *range(begin, begin + queries)]
-            targets += answer
-            sequence_ids += [sequences] * len(answer)
-            sequences += 1
+            chosen = group.scored[number] if group.scored else (True,) * len(answer)
+            scored += compress([start + prompt - 1, *range(begin, begin + queries)], chosen)
+            targets += compress(answer, chosen)
+            lengths.append(sum(chosen))
             if number == 0:
                 segments.append((prompt + queries, prompt + queries))
             elif queries:
@@ -96,8 +95,9 @@ def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") ->
         layout=layout,
         scored_N=torch.tensor(scored, dtype=torch.int64),
         targets_N=torch.tensor(targets, dtype=torch.int64),
-        sequence_ids_N=torch.tensor(sequence_ids, dtype=torch.int64),
-        sequences=sequences,
+        sequence_ids_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
+        answers=tuple(len(groups[row].answers) for row in rows),
+        lengths_S=torch.tensor(lengths, dtype=torch.float32),
         given=_given([groups[row] for row in rows]),
     )
 

@@ -53,12 +53,17 @@ class Session:
     config: Config
     machine: Machine
     policy: Policy
-    generator: Generator
+    generator: Generator | None  # None where nothing is generated
     plan: StepPlan
 
     def fresh(self) -> None:
         """A new run starts: the base as it was loaded, and the adapter that its seed gives."""
         self.policy.restart(self.config.seed)
+
+    def rest(self) -> None:
+        """The generator gives its memory back until it is asked again."""
+        if self.generator is not None:
+            self.generator.rest()
 
     def sampling(self, temperature: float, max_tokens: int) -> Sampling:
         top_p = self.config.generation.top_p if temperature else 1.0

@@ -26,6 +26,7 @@ from spinfast.packing import bins, pack, packed_length
 from spinfast.policy import Policy
 from spinfast.sums import segment_sums, take_rows
 from spinfast.types import Group, PackedBatch
+from spinfast.watch import Watched
 
 log = logging.getLogger("spinfast")
 Result = TypeVar("Result")
@@ -120,8 +121,8 @@ def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
 
 def score(
     policy: Policy, epochs: Epochs, budget: Budget, advance: Callable[[int, int], None]
-) -> tuple[torch.Tensor, Budget]:
-    """Log-prob sums (groups, answers) of groups that all have as many answers, and the budget that fitted.
+) -> tuple[list[list[float]], Budget]:
+    """Log-prob sums per group and answer, and the budget that fitted.
 
     Cut into the microbatches of the first epoch. advance(groups, tokens) is called after each step's rows. If memory
     runs out all are scored again, so that all are cut alike: another cut rounds otherwise.
@@ -129,13 +130,14 @@ def score(
     groups = epochs.groups
     if budget.longest < epochs.longest:
         budget = replace(budget, longest=epochs.longest)
-    scores = torch.empty(len(groups), len(groups[0].answers) if groups else 0)
+    scores: list[list[float]] = [[] for _ in groups]
     for rows in epochs.first:
         chosen = [groups[row] for row in rows]
         (sums, tokens), fitting = within_memory(budget, chosen, partial(_scored, policy, chosen))
         if fitting is not budget:
             return score(policy, epochs, fitting, advance)
-        scores[rows] = torch.tensor(sums)
+        for row, logps in zip(rows, sums, strict=True):
+            scores[row] = logps
         advance(len(rows), tokens)
     return scores, budget
 
@@ -177,6 +179,7 @@ class TrainState:
     overflows_in_a_row: int = 0
     recent_norms: list[float] = field(default_factory=list)  # gradient norms of the last steps that were made
     names: list[str] = field(default_factory=list)  # parameter names, in the optimizer's order
+    watched: Watched = field(default_factory=Watched)
 
 
 GROWTH_INTERVAL, MAX_LOSS_SCALE = 200, 2.0**16
@@ -246,6 +249,7 @@ def train_step(
     state: TrainState,
 ) -> tuple[dict[str, float], Budget]:
     """Accumulate, clip, update; the budget comes back, smaller if it did not fit. A non-finite step is skipped."""
+    objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
     weight = sum(map(objective.weight, groups))
 
     def attempt(budget: Budget) -> tuple[dict[str, float], int]:

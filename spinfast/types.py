@@ -14,14 +14,27 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of the SFT data, rendered: the prompt, the real answer, and for tasks the reference result."""
+    """One row of the data, rendered: a prompt, its real answer, answers that are worse, the reference of a task."""
 
     index: int  # row number in its data set; names the prompt in every file of the run
-    messages: tuple[dict[str, str], ...]  # the prompt's turns, [{"role", "content"}]
+    messages: tuple[dict, ...]  # the prompt's turns, [{"role", "content"}]; none where the row is plain text
     answer: str  # the real answer as text
     prompt_ids: tuple[int, ...]  # chat template applied, generation prompt included
     real_ids: tuple[int, ...]  # the answer's tokens, end-of-turn token included
     reference: str | None = None  # the result to compare with in evaluation ("42"), where the data has one
+    scored: tuple[bool, ...] | None = None  # which tokens of the answer are learnt from; None: all
+    others: tuple[tuple[int, ...], ...] = ()  # answers that are ranked below the real one, best first
+    desirable: bool | None = None  # the label of an answer that is not compared with another
+
+    @property
+    def group(self) -> Group:
+        """Prompt and real answer, as SFT learns them."""
+        return Group(self.prompt_ids, (self.real_ids,), scored=() if self.scored is None else (self.scored,))
+
+    @property
+    def ranked(self) -> Group:
+        """Prompt and all its answers, best first."""
+        return Group(self.prompt_ids, (self.real_ids, *self.others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +93,20 @@ class Group:
     """A prompt and the answers that share it: two in SPIN, one in SFT, any number elsewhere.
 
     given: constants of the answers by name, that packing lays beside them as tensors: one number per answer (a
-    reference's log-prob, an advantage, a label), or a tuple per answer with one number per token.
+    reference's log-prob, an advantage, a label), or a tuple per answer with one number per scored token.
+    scored: which tokens of each answer are scored; () all. An answer may be several turns of a conversation, the
+    others' words between them.
     """
 
     prompt_ids: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     given: Mapping[str, tuple] = field(default_factory=dict, hash=False)
+    scored: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Scored tokens of each answer."""
+        return tuple(map(sum, self.scored)) if self.scored else tuple(map(len, self.answers))
 
 
 @dataclass(frozen=True)
@@ -118,12 +139,17 @@ class PackedBatch:
     scored_N: torch.Tensor  # (N,) int64
     targets_N: torch.Tensor  # (N,) int64
     sequence_ids_N: torch.Tensor  # (N,) int64, ascending, 0 .. sequences-1, group by group
-    sequences: int
+    answers: tuple[int, ...]  # how many each group has
+    lengths_S: torch.Tensor  # (S,) fp32, scored tokens of each answer
     given: Mapping[str, torch.Tensor]  # the groups' constants, fp32: (S,) per answer or (N,) per scored token
 
     @property
     def tokens(self) -> int:
         return self.token_ids_T.numel()
+
+    @property
+    def sequences(self) -> int:
+        return sum(self.answers)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""

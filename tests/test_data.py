@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spinfast.data import sources
-from spinfast.data.formats import check_overlap, load_examples
+from spinfast.data.examples import check_overlap, load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
 

@@ -20,6 +20,7 @@ from spinfast.methods import METHODS
 from spinfast.methods.run import loads
 from spinfast.packing import packed_length
 from spinfast.run import main
+from spinfast.types import Example
 
 MIDDLING = Qwen2Config(
     vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8,
@@ -106,13 +107,19 @@ def test_a_vllm_cache_is_resident_while_sft_is_the_fullest_load(names):
     assert planned_for(c, profile("t4", plan_only=True), engine="vllm").kv_cache_bytes > 0
 
 
+def rows(*lengths):
+    return [Example(i, ({},), "", (0,) * prompt, (0,) * answer) for i, (prompt, answer) in enumerate(lengths)]
+
+
 def test_worst_batch_is_the_fullest_the_data_can_make():
-    (load,) = [METHODS[name].load(config(), [(100, 20), (10, 120), (128, 128)]) for name in config().method]
+    (load,) = [METHODS[name].load(config(), rows((100, 20), (10, 120), (128, 128))) for name in config().method]
     assert [len(group.prompt_ids) for group in load.groups] == [128, 10, 100]
     batch = worst_batch(load.groups, 400)
     assert sum(map(packed_length, batch)) <= 400
     assert any(len(group.prompt_ids) == 128 for group in batch)
-    prompts = METHODS["spin"].load(config(), [(100, 5)] * 8)  # more pairs fit where generated answers end at once
+    prompts = METHODS["spin"].load(
+        config(), rows(*[(100, 5)] * 8)
+    )  # more pairs fit where generated answers end at once
     assert [len(group.answers[1]) for group in worst_batch(prompts.groups, 400)] == [1, 1, 1]
 
 

@@ -22,12 +22,12 @@ from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
 from spinfast.fit import fit
 from spinfast.interrupt import Stopped
-from spinfast.memory.planner import Load, shapes, steps
+from spinfast.memory.planner import Load, steps
 from spinfast.methods import Method
 from spinfast.methods.controls import play_controls
 from spinfast.methods.phases import conclude, epochs
 from spinfast.methods.run import Run, begin, open_run
-from spinfast.objectives import Loss, Nll
+from spinfast.objectives import Loss, Nll, Plain
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display, Tick
 from spinfast.report import study
@@ -36,7 +36,7 @@ from spinfast.report.read import read_run
 from spinfast.run import main
 from spinfast.store.record import RunDir
 from spinfast.sums import segment_sums
-from spinfast.types import Group
+from spinfast.types import Example, Group
 
 # A method: a section, a generator function, its fullest step ------------------------------------------------------
 
@@ -57,9 +57,9 @@ def echo(run: Run, last) -> Iterator[dict]:
     yield conclude(run, stage, last, start)
 
 
-def echo_load(config: EchoConfig, lengths: Sequence[tuple[int, int]]) -> Load:
+def echo_load(config: EchoConfig, examples: Sequence[Example]) -> Load:
     c = config.echo
-    groups = [Group((0,) * prompt, ((0,) * c.tokens,)) for prompt, _ in shapes(config, lengths, c.groups_per_step)]
+    groups = [Group(e.prompt_ids, ((0,) * c.tokens,)) for e in examples]
     return Load("echo", groups, Nll(), c, (steps(c, len(groups)),))
 
 
@@ -180,10 +180,8 @@ def test_an_adapters_card_does_not_call_another_method_self_play(tmp_path, tiny_
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(Plain):
     """The answers' log-probs, each times the advantage that its group gives it."""
-
-    at_start = None
 
     def weight(self, group: Group) -> float:
         return float(len(group.answers))
@@ -203,12 +201,9 @@ def weighed(run: Run, last) -> Iterator[dict]:
     yield conclude(run, stage, last, start)
 
 
-def weighed_load(config: EchoConfig, lengths: Sequence[tuple[int, int]]) -> Load:
+def weighed_load(config: EchoConfig, examples: Sequence[Example]) -> Load:
     c = config.echo
-    groups = [
-        Group((0,) * prompt, ((0,) * c.tokens, (0,) * answer), {"advantage": (0.0, 0.0)})
-        for prompt, answer in shapes(config, lengths, c.groups_per_step)
-    ]
+    groups = [Group(e.prompt_ids, ((0,) * c.tokens, e.real_ids), {"advantage": (0.0, 0.0)}) for e in examples]
     return Load("echo", groups, Weighted(), c, (steps(c, len(groups)),))
 
 
@@ -265,7 +260,7 @@ def test_methods_are_played_in_order(tmp_path, tiny_model, names, stages):
         ),
         ({"sft": {"epochs": 1}}, "section sft has no use, method is [spin]; name sft there too"),
         ({"method": ["sft"]}, "section spin has no use, method is [sft]; name spin there too"),
-        ({"method": ["sft", "dpo"]}, "method: expected sft, spin, 'dpo' is none of them"),
+        ({"method": ["sft", "ppo"]}, "method: expected sft, spin, dpo, 'ppo' is none of them"),
         ({"method": ["sft", "sft"]}, "method: expected each method once"),
     ],
 )
@@ -290,7 +285,7 @@ def adapter_files(run_dir) -> dict[str, bytes]:
 @pytest.mark.parametrize("init", ["continue", "merge"])
 def test_runs_in_one_session_are_those_of_sessions_of_their_own(tmp_path, tiny_model, init):
     """A run leaves nothing behind in the session: not its adapter, not what it merged into the base."""
-    config = configured(tmp_path, tiny_model("llama"), adapter={"init": init}, evaluate={"problems": 0})
+    config = configured(tmp_path, tiny_model("llama"), adapter={"init": init}, evaluate={"problems": 0, "pairs": 0})
     seeded = {seed: config.model_copy(update={"seed": seed}) for seed in (0, 1)}
     alone = {seed: tmp_path / f"alone {seed}" for seed in seeded}
     for seed, run_dir in alone.items():
@@ -311,7 +306,12 @@ def test_runs_in_one_session_are_those_of_sessions_of_their_own(tmp_path, tiny_m
 def test_controls_of_a_run_that_merges_start_from_the_base_as_it_was(tmp_path, tiny_model, monkeypatch, names):
     sft = {"groups_per_step": 6} if "sft" in names else None
     config = configured(
-        tmp_path, tiny_model("llama"), method=names, sft=sft, adapter={"init": "merge"}, evaluate={"problems": 0}
+        tmp_path,
+        tiny_model("llama"),
+        method=names,
+        sft=sft,
+        adapter={"init": "merge"},
+        evaluate={"problems": 0, "pairs": 0},
     )
     bases: dict[str, list[str]] = {}
     become = Run.become

@@ -46,7 +46,7 @@ def test_every_cell_runs(tiny_model, tmp_path, monkeypatch, capsys):
         "REPOSITORY": "",
         "REQUIREMENTS": "",
         "CONFIG": str(write_config(tmp_path, tiny_model("qwen2"))),
-        "OVERRIDES": ["spin.iterations=1", "evaluate.problems=0"],
+        "OVERRIDES": ["spin.iterations=1", "evaluate.problems=0", "evaluate.pairs=0"],
         "RUN": str(tmp_path / "run"),
         "EXPORT": str(tmp_path / "export"),
         "QUESTION": "What is 2 plus 3?",

@@ -74,7 +74,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, model):
 
 @pytest.mark.parametrize(
     "name",
-    ["completions.jsonl", "pairs.parquet", "opponent_logps.safetensors", "adapter/adapter_model.safetensors"],
+    ["completions.jsonl", "pairs.parquet", "reference.parquet", "adapter/adapter_model.safetensors"],
 )
 def test_a_damaged_file_is_made_again(tmp_path, model, name):
     run_dir = play(tmp_path, model)

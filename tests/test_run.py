@@ -177,7 +177,9 @@ def test_each_adapter_loads_with_plain_peft_and_gives_the_policys_logps(tmp_path
 
 @pytest.mark.parametrize(("kind", "first"), [("hinge", 1.0), ("exponential", 1.0), ("ipo", 25.0)])
 def test_other_losses_start_at_their_value_for_margin_0(tmp_path, tiny_model, kind, first):
-    run_dir = play(tmp_path, tiny_model("llama"), spin={"loss": kind, "iterations": 1}, evaluate={"problems": 0})
+    run_dir = play(
+        tmp_path, tiny_model("llama"), spin={"loss": kind, "iterations": 1}, evaluate={"problems": 0, "pairs": 0}
+    )
     assert train_rows(run_dir)[0]["train/loss"] == pytest.approx(first, rel=1e-4)
 
 

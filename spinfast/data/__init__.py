@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from spinfast.config import Config, Data
-from spinfast.data.formats import LoadedData, check_overlap, load_examples
+from spinfast.data.examples import LoadedData, check_overlap, load_examples
 from spinfast.data.renderer import Renderer
 
 log = logging.getLogger("spinfast")
@@ -35,8 +35,14 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
         renderer=renderer,
         max_prompt_tokens=config.prompt.max_prompt_tokens,
         max_answer_tokens=config.prompt.max_answer_tokens,
+        overlong=config.prompt.overlong,
     )
     log.info("%s: %d examples from %s", name, len(loaded.examples), data.source)
+    if "dpo" not in config.method:
+        if any(example.others for example in loaded.examples):
+            loaded.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
+        if any(example.desirable is False for example in loaded.examples):
+            loaded.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
     for warning in loaded.warnings:
         log.warning("%s: %s", name, warning)
     return loaded

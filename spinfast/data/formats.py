@@ -1,238 +1,199 @@
-"""Rows of a data set -> Examples: formats recognised by their columns, every row checked, rejections counted.
+"""What a row means: formats are recognised by their columns, and every one comes to the same few things.
 
-Faults of a row (no answer, turns out of order, nothing but spaces) are errors that name the row; properties that
-data sets may well have (over-long texts, duplicates) are counted and left out.
+    text                                            plain text, no template
+    messages | conversations                        a conversation (OpenAI's, ShareGPT's)
+    prompt + completion | response                  each text, or turns
+    instruction (+ input) + output (Alpaca), question + answer
+    chosen + rejected (+ prompt)                    a better and a worse answer, or conversations that share their start
+    real + generated                                SPIN's own pairs
+    prompt + responses (+ scores)                   any number of answers, best first unless scores say otherwise
+    prompt + completion + label                     an answer that is desirable or not
+
+A prompt may stand in `prompt`, `question` or `instruction`, with a `system` text and a `history` of (question, answer)
+before it. `reference`, `tools` and `chat_template_kwargs` go with every format.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
-from spinfast.data.renderer import Renderer
-from spinfast.data.sources import choose_rows, open_table
+from spinfast.data.conversations import RowError, text, turn, turns
 from spinfast.errors import UserError
-from spinfast.types import Example
 
-Turns = list[dict[str, str]]
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-REFERENCE = re.compile(r"####\s*([^\n]*\S)")
+Messages = list[dict[str, Any]]
+RowOf = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class LoadedData:
-    examples: list[Example]
-    rejected: dict[str, int]  # reason -> count
-    warnings: list[str]
-    fingerprint: str = field(repr=False)  # sha256 of what the run sees: rows, token ids, references
+class Row:
+    """A row in one form. The conversation ends in its real answer, or in turns after it that nobody answers."""
 
-
-class RowError(Exception):
-    """A row that is no example. The message says expected and got; `reason` is what rejections are counted by."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
-def load_examples(
-    source: str,
-    *,
-    renderer: Renderer,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    subset: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    size: int | None = None,
-    seed: int = 0,
-    turns: Literal["first", "last"] = "first",
-    system: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    bad_rows: Literal["error", "skip"] = "error",
-) -> LoadedData:
-    """Read, check and render a data set.
-
-    `size` rows are chosen by a shuffle that depends on `seed` alone. `turns` says which answer of a longer
-    conversation is learnt from. `system` is put before conversations that have no system turn. `columns` maps a
-    recognised column's name to the data's ({"question": "problem"}). `bad_rows` "skip" counts faulty rows as rejected.
-    """
-    table = open_table(source, subset=subset, split=split, revision=revision, rows=size, seed=seed)
-    columns = dict(columns or {})
-    if missing := sorted(set(columns.values()) - set(table.columns)):
-        raise UserError(f"data {source}: no column {missing[0]!r}; columns are {', '.join(table.columns)}")
-    form = _recognise(source, set(table.columns) | set(columns))
-
-    chosen = choose_rows(table, size, seed)
-    examples: list[Example] = []
-    rejected: Counter[str] = Counter()
-    seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    spelled = 0
-    for index in chosen:
-        row = table.row(index)
-        row |= {name: row.get(actual) for name, actual in columns.items()}
-        try:
-            messages, answer = _split(form.conversation(row), form.turns or turns, system)
-            reference = _reference(row, answer)
-        except RowError as error:
-            if bad_rows == "error":
-                raise UserError(f"{table.where(index)}: {error}") from None
-            rejected[error.reason] += 1
-            continue
-        try:
-            prompt_ids, real_ids = renderer.example_ids(messages, answer)
-        except UserError as error:
-            raise UserError(f"{table.where(index)}: {error}") from None
-        if len(prompt_ids) > max_prompt_tokens:
-            rejected[f"prompt longer than {max_prompt_tokens} tokens"] += 1
-        elif len(real_ids) > max_answer_tokens:
-            rejected[f"answer longer than {max_answer_tokens} tokens"] += 1
-        elif (prompt_ids, real_ids) in seen:
-            rejected["duplicate"] += 1
-        else:
-            seen.add((prompt_ids, real_ids))
-            spelled += any(map(renderer.has_control_tokens, [answer, *(m["content"] for m in messages)]))
-            examples.append(Example(index, tuple(messages), answer, prompt_ids, real_ids, reference))
-    if not examples:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.items())
-        raise UserError(
-            f"data {source}: all {len(chosen)} rows were rejected ({reasons}); raise prompt.max_prompt_tokens or "
-            "prompt.max_answer_tokens, or use other data"
-        )
-    warnings = []
-    if size is not None and len(chosen) < size:
-        warnings.append(f"data {source}: asked for {size} rows, it has {len(chosen)}")
-    if rejected:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.items())
-        warnings.append(f"data {source}: {rejected.total()} of {len(chosen)} rows rejected ({reasons})")
-    if spelled:
-        warnings.append(f"data {source}: {spelled} rows spell control tokens in their text; they are kept as text")
-    return LoadedData(examples, dict(rejected), warnings, _fingerprint(examples))
-
-
-def check_overlap(train: Sequence[Example], heldout: Sequence[Example]) -> int:
-    """How many held-out prompts also occur in training, letter case and white space aside."""
-    known = {_plain(example) for example in train}
-    return sum(_plain(example) in known for example in heldout)
-
-
-def _plain(example: Example) -> str:
-    return " ".join(" ".join(m["content"] for m in example.messages if m["role"] != "system").casefold().split())
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(repr((e.index, e.prompt_ids, e.real_ids, e.reference)).encode())
-    return digest.hexdigest()
-
-
-# -- formats ------------------------------------------------------------------------------------------------------
+    conversation: Messages
+    which: Literal["last"] | None = None  # set where the row itself says which answer is meant
+    worse: tuple[dict[str, Any], ...] = ()  # answers in place of the last turn, best first
+    desirable: bool | None = None
+    text: str | None = None  # plain text instead of a conversation
+    equal: int = 0  # answers left out because their score is another's
 
 
 @dataclass(frozen=True)
 class Format:
-    columns: tuple[str, ...]
-    conversation: Callable[[Mapping[str, Any]], Turns]
-    turns: Literal["last"] | None = None  # set where the row itself says which answer is meant
+    needs: tuple[str, ...]
+    parse: Callable[[RowOf], Row]
+    takes: tuple[str, ...] = ()  # further columns that it makes use of
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Turns:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    start = _turns(prompt) if isinstance(prompt, list) else [_turn("user", prompt, "prompt")]
-    if isinstance(completion, list):
-        return start + _turns(completion)
-    return [*start, _turn("assistant", completion, "completion")]
+PROMPTS = ("prompt", "question", "instruction")
+BEFORE = (*PROMPTS, "input", "system", "history")
+EVERYWHERE = ("reference", "tools", "chat_template_kwargs")
+IMAGES = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def _alpaca(row: Mapping[str, Any]) -> Turns:
-    prompt = _text(row.get("instruction"), "instruction")
-    if row.get("input"):
-        prompt += "\n\n" + _text(row["input"], "input")
-    return [_turn("user", prompt, "instruction"), _turn("assistant", row.get("output"), "output")]
+def _text(row: RowOf) -> Row:
+    return Row([], text=text(row.get("text"), "text"))
 
 
-def _question_answer(row: Mapping[str, Any]) -> Turns:
-    return [_turn("user", row.get("question"), "question"), _turn("assistant", row.get("answer"), "answer")]
+def _conversation(column: str) -> Callable[[RowOf], Row]:
+    return lambda row: Row(_system(row) + turns(row.get(column)))
+
+
+def _completion(column: str) -> Callable[[RowOf], Row]:
+    def parse(row: RowOf) -> Row:
+        return Row(_prompt(row) + _answer(row.get(column), column), "last")
+
+    return parse
+
+
+def _labelled(column: str) -> Callable[[RowOf], Row]:
+    def parse(row: RowOf) -> Row:
+        label = row.get("label")
+        if not isinstance(label, bool) and label not in (0, 1):
+            raise RowError("no label", f"label: expected true or false, got {label!r:.60}")
+        return replace(_completion(column)(row), desirable=bool(label))
+
+    return parse
+
+
+def _compared(better: str, worse: str) -> Callable[[RowOf], Row]:
+    def parse(row: RowOf) -> Row:
+        sides = [_side(row.get(column), column) for column in (better, worse)]
+        alone = [side[0]["role"] == "assistant" for side in sides]
+        if all(alone):
+            start = _prompt(row)
+        elif any(alone):
+            raise RowError("no shared prompt", f"{better} and {worse}: one begins with a prompt, the other does not")
+        else:
+            start = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
+            while start and start[-1]["role"] == "assistant":  # equal answers, or one is the other's beginning
+                start.pop()
+            sides = [side[len(start) :] for side in sides]
+            start = _system(row) + start
+        if not start or not all(sides):
+            raise RowError("no shared prompt", f"{better} and {worse} share no prompt, and the row has none")
+        if any(len(side) != 1 for side in sides):
+            raise RowError("answers of several turns", f"{better} and {worse}: expected one turn after the shared ones")
+        return Row(start + sides[0], "last", tuple(sides[1]))
+
+    return parse
+
+
+def _ranked(column: str) -> Callable[[RowOf], Row]:
+    def parse(row: RowOf) -> Row:
+        given, scores = row.get(column), row.get("scores")
+        if not isinstance(given, Sequence) or isinstance(given, str) or len(given) < 2:
+            raise RowError("not answers", f"{column}: expected a list of two answers or more, got {given!r:.60}")
+        answers = [_answer(value, f"{column} {number}") for number, value in enumerate(given, 1)]
+        if any(len(answer) != 1 for answer in answers):
+            raise RowError("answers of several turns", f"{column}: expected one turn each")
+        order = list(range(len(answers)))
+        if scores is not None:
+            if len(scores) != len(answers) or not all(isinstance(score, int | float) for score in scores):
+                raise RowError("no scores", f"scores: expected a number for each of {len(answers)} answers")
+            order = sorted({score: i for i, score in reversed([*enumerate(scores)])}.values(), key=lambda i: -scores[i])
+        best, *worse = (answers[i][0] for i in order)
+        if not worse:
+            raise RowError("answers of equal score", "all answers have one score; none is better than another")
+        return Row([*_prompt(row), best], "last", tuple(worse), equal=len(answers) - len(order))
+
+    return parse
 
 
 FORMATS = (  # the first whose columns are all there
-    Format(("real", "generated"), lambda row: _turns(row.get("real"))),  # SPIN's own files
-    Format(("messages",), lambda row: _turns(row.get("messages"))),
-    Format(("conversations",), lambda row: _turns(row.get("conversations"))),  # ShareGPT
-    Format(("prompt", "completion"), _prompt_completion, "last"),
-    Format(("instruction", "output"), _alpaca),
-    Format(("question", "answer"), _question_answer),
+    Format(("real", "generated"), _compared("real", "generated"), BEFORE),
+    Format(("chosen", "rejected"), _compared("chosen", "rejected"), BEFORE),
+    *(Format(("prompt", column), _ranked(column), (*BEFORE, "scores")) for column in ("responses", "answers")),
+    *(Format(("prompt", c, "label"), _labelled(c), BEFORE) for c in ("completion", "response")),
+    Format(("messages",), _conversation("messages"), ("system",)),
+    Format(("conversations",), _conversation("conversations"), ("system",)),
+    *(Format(("prompt", column), _completion(column), BEFORE) for column in ("completion", "response")),
+    *(Format(("instruction", column), _completion(column), BEFORE) for column in ("output", "response")),
+    Format(("question", "answer"), _completion("answer"), BEFORE),
+    Format(("text",), _text),
 )
+KNOWN = {*BEFORE, *EVERYWHERE, *IMAGES, *(column for form in FORMATS for column in (*form.needs, *form.takes))}
 
 
-def _recognise(source: str, columns: set[str]) -> Format:
+def recognise(source: str, columns: set[str]) -> Format:
     for form in FORMATS:
-        if columns.issuperset(form.columns):
+        if columns.issuperset(form.needs):
             return form
-    known = "; ".join(" + ".join(form.columns) for form in FORMATS)
+    known = "; ".join(" + ".join(form.needs) for form in FORMATS)
     raise UserError(
-        f"data {source}: columns {', '.join(sorted(columns))} are no known format; expected one of: {known}"
+        f"data {source}: columns {', '.join(sorted(columns))} are no known format; expected one of: {known}; "
+        "data.columns gives a column another name"
     )
 
 
-def _turns(value: Any) -> Turns:
-    if value is None:
-        raise RowError("no conversation", "no conversation: it is null")
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise RowError("not a conversation", f"expected a list of turns, got {str(value)[:60]!r}")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise RowError("unknown role", f"turn {number} has role {role!r}; expected one of {', '.join(ROLES)}")
-        if role == "system" and not content:  # how many data sets write "no system turn"
-            continue
-        turns.append(_turn(ROLES[role], content, f"turn {number} ({role})"))
-    return turns
+def unused(form: Format, columns: Sequence[str]) -> list[str]:
+    """Columns that look like something to learn from and are not looked at."""
+    return [column for column in columns if column in KNOWN - {*form.needs, *form.takes, *EVERYWHERE}]
 
 
-def _turn(role: str, content: Any, what: str) -> dict[str, str]:
-    return {"role": role, "content": _text(content, what)}
+def _system(row: RowOf) -> Messages:
+    """The row's own system text as a turn."""
+    return [turn("system", row["system"], "system")] if row.get("system") else []
 
 
-def _text(content: Any, what: str) -> str:
-    if content is None or content == []:
-        raise RowError("empty text", f"no {what}: it is null")
-    if not isinstance(content, str):
-        raise RowError("not text", f"{what}: expected text, got {type(content).__name__}")
-    if not content.strip():
-        raise RowError("empty text", f"no {what}: it is empty")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise RowError("invalid Unicode", f"{what}: half of a surrogate pair; it cannot be written as UTF-8")
-    return content
+def _prompt(row: RowOf) -> Messages:
+    """The turns that a prompt column stands for, the row's system text and history before it."""
+    column = next((name for name in PROMPTS if row.get(name)), None)
+    if column is None:
+        column = next((name for name in PROMPTS if name in row), "prompt")
+    value = row.get(column)
+    if isinstance(value, list):
+        return _system(row) + turns(value)
+    asked = text(value, column)
+    if column == "instruction" and row.get("input"):
+        asked += "\n\n" + text(row["input"], "input")
+    history = row.get("history") or []
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in history):
+        raise RowError("not a history", f"history: expected pairs of a question and an answer, got {history!r:.60}")
+    before = [turn(role, part, "history") for pair in history for role, part in zip(ASKING, pair, strict=True)]
+    return [*_system(row), *before, {"role": "user", "content": asked}]
 
 
-def _split(conversation: Turns, turns: str, system: str | None) -> tuple[Turns, str]:
-    """(the prompt's turns, the real answer) after checking the order of turns."""
-    start = 1 if conversation and conversation[0]["role"] == "system" else 0
-    for number, turn in enumerate(conversation[start:]):
-        expected = ("user", "assistant")[number % 2]
-        if turn["role"] != expected:
-            raise RowError(
-                "turns out of order", f"turn {start + number + 1}: expected the {expected}, got the {turn['role']}"
-            )
-    end = start + 2 if turns == "first" else start + (len(conversation) - start) // 2 * 2
-    if len(conversation) < end or end < start + 2:
-        raise RowError("no answer", "no answer: the conversation has no assistant turn")
-    prompt = conversation[: end - 1]
-    if system is not None and not start:
-        prompt = [{"role": "system", "content": system}, *prompt]
-    return prompt, conversation[end - 1]["content"]
+ASKING = ("user", "assistant")
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # hh-rlhf
 
 
-def _reference(row: Mapping[str, Any], answer: str) -> str | None:
-    """The row's `reference`, else what follows the last #### of the answer (gsm8k), thousands commas taken out."""
-    if row.get("reference") is not None:
-        return str(row["reference"])
-    found = REFERENCE.findall(answer)
-    return found[-1].replace(",", "") if found else None
+def _answer(value: Any, what: str) -> Messages:
+    """An answer: a text, a message, or turns."""
+    if isinstance(value, dict):
+        value = [value]
+    return turns(value) if isinstance(value, list) else [turn("assistant", value, what)]
+
+
+def _side(value: Any, what: str) -> Messages:
+    """One side of a comparison: an answer, or a conversation with it; an hh-rlhf transcript is one."""
+    if isinstance(value, str) and TRANSCRIPT.match(value):
+        _, *parts = TRANSCRIPT.split(value)
+        roles = {"Human": "user", "Assistant": "assistant"}
+        return [turn(roles[who], said, what) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    side = _answer(value, what)
+    if not side:
+        raise RowError("no answer", f"{what}: no turns")
+    return side

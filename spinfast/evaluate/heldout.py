@@ -8,10 +8,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spinfast.evaluate import stopping
 from spinfast.evaluate.answers import score_gsm8k
+from spinfast.evaluate.preferences import (
+    likelihood_metrics,
+    preference_metrics,
+    ranking_metrics,
+    unpaired_metrics,
+)
 from spinfast.evaluate.selfplay import (
     Metrics,
     fresh_opponent_metrics,
@@ -23,29 +29,38 @@ from spinfast.evaluate.selfplay import (
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
-from spinfast.objectives import Pairwise
+from spinfast.objectives import Pairwise, Preference, Unpaired
 from spinfast.policy import Policy
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import Budget, logps_in_cut, within_memory
+from spinfast.train import Budget, logps_in_cut, sequence_logps, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
-OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", "heldout_logps.safetensors", "eval.json")
+LOGPS = "heldout_logps.safetensors"
+OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", LOGPS, "eval.json")
 
 
-def evaluate(run, stage: Stage, previous: Stage, opponent: Adapter, game: Pairwise) -> None:
+def evaluate(
+    run,
+    stage: Stage,
+    previous: Stage,
+    opponent: Adapter,
+    game: Pairwise,
+    judged: tuple[Preference | Unpaired, Sequence[Group]] | None = None,
+) -> None:
     """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the stage started from.
 
-    The base plays itself: previous is its own stage, pair accuracy 0.5, margin 0.
-    Without pairs to play there are no samples and no log-probs of them.
+    SPIN plays its game on held-out prompts; the base plays itself: previous is its own stage, pair accuracy 0.5,
+    margin 0. Without pairs to play there are no samples and no log-probs of them. Elsewhere the data's own answers are
+    scored, and where `judged` says how, their preferences.
     """
-    settings, session = run.config.evaluate, run.session
+    settings, session, metrics = run.config.evaluate, run.session, {}
     text = session.machine.renderer.text
-    problems, players = run.heldout[: settings.problems], run.heldout[: settings.pairs]
-    metrics = greedy_metrics(
-        stage, problems, draw(run, stage, problems, session.sampling(0.0, settings.max_tokens)), text
-    )
-    if players:
+    problems, players = asked(run.heldout)[: settings.problems], run.heldout[: settings.pairs]
+    if problems:
+        answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
+        metrics |= greedy_metrics(stage, problems, answers, text)
+    if players and "spin" in run.config.method:
         generation = run.config.generation
         sampling = session.sampling(generation.temperature, generation.max_tokens)
         samples = draw(run, stage, players, sampling)
@@ -53,7 +68,37 @@ def evaluate(run, stage: Stage, previous: Stage, opponent: Adapter, game: Pairwi
         files.write_text(stage.path("heldout_samples.jsonl"), files.jsonl(rows))
         rivals = read_samples(previous)
         metrics |= play(run.policy, run.budget, stage, players, samples, rivals, opponent, game)
+    elif players:
+        metrics |= likelihood(run, stage, players)
+    if players and judged is not None and judged[1]:
+        metrics |= judge(run, *judged)
     files.write_json(stage.path("eval.json"), metrics)
+
+
+def asked(examples: Sequence[Example]) -> list[Example]:
+    """Those that have a question: plain text has none."""
+    return [example for example in examples if example.messages]
+
+
+def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
+    """The data's answers under the policy, and beside the base's; of ranked ones who is likelier."""
+    groups = [example.group for example in players]
+    logps = np.array(sequence_logps(run.policy, groups, run.budget))[:, 0]
+    save_file({"policy.real": torch.from_numpy(logps)}, stage.path(LOGPS))
+    base = load_file(run.directory.path / "base" / LOGPS)["policy.real"].numpy()
+    metrics = likelihood_metrics(
+        logps, [group.lengths[0] for group in groups], None if stage.method == "base" else base
+    )
+    if ranked := [example.ranked for example in players if example.others]:
+        metrics |= ranking_metrics(ranked, sequence_logps(run.policy, ranked, run.budget))
+    return metrics
+
+
+def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
+    """Preferences on as many held-out groups as pairs are played."""
+    groups = groups[: run.config.evaluate.pairs]
+    logps = sequence_logps(run.policy, groups, run.budget)
+    return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
 
 def greedy_metrics(
@@ -108,7 +153,7 @@ def play(
     columns = {who: answer_columns(groups, logps, players, sides) for who, logps in scored.items()}
     own, before, base = columns["policy"], columns["opponent"], columns.get("base")
     arrays = {f"{who}.{what}": torch.from_numpy(x) for who, has in columns.items() for what, x in has.items()}
-    save_file(arrays, stage.path("heldout_logps.safetensors"))
+    save_file(arrays, stage.path(LOGPS))
     real_lengths = [len(e.real_ids) for e in players]
     sample_lengths = [len(c.token_ids) for c in samples]
     metrics = selfplay_metrics(

@@ -167,10 +167,10 @@ def plan(
     raise UserError(_refusal(smallest, profile, kv_cache, usage(longest, smallest.layers, smallest.offload), longest))
 
 
-def shapes(config: Config, lengths: Sequence[tuple[int, int]], groups_per_step: int) -> list[tuple[int, int]]:
-    """The data's (prompt, answer) token counts; a step of the config's limits where there are none yet."""
-    limits = (config.prompt.max_prompt_tokens, config.prompt.max_answer_tokens)
-    return list(lengths) or [limits] * groups_per_step
+def limits(config: Config, answers: int, groups: int) -> list[Group]:
+    """Groups of so many answers at the config's limits, for when there is no data yet."""
+    prompt, answer = (0,) * config.prompt.max_prompt_tokens, (0,) * config.prompt.max_answer_tokens
+    return [Group(prompt, (answer,) * answers)] * groups
 
 
 def steps(settings: Optimisation, groups: int) -> int:
@@ -256,7 +256,7 @@ def other_phases(
 ) -> dict[str, Usage]:
     """Scoring where there is a reference, the other methods, and generation where the policy's own module does it."""
     phases = {}
-    if heaviest.objective.at_start is not None:
+    if heaviest.objective.reference:
         phases["score"] = run.score(worst_batch(heaviest.groups, tokens))
     for load in others:
         batch = max(([load.groups[i] for i in rows] for rows in bins(load.groups, tokens)), key=len)

@@ -68,7 +68,7 @@ class Phases:
         self, groups: Sequence[Group], objective: Objective, optimizer: str, more_microbatches: bool, timeline=False
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
-        if objective.at_start is not None:
+        if objective.reference:
             groups = [with_reference(group, (0.0,) * len(group.answers)) for group in groups]
         budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
         state = settled(self.policy, optimizer, self.profile.scaled_loss)

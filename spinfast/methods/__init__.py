@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from spinfast.evaluate import heldout
 from spinfast.memory.planner import Load
-from spinfast.methods import sft, spin
+from spinfast.methods import dpo, sft, spin
 from spinfast.methods.phases import base_stage, conclude
 from spinfast.methods.run import Run
 
@@ -21,7 +21,11 @@ class Method:
     load: Callable[..., Load]
 
 
-METHODS = {"sft": Method(sft.sft, sft.load), "spin": Method(spin.spin, spin.load)}
+METHODS = {
+    "sft": Method(sft.sft, sft.load),
+    "spin": Method(spin.spin, spin.load),
+    "dpo": Method(dpo.dpo, dpo.load),
+}
 
 
 def play(run: Run) -> Iterator[dict]:

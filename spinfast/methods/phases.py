@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-
-import torch
-from safetensors.torch import load_file, save_file
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from spinfast import objectives
-from spinfast.config import Optimisation
+from spinfast.config import Optimisation, Watched
 from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
 from spinfast.methods.run import Run
-from spinfast.objectives import Pairwise
+from spinfast.objectives import Nll, Objective, Pairwise, Preference, Unpaired
 from spinfast.policy.adapters import files as adapters
 from spinfast.report.card import write_card
 from spinfast.store import checkpoint, files
+from spinfast.store import reference as references
 from spinfast.store.record import Stage
-from spinfast.train import Epochs, score
+from spinfast.store.reference import Reference
+from spinfast.train import Epochs, score, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
+from spinfast.watch import Losses, Watch
 
-SCORES = "opponent_logps.safetensors"
+REFERENCE = "reference.parquet"
 
 
 def base_stage(run: Run) -> Stage:
@@ -77,38 +80,82 @@ def epochs(run: Run, groups: Sequence[Group], settings: Optimisation, round_numb
     return Epochs(groups, settings.groups_per_step, settings.epochs, run.config.seed * 1009 + round_number)
 
 
-def with_reference(run: Run, stage: Stage, steps: Epochs) -> tuple[Epochs, int]:
-    """The same steps, whose groups are given their log-probs under the policy as it stands: the stage's reference.
+def with_reference(
+    run: Run, stage: Stage, steps: Epochs, of: str = "start", heldout: bool = False
+) -> tuple[Epochs, int | None]:
+    """The same steps, whose groups are given their log-probs under a reference.
 
-    Scored once, in the microbatches of the first epoch. Also returns how many tokens those had.
+    of: "start", the policy as it stands; "base", the model without an adapter; an adapter's directory; or another
+    run's reference.parquet. Scored once, in the microbatches of the first epoch. Also returns how many tokens those
+    had, None if the policy as it stands is not the reference.
     """
-    path = stage.path(SCORES)
-    if not stage.finished("score"):
-        with stage.phase("score", path.name):
-            with run.display.phase(f"{stage.name} score", len(steps.groups), "pairs") as tick:
-                logps_G2, fitted = score(run.policy, steps, run.budget, tick.advance)
-            if not logps_G2.isfinite().all():
-                first = int((~logps_G2.isfinite().all(1)).nonzero()[0])
-                raise UserError(
-                    f"{stage.name}: pair {first} has log-probs {logps_G2[first].tolist()} under the opponent, expected "
-                    f"finite ones; the adapter has diverged (lower {stage.method}.lr) or the base's weights are damaged"
-                )
-            reference = {"adapter": adapters.fingerprint(run.policy.adapter())}  # one entry: their order is not fixed
-            scores = {"logps": logps_G2, "microbatch_tokens": torch.tensor(fitted.microbatch_tokens)}
-            with files.replacing(path) as partial:
-                save_file(scores, partial, metadata=reference)
-    scores = load_file(path)
+    phase, name = ("score heldout", f"heldout_{REFERENCE}") if heldout else ("score", REFERENCE)
+    path, adapter = stage.path(name), adapters.fingerprint(run.policy.adapter())
+    if not stage.finished(phase):
+        model, dtype = run.session.machine.model.revision, str(run.policy.dtype).removeprefix("torch.")
+        with stage.phase(phase, name):
+            if of.endswith(".parquet"):
+                reference = references.read(files.expanded(of), steps.groups)
+                if reference.model != model:
+                    raise UserError(f"reference {of}: of model {reference.model}, expected {model}")
+            else:
+                playing, who = _player(run, of, adapter)
+                with playing, run.display.phase(f"{stage.name} {phase}", len(steps.groups), "groups") as tick:
+                    logps, fitted = score(run.policy, steps, run.budget, tick.advance)
+                reference = Reference(logps, model, who, dtype, fitted.microbatch_tokens)
+            _check_finite(stage, reference.logps)
+            references.write(path, steps.groups, reference)
+    reference = references.read(path, steps.groups)
     given = [
-        objectives.with_reference(group, logps)
-        for group, logps in zip(steps.groups, scores["logps"].tolist(), strict=True)
+        objectives.with_reference(group, logps) for group, logps in zip(steps.groups, reference.logps, strict=True)
     ]
-    return steps.of(given), int(scores["microbatch_tokens"])
+    return steps.of(given), reference.microbatch_tokens if reference.adapter == adapter else None
 
 
-def conclude(run: Run, stage: Stage, last: Stage, start: Adapter, game: Pairwise | None = None) -> dict:
+def _player(run: Run, of: str, adapter: str) -> tuple[AbstractContextManager, str]:
+    """Who scores, and the fingerprint of its adapter."""
+    if of == "start":
+        return nullcontext(), adapter
+    if of == "base":
+        return run.policy.base_only(), ""
+    other = adapters.load(files.expanded(of), run.session.machine.model.revision)
+    return run.policy.playing(other), adapters.fingerprint(other)
+
+
+def _check_finite(stage: Stage, logps: Sequence[Sequence[float]]) -> None:
+    broken = [i for i, sums in enumerate(logps) if not all(map(math.isfinite, sums))]
+    if broken:
+        raise UserError(
+            f"{stage.name}: pair {broken[0]} has log-probs {list(logps[broken[0]])} under the reference, expected "
+            f"finite ones; the adapter has diverged (lower {stage.method}.lr) or the base's weights are damaged"
+        )
+
+
+def watching(run: Run, objective: Objective, settings: Watched, groups: Sequence[Group]) -> Watch | None:
+    """Held-out losses on the way, where the config asks for them."""
+    if not (settings.evaluate_every and groups):
+        return None
+
+    def measure() -> Losses:
+        there, parts = objective.for_step(groups, partial(sequence_logps, run.policy, budget=run.budget))
+        return there.units(parts, sequence_logps(run.policy, parts, run.budget))
+
+    keeps_best, likelihood = settings.keep == "best", isinstance(objective, Nll)
+    return Watch(measure, settings.evaluate_every, settings.patience, keeps_best, likelihood)
+
+
+def conclude(
+    run: Run,
+    stage: Stage,
+    last: Stage,
+    start: Adapter,
+    game: Pairwise | None = None,
+    judged: tuple[Preference | Unpaired, Sequence[Group]] | None = None,
+) -> dict:
     """Evaluate the stage's adapter on held-out data and add its row to results.json.
 
-    `start` is the adapter that the stage started from, `game` what it is played by on held-out pairs.
+    `start` is the adapter that the stage started from, `game` what it is played by on held-out pairs, `judged` the
+    objective and held-out groups, given their reference, by which preferences are held out.
     """
     if stage.after is None:
         run.directory.forget_results()
@@ -116,9 +163,10 @@ def conclude(run: Run, stage: Stage, last: Stage, start: Adapter, game: Pairwise
     if stage.path("metrics.jsonl").exists():
         run.directory.restore_metrics(stage, files.read_jsonl(stage.path("metrics.jsonl")))
     run.policy.restore(adapters.load(stage.path("adapter")))
-    if run.heldout and run.config.evaluate.problems and not stage.finished("evaluate"):
+    looked_at = run.heldout and (run.config.evaluate.problems or run.config.evaluate.pairs)
+    if looked_at and not stage.finished("evaluate"):
         with stage.phase("evaluate", *heldout.OUTPUTS):
-            heldout.evaluate(run, stage, last, start, game or run.game)
+            heldout.evaluate(run, stage, last, start, game or run.game, judged)
     pairs = stage.path("pairs.parquet")
     row = {
         "iteration": stage.label,

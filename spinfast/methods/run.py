@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spinfast.config import Config
 from spinfast.data import load_data
+from spinfast.evaluate.heldout import asked
 from spinfast.generation import Generator, prompt_seed
 from spinfast.memory.planner import Load, StepPlan
 from spinfast.objectives import Pairwise
@@ -99,11 +100,13 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     directory.remember({"model": machine.model.revision} | fingerprints)
     examples = data["data"].examples
     work = loads(config, examples)
+    heldout = data["heldout"].examples if "heldout" in data else []
     plan = _adopted(directory) or plan_steps(config, machine, work)
-    with open_session(config, machine, plan) as session:
+    generates = any(load.generates for load in work) or bool(config.evaluate.problems and asked(heldout))
+    with open_session(config, machine, plan, generates) as session:
         needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
         room.check(directory.path, needed - room.taken(directory.path), "the run")
-        yield begin(session, directory, display, examples, data["heldout"].examples if "heldout" in data else [])
+        yield begin(session, directory, display, examples, heldout)
 
 
 def begin(
@@ -119,7 +122,7 @@ def begin(
         files.write_sealed(plan_path(directory), asdict(session.plan), "plan")
     work = loads(session.config, examples)
     longest = max(packed_length(group) for load in work for group in load.groups)
-    game = next((load.objective for load in work if load.objective.at_start is not None), Pairwise())
+    game = next((load.objective for load in work if isinstance(load.objective, Pairwise)), Pairwise())
     return Run(session, directory, display, examples, heldout, longest, game)
 
 
@@ -127,8 +130,7 @@ def loads(config: Config, examples: Sequence[Example]) -> list[Load]:
     """What each method of the config asks of a step at its fullest; without examples the config's limits count."""
     from spinfast.methods import METHODS
 
-    lengths = [(len(example.prompt_ids), len(example.real_ids)) for example in examples]
-    return [METHODS[name].load(config, lengths) for name in config.method]
+    return [METHODS[name].load(config, examples) for name in config.method]
 
 
 def plan_path(directory: RunDir) -> Path:

@@ -1,29 +1,41 @@
-"""Supervised fine-tuning on the data's answers: mean negative log-likelihood per answer token."""
+"""Supervised fine-tuning on the data's answers: mean negative log-likelihood per scored token.
+
+A row is one answer, all answers of a conversation (data.turns: all), or plain text; of answers that are compared the
+best one is learnt, of labelled ones those that are desirable.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from spinfast.config import Config, at
+from spinfast.errors import UserError
 from spinfast.fit import fit
-from spinfast.memory.planner import Load, shapes, steps
-from spinfast.methods.phases import conclude, epochs
+from spinfast.memory.planner import Load, limits, steps
+from spinfast.methods.phases import conclude, epochs, watching
 from spinfast.methods.run import Run
 from spinfast.objectives import Nll
 from spinfast.store.record import Stage
-from spinfast.types import Group
+from spinfast.types import Example, Group
 
 
 def sft(run: Run, last: Stage) -> Iterator[dict]:
     c, stage = run.config.sft, run.stage("sft", last, "sft")
     start = run.become(last)
-    groups = [Group(example.prompt_ids, (example.real_ids,)) for example in run.examples]
-    fit(run, stage, epochs(run, groups, c, 0), Nll(), c, at(c.lr, 0))
+    watch = watching(run, Nll(), c, learnt(run.heldout))
+    fit(run, stage, epochs(run, learnt(run.examples), c, 0), Nll(), c, at(c.lr, 0), watch=watch)
     yield conclude(run, stage, last, start)
 
 
-def load(config: Config, lengths: Sequence[tuple[int, int]]) -> Load:
+def learnt(examples: Sequence[Example]) -> list[Group]:
+    """What there is to learn from."""
+    return [example.group for example in examples if example.desirable is not False]
+
+
+def load(config: Config, examples: Sequence[Example]) -> Load:
     """Every example once an epoch."""
     c = config.sft
-    groups = [Group((0,) * prompt, ((0,) * answer,)) for prompt, answer in shapes(config, lengths, c.groups_per_step)]
+    groups = learnt(examples) if examples else limits(config, 1, c.groups_per_step)
+    if not groups:
+        raise UserError("method sft: no answer of the data is labelled desirable; expected at least one to learn from")
     return Load("sft", groups, Nll(), c, (steps(c, len(groups)),))

@@ -18,15 +18,17 @@ from collections.abc import Iterator, Sequence
 
 from spinfast.config import Config, at
 from spinfast.data.pairs import make_pairs, read_pairs, write_pairs
+from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.fit import fit
-from spinfast.memory.planner import Load, shapes, steps
+from spinfast.memory.planner import Load, limits, steps
 from spinfast.methods.phases import conclude, epochs, rollout, with_reference
 from spinfast.methods.run import Run
+from spinfast.methods.sft import learnt
 from spinfast.objectives import Pairwise
 from spinfast.store import files
 from spinfast.store.record import Stage
-from spinfast.types import Completion, Group, Pair
+from spinfast.types import Completion, Example, Group, Pair
 
 log = logging.getLogger("spinfast")
 
@@ -81,10 +83,13 @@ def game(config: Config, t: int) -> Pairwise:
     return Pairwise(config.spin.loss, at(config.spin.beta, t))
 
 
-def load(config: Config, lengths: Sequence[tuple[int, int]]) -> Load:
+def load(config: Config, examples: Sequence[Example]) -> Load:
     """Every generated answer at its limit; later iterations have the previous one's pairs as well."""
+    if any(not example.messages or example.scored for example in examples):
+        raise UserError("method spin: needs one prompt and one answer a row, not plain text nor data.turns: all")
     c, generated = config.spin, (0,) * config.generation.max_tokens
-    groups = [Group((0,) * p, ((0,) * a, generated)) for p, a in shapes(config, lengths, c.groups_per_step)]
+    real = learnt(examples) if examples else limits(config, 1, c.groups_per_step)
+    groups = [Group(group.prompt_ids, (*group.answers, generated)) for group in real]
     later = steps(c, len(groups) * (2 if c.mix_previous else 1))
     rounds = (steps(c, len(groups)), *[later] * (c.iterations - 1))
     return Load("spin", groups, game(config, 0), c, rounds, generates=True)

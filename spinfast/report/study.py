@@ -146,7 +146,7 @@ def _log_ratios(run: Run, several: bool) -> list[Plot]:
     changes = {
         stage: [arrays[f"policy.{side}"] - arrays[f"opponent.{side}"] for side in ("real", "rival")]
         for stage, arrays in run.logps.items()
-        if stage != "base"
+        if stage != "base" and "opponent.real" in arrays
     }
     made = []
     for stage, sides in changes.items():

@@ -1,8 +1,8 @@
 """Training checkpoints: safetensors and JSON only, whole or absent, the newest whole one is loaded.
 
-A checkpoint directory holds the trainable adapter, the optimizer's tensors, the counters in state.json and the stage's
-lines of metrics.jsonl so far. Training draws no random numbers (there is no dropout) and the data order is a function
-of seed and step number, so there is no generator's state to keep.
+A checkpoint directory holds the trainable adapter, the optimizer's tensors, the counters in state.json, the stage's
+lines of metrics.jsonl so far and what a watch has seen (watch.py). Training draws no random numbers (there is no
+dropout) and the data order is a function of seed and step number, so there is no generator's state to keep.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from spinfast.policy.adapters import files as adapters
 from spinfast.store import files, room
 from spinfast.train import TrainState
 from spinfast.types import Adapter
+from spinfast.watch import Watched
 
 log = logging.getLogger("spinfast")
 KEPT = 2
 COUNTERS = ("step", "loss_scale", "good_steps", "overflows", "overflows_in_a_row", "recent_norms")
+SEEN = ("step", "loss", "stale")
+LAST_GAIN = "last_gain"
 READ = {".safetensors", ".json", ".jsonl"}
 
 
@@ -38,12 +41,18 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
         for name, parameter in zip(state.names, state.optimizer.param_groups[0]["params"], strict=True)
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }
-    room.check(directory, room.of([*adapter.tensors.values(), *tensors.values()]), "a checkpoint")
+    seen = dict(state.watched.tensors)
+    if state.watched.last_gain is not None:
+        seen[LAST_GAIN] = state.watched.last_gain
+    room.check(directory, room.of([*adapter.tensors.values(), *tensors.values(), *seen.values()]), "a checkpoint")
 
     def fill(path: Path) -> None:
         adapters.save(adapter, path)
         save_file(tensors, path / "optimizer.safetensors")
         counters = {name: getattr(state, name) for name in COUNTERS}
+        if seen:
+            save_file(seen, path / "watched.safetensors")
+            counters["watched"] = {name: getattr(state.watched, name) for name in SEEN}
         (path / "state.json").write_text(json.dumps(counters | {"identity": identity}, indent=2) + "\n")
         (path / "metrics.jsonl").write_text(files.jsonl(rows))
 
@@ -85,6 +94,9 @@ def load_latest(directory: Path, policy: Policy, state: TrainState, identity: di
             state.optimizer.state[parameter] = {
                 key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in entries.items()
             }
+        if "watched" in stored:
+            seen = load_file(path / "watched.safetensors")
+            state.watched = Watched(**stored["watched"], last_gain=seen.pop(LAST_GAIN), tensors=seen)
         return files.read_jsonl(path / "metrics.jsonl")
     return []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from spinfast.errors import UserError
 from spinfast.objectives import Objective, described, restored
 from spinfast.policy.adapters import files as adapters
 from spinfast.store import files
-from spinfast.train import Budget, NonFinite, accumulate, batch_sequence_logps, batches, start_training
+from spinfast.train import Budget, NonFinite, accumulate, batch_sequence_logps, batches, sequence_logps, start_training
 from spinfast.types import Group
 
 STEP = "step.json"
@@ -34,8 +35,8 @@ def keep(run, stage, objective: Objective, error: NonFinite) -> UserError:
         "plan": asdict(plan),
         "objective": described(objective),
         "groups": [
-            {"prompt_ids": group.prompt_ids, "answers": group.answers, "given": dict(group.given)}
-            for group in error.groups
+            {"prompt_ids": g.prompt_ids, "answers": g.answers, "given": dict(g.given), "scored": g.scored}
+            for g in error.groups
         ],
         "model_revision": run.session.machine.model.revision,
         "config": run.config.identity(),
@@ -77,7 +78,12 @@ def replay(directory: Path) -> list[str]:
             f"replay {directory}: {config.model.name} is not the model of the run; put that one in its place"
         )
     groups = [
-        Group(tuple(g["prompt_ids"]), tuple(map(tuple, g["answers"])), {k: _tuples(v) for k, v in g["given"].items()})
+        Group(
+            tuple(g["prompt_ids"]),
+            _tuples(g["answers"]),
+            {name: _tuples(values) for name, values in g["given"].items()},
+            _tuples(g["scored"]),
+        )
         for g in step["groups"]
     ]
     with open_session(config, machine, StepPlan(**step["plan"]), generate=False) as session:
@@ -87,7 +93,9 @@ def replay(directory: Path) -> list[str]:
 
 def _diagnosis(session, step: dict, groups: Sequence[Group]):
     policy, objective, device = session.policy, restored(step["objective"]), session.machine.device
-    packed = batches(groups, Budget(step["plan"]["microbatch_tokens"], device.attention))
+    budget = Budget(step["plan"]["microbatch_tokens"], device.attention)
+    objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
+    packed = batches(groups, budget)
     for batch in packed:
         logps_S = batch_sequence_logps(policy, batch)
         owners = [row for row in batch.rows for _ in groups[row].answers]

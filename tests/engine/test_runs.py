@@ -124,7 +124,7 @@ def test_killed_while_vllm_generates(tiny_model, tmp_path):
         prompt={"max_prompt_tokens": 64},
         generation={"backend": "vllm", "max_tokens": 32, "batch_size": 4, "kv_cache_gib": 0.1},
         spin={"iterations": 1, "groups_per_step": 50},
-        evaluate={"problems": 0},
+        evaluate={"problems": 0, "pairs": 0},
     )
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(48)]
     rows.insert(7, {"question": "What is " + "1 + " * 100, "answer": "#### 100"})

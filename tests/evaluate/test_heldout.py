@@ -48,7 +48,7 @@ def test_an_early_stop_waits_for_the_iterations_it_was_asked_for_and_ends_the_ru
 
 def test_settings_of_the_game_that_cannot_have_an_effect_are_told(tmp_path, tiny_model):
     spin = {"iterations": 1, "stop_patience": 1, "lr": [1e-3, 1e-4], "beta": [0.1]}
-    run_dir = play(tmp_path, tiny_model("llama"), spin=spin, evaluate={"problems": 0})
+    run_dir = play(tmp_path, tiny_model("llama"), spin=spin, evaluate={"problems": 0, "pairs": 0})
     log = (run_dir / "log.txt").read_text()
     assert "spin.stop_patience has no use" in log
     assert "spin.lr has 2 values, only the first 1" in log

@@ -25,7 +25,7 @@ ITERATION = [
     "heldout_logps.safetensors",
     "heldout_samples.jsonl",
     "metrics.jsonl",
-    "opponent_logps.safetensors",
+    "reference.parquet",
     "pairs.parquet",
     "phases.json",
     "rejected.json",

@@ -1,0 +1,197 @@
+"""Rows of a data set -> Examples: every row checked and rendered, rejections counted.
+
+Faults of a row (no answer, nothing but spaces, turns that the template refuses) are errors that name the row;
+properties that data sets may well have (over-long texts, duplicates) are counted and left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from spinfast.data.conversations import RowError, learnt, template_variables, unpadded, with_system
+from spinfast.data.formats import Row, recognise, unused
+from spinfast.data.renderer import Renderer
+from spinfast.data.sources import choose_rows, open_table
+from spinfast.errors import UserError
+from spinfast.evaluate.references import reference_of
+from spinfast.types import Example
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    examples: list[Example]
+    rejected: dict[str, int]  # reason -> count
+    warnings: list[str]
+    fingerprint: str = field(repr=False)  # sha256 of what the run sees: rows, token ids, references
+
+
+def load_examples(
+    source: str,
+    *,
+    renderer: Renderer,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    overlong: Literal["drop", "cut"] = "drop",
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    turns: Literal["first", "last", "all"] = "first",
+    system: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
+) -> LoadedData:
+    """Read, check and render a data set.
+
+    `size` rows are chosen by a shuffle that depends on `seed` alone. `turns` says which answers of a longer
+    conversation are learnt from. `system` is put before conversations that have no system turn. `columns` maps a
+    recognised column's name to the data's ({"question": "problem"}). `bad_rows` "skip" counts faulty rows as rejected.
+    `overlong` "cut" keeps the beginning of answers that are too long, which then have no end-of-turn token.
+    """
+    table = open_table(source, subset=subset, split=split, revision=revision, rows=size, seed=seed)
+    columns = dict(columns or {})
+    if missing := sorted(set(columns.values()) - set(table.columns)):
+        raise UserError(f"data {source}: no column {missing[0]!r}; columns are {', '.join(table.columns)}")
+    named = [*(column for column in table.columns if column not in columns.values()), *columns]
+    form = recognise(source, set(named))
+
+    chosen = choose_rows(table, size, seed)
+    examples: list[Example] = []
+    rejected: Counter[str] = Counter()  # rows
+    noted: Counter[str] = Counter()  # rows that are used, but not whole
+    seen: set[tuple] = set()
+    for index in chosen:
+        try:
+            given = table.row(index)
+            given |= {name: given.get(actual) for name, actual in columns.items()}
+            row = form.parse(unpadded(given))
+            example, also = render(row, given, index, renderer, turns, system)
+            example, cut = fitted(example, max_prompt_tokens, max_answer_tokens, overlong)
+        except TooLong as error:
+            rejected[error.reason] += 1
+            continue
+        except RowError as error:
+            if bad_rows == "error":
+                raise UserError(f"{table.where(index)}: {error}") from None
+            rejected[error.reason] += 1
+            continue
+        known = (example.prompt_ids, example.real_ids, example.others, example.desirable)
+        if example.real_ids in example.others:
+            rejected["chosen equals rejected"] += 1
+        elif known in seen:
+            rejected["duplicate"] += 1
+        else:
+            seen.add(known)
+            noted.update([*also, *cut])
+            examples.append(example)
+    if not examples:
+        raise UserError(
+            f"data {source}: all {len(chosen)} rows were rejected ({_counts(rejected)}); raise "
+            "prompt.max_prompt_tokens or prompt.max_answer_tokens, or use other data"
+        )
+    warnings = []
+    if size is not None and len(chosen) < size:
+        warnings.append(f"data {source}: asked for {size} rows, it has {len(chosen)}")
+    if rejected:
+        warnings.append(f"data {source}: {rejected.total()} of {len(chosen)} rows rejected ({_counts(rejected)})")
+    warnings += [f"data {source}: {count} rows {what}" for what, count in noted.items()]
+    if ignored := unused(form, named):
+        verb = "is" if len(ignored) == 1 else "are"
+        warnings.append(f"data {source}: read as {' + '.join(form.needs)}; {', '.join(ignored)} {verb} not used")
+    return LoadedData(examples, dict(rejected), warnings, _fingerprint(examples))
+
+
+class TooLong(Exception):
+    """A property of the data, not a fault of the row."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def render(
+    row: Row, given: Mapping, index: int, renderer: Renderer, turns: str, system: str | None
+) -> tuple[Example, list[str]]:
+    """The row as an example, and what of it is worth telling. Raises RowError."""
+    if row.text is not None:
+        rendered = renderer.text_ids(row.text)
+        return Example(index, (), row.text, rendered.prompt_ids, rendered.answer_ids), []
+    conversation = with_system(row.conversation, system)
+    start = len(conversation) - 1 if row.which else 0
+    positions = learnt(conversation, row.which or turns, start)
+    template = template_variables(given)
+    rendered = renderer.conversation(conversation, positions, template)
+    others = []
+    for worse in row.worse:
+        other = renderer.conversation([*conversation[:-1], worse], positions, template)
+        if other.prompt_ids != rendered.prompt_ids:
+            raise RowError("no shared prompt", "the chat template writes the prompt otherwise before another answer")
+        others.append(other.answer_ids)
+    messages, answer = conversation[: positions[0]], conversation[positions[0]]["content"]
+    example = Example(
+        index,
+        tuple(messages),
+        answer,
+        rendered.prompt_ids,
+        rendered.answer_ids,
+        reference_of(given, answer),
+        rendered.scored,
+        tuple(others),
+        row.desirable,
+    )
+    texts = [message["content"] for message in (*conversation[: positions[-1] + 1], *row.worse)]
+    noted = {
+        "spell control tokens in their text; they are kept as text": any(map(renderer.has_control_tokens, texts)),
+        f"have answers that are not learnt from (data.turns: {turns})": not row.which
+        and turns != "all"
+        and len(learnt(conversation, "all")) > len(positions),
+        "have answers of equal score; the first of them is taken": row.equal > 0,
+    }
+    return example, [what for what, holds in noted.items() if holds]
+
+
+def fitted(
+    example: Example, max_prompt_tokens: int, max_answer_tokens: int, overlong: str
+) -> tuple[Example, list[str]]:
+    """The example within the limits, and whether it was cut. Raises TooLong."""
+    if len(example.prompt_ids) > max_prompt_tokens:
+        raise TooLong(f"prompt longer than {max_prompt_tokens} tokens")
+    if max(map(len, (example.real_ids, *example.others))) <= max_answer_tokens:
+        return example, []
+    if overlong == "drop":
+        raise TooLong(f"answer longer than {max_answer_tokens} tokens")
+    whole, kept = example, slice(max_answer_tokens)
+    example = replace(
+        example,
+        real_ids=whole.real_ids[kept],
+        scored=whole.scored and whole.scored[kept],
+        others=tuple(answer[kept] for answer in whole.others),
+    )
+    return example, [f"have answers that are cut after {max_answer_tokens} tokens"]
+
+
+def check_overlap(train: Sequence[Example], heldout: Sequence[Example]) -> int:
+    """How many held-out prompts also occur in training, letter case and white space aside."""
+    known = {_plain(example) for example in train}
+    return sum(_plain(example) in known for example in heldout)
+
+
+def _plain(example: Example) -> str:
+    asked = [m["content"] for m in example.messages if m["role"] != "system"] or [example.answer]
+    return " ".join(" ".join(asked).casefold().split())
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(repr((e.index, e.prompt_ids, e.real_ids, e.reference, e.scored, e.others, e.desirable)).encode())
+    return digest.hexdigest()

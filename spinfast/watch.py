@@ -1,0 +1,79 @@
+"""Held-out losses while a stage trains: when to stop, and which adapter to keep.
+
+A loss is the objective's own on held-out groups, unit by unit (an answer weighted by its tokens in SFT, a pair in DPO).
+A gain counts if it is more than two standard errors of the paired differences from the last loss that was one, so a
+slow descent adds up to one, and rounding never does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from spinfast.policy import Policy
+from spinfast.types import Adapter
+
+Losses = tuple[torch.Tensor, torch.Tensor]  # (U,) losses and weights, fp64; their ratio of sums is the loss
+ROUNDING = 1e-6  # relative; losses nearer than this are equal
+
+
+def ratio(losses: Losses) -> tuple[float, float]:
+    """The mean of weighted units and its standard error (delta method), 0 for a single unit."""
+    values, weights = losses
+    mean = (values.sum() / weights.sum()).item()
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, (values - mean * weights).std().item() * math.sqrt(len(values)) / weights.sum().item()
+
+
+@dataclass
+class Watched:
+    """What was seen so far; a checkpoint holds it."""
+
+    step: int = 0  # of the adapter with the least loss
+    loss: float = math.inf  # its loss
+    stale: int = 0  # losses in a row that were no gain
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's
+    last_gain: torch.Tensor | None = None  # (U,) the losses that were the last gain
+
+
+@dataclass(frozen=True)
+class Watch:
+    """measure() -> the policy's held-out losses as it stands; every so many steps. patience 0: never stop."""
+
+    measure: Callable[[], Losses]
+    every: int
+    patience: int
+    keeps_best: bool = False
+    likelihood: bool = False  # the loss is per token, its exponential a perplexity
+
+    def look(self, step: int, policy: Policy, seen: Watched) -> dict[str, float]:
+        """Measure, note what was seen, and return the figures of a metrics line."""
+        values, weights = self.measure()
+        loss, stderr = ratio((values, weights))
+        gained = seen.last_gain is None
+        if not gained:
+            gain, error = ratio((seen.last_gain - values, weights))
+            gained = gain > max(2 * error, ROUNDING * abs(loss))
+        seen.stale = 0 if gained else seen.stale + 1
+        seen.last_gain = values if gained else seen.last_gain
+        if loss < seen.loss - ROUNDING * abs(loss):
+            seen.step, seen.loss, seen.tensors = step, loss, policy.adapter().tensors
+        figures = {"heldout/loss": loss, "heldout/loss_stderr": stderr}
+        if self.likelihood:
+            figures |= {"heldout/perplexity": math.exp(loss), "heldout/perplexity_stderr": math.exp(loss) * stderr}
+        return figures
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self.every == 0 or step == last
+
+    def stops(self, seen: Watched) -> bool:
+        return bool(self.patience) and seen.stale >= self.patience
+
+
+def best_adapter(policy: Policy, seen: Watched) -> Adapter:
+    """The adapter with the least held-out loss."""
+    return Adapter(policy.adapter().config, seen.tensors)
