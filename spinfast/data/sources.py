@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spinfast.data import problems
 from spinfast.errors import UserError
 from spinfast.store.files import expanded
 
@@ -160,26 +161,19 @@ def _hub(source: str, subset: str | None, split: str, revision: str | None) -> T
 
 
 def _reasoning_gym(source: str, split: str, rows: int | None, seed: int) -> Table:
-    if source != "reasoning_gym:gsm_symbolic":
-        raise UserError(f"data {source}: only reasoning_gym:gsm_symbolic has worked solutions to learn from")
+    make = problems.SOURCES.get(source.removeprefix("reasoning_gym:"))
+    if make is None:
+        raise UserError(f"data {source}: only {', '.join(problems.SOURCES)} have worked solutions to learn from")
     if rows is None:
         raise UserError(f"data {source}: the problems are made on demand; set data.size to a number")
     try:
         import reasoning_gym
     except ModuleNotFoundError:
         raise UserError(f"data {source}: needs the package: pip install reasoning-gym") from None
-    # Its problem i is drawn from seed + i: neighbouring seeds would share problems between training and held-out sets.
-    key = hashlib.blake2b(f"{split}/{seed}".encode(), digest_size=6).digest()
-    problems = reasoning_gym.create_dataset("gsm_symbolic", size=rows, seed=int.from_bytes(key, "big"))
-
-    def row(i: int) -> dict[str, Any]:
-        problem = problems[i]
-        steps = re.sub(r"\n?####[^\n]*\Z", "", problem["metadata"]["answer_cot"].rstrip())
-        answer = problem["answer"]
-        return {"question": problem["question"], "answer": f"{steps}\n#### {answer}", "reference": answer}
-
-    columns = ("question", "answer", "reference")
-    return Table(source, columns, rows, row, lambda i: f"{source}, problem {i + 1}", shuffled=True)
+    made = make(reasoning_gym.create_dataset, split, rows, seed)
+    return Table(
+        source, tuple(made[0]), len(made), made.__getitem__, lambda i: f"{source}, problem {i + 1}", shuffled=True
+    )
 
 
 def choose_rows(table: Table, size: int | None, seed: int) -> Sequence[int]:
