@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from rich.console import Console
@@ -116,6 +118,10 @@ def matmul_rate(device: DeviceProfile, width: int, inner: int) -> float:
 
 
 def sample_text(renderer: Renderer, example: Example) -> Text:
-    """The rendered conversation; what the loss is computed on is green, the rest dim."""
+    """The rendered conversation; what is learnt is green, answers that are worse red, the rest dim."""
     decode = renderer.tokenizer.decode
-    return Text.assemble((decode(example.prompt_ids), "dim"), (decode(example.real_ids), "bold green"))
+    flags = example.scored or (True,) * len(example.real_ids)
+    spans = groupby(zip(flags, example.real_ids, strict=True), key=itemgetter(0))
+    parts = [(decode([token for _, token in span]), "bold green" if learnt else "dim") for learnt, span in spans]
+    worse = [("\n" + decode(answer), "red") for answer in example.others]
+    return Text.assemble((decode(example.prompt_ids), "dim"), *parts, *worse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -121,10 +122,12 @@ def check_first_loss(
 def summary(rows: Sequence[dict]) -> dict[str, float]:
     """The training phase in a few figures, from its metrics lines; losses are those of steps that were made."""
     losses = [row["train/loss"] for row in rows if not isinstance(row["train/loss"], str)]  # "nan" was skipped
-    last = rows[-1]
+    last, early = rows[-1], rows[1 : len(rows) // 4]
     names = [name for name in last if name.startswith("train/")]
+    accuracies = [row["rewards/accuracies"] for row in early if "rewards/accuracies" in row]
     return {
         "steps": last["step"],
+        **({"early_accuracy": statistics.mean(accuracies)} if len(accuracies) > 2 else {}),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         **{f"last/{name.removeprefix('train/')}": last[name] for name in names if name != "train/loss"},

@@ -7,7 +7,11 @@ from pathlib import Path
 
 def label(iteration: str | int) -> str:
     """A row of results.json: a stage that is alone of its method by its name, others by their number."""
-    return f"iteration {iteration}" if isinstance(iteration, int) else {"sft": "SFT"}.get(iteration, iteration)
+    return (
+        f"iteration {iteration}"
+        if isinstance(iteration, int)
+        else {"sft": "SFT", "dpo": "DPO"}.get(iteration, iteration)
+    )
 
 
 def control_of(run: Path) -> Path | None:

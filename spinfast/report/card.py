@@ -28,6 +28,7 @@ MADE_BY = {  # method, or control -> how its adapters were made
     "base": "nothing yet: it is the one before any training",
     "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
     "sft": "supervised fine-tuning on the real answers",
+    "dpo": "direct preference optimisation (DPO, arXiv 2305.18290, or one of its family) on answers that were compared",
     "shuffled": "a control of self-play fine-tuning, not a model to use: generated answers belong to other prompts",
     "coin": "a control of self-play fine-tuning, not a model to use: a coin said which answer counts as real",
 }
@@ -109,6 +110,9 @@ def _settings(run: Run, stage: str) -> str:
     if method == "spin":
         name += f" of {used['iterations']} iterations"
         game = [f"beta {_list(used['beta'])}", f"{used['loss']} loss"]
+    elif method == "dpo":
+        losses = " + ".join(f"{weight:g} {loss}" for loss, weight in used["loss"].items())
+        game = [f"loss {losses}", f"beta {used['beta']}"]
     steps = [f"{used['epochs']} epoch(s)", f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"]
     return ", ".join([name, *game, f"learning rate {_list(used['lr'])}", *steps])
 

@@ -22,8 +22,13 @@ MAX_TRANSCRIPTS = 300  # problems shown per run, so that the file stays small
 COLUMNS = {  # metric -> (heading, digits, factor)
     "heldout/accuracy_strict": ("accuracy strict, %", 1, 100),
     "heldout/accuracy_flexible": ("accuracy flexible, %", 1, 100),
+    "heldout/preference_accuracy": ("preference accuracy", 2, 1),
+    "heldout/chosen_likelier": ("chosen likelier", 2, 1),
+    "heldout/perplexity": ("perplexity", 3, 1),
     "heldout/pair_accuracy": ("pair accuracy", 2, 1),
     "heldout/margin": ("margin", 3, 1),
+    "heldout/chosen_logp_change": ("Δ log p(chosen)", 2, 1),
+    "heldout/rejected_logp_change": ("Δ log p(rejected)", 2, 1),
     "heldout/real_logp_vs_base": ("Δ log p(real)", 2, 1),
     "heldout/generated_logp_vs_base": ("Δ log p(generated)", 2, 1),
     "fresh/auc_log_ratio": ("fresh AUC", 2, 1),
@@ -35,8 +40,8 @@ COLUMNS = {  # metric -> (heading, digits, factor)
 SECTIONS = {
     "training": (
         "Training",
-        "What the optimizer saw. The first loss of every iteration is that of margin 0 (ln 2 if it is logistic), or "
-        "something is wrong.",
+        "What the optimizer saw in the run's last method. Where there is a reference the first loss is that of margin 0 "
+        "(ln 2 if it is logistic), or something is wrong.",
     ),
     "heldout": ("Held-out problems", "Never trained on; whiskers are 95 % intervals."),
     "ratios": (
@@ -47,6 +52,10 @@ SECTIONS = {
     "machine": ("Time and memory", "As measured while the run went on."),
 }
 
+PLAYED = {  # method -> what it is told beside its optimizer
+    "spin": lambda c: f"{c['iterations']} iterations, beta = {c['beta']}, {c['loss']} loss",
+    "dpo": lambda c: f"loss {' + '.join(f'{w:g} {name}' for name, w in c['loss'].items())}, beta = {c['beta']}",
+}
 VERDICTS = {"better": ("better", "▲"), "worse": ("worse", "▼"), "within noise": ("noise", "≈")}  # CSS class, sign
 NAMED = 3  # runs that the title names; of more it gives the number
 
@@ -303,9 +312,7 @@ def _setup(runs: Sequence[Run]) -> str:
             "training data": f"{c['data']['source']} ({c['data']['size'] or 'all'} examples)",
             "held-out data": c["heldout"]["source"] if c["heldout"] else "none",
             "adapter": f"LoRA r = {a['r']}, alpha = {a['alpha']:g}, on {a['target_modules']}",
-            "game": f"{c['spin']['iterations']} iterations, beta = {c['spin']['beta']}, {c['spin']['loss']} loss"
-            if "spin" in c["method"]
-            else "none",
+            **{name: fact(c[name]) for name, fact in PLAYED.items() if name in c["method"]},
             **{
                 f"optimizer, {method}": f"{c[method]['optimizer']}, lr = {c[method]['lr']}, "
                 f"{c[method]['epochs']} epochs, {c[method]['groups_per_step']} groups per step"

@@ -29,6 +29,9 @@ TRAINING = {  # metric -> (title, level)
     "train/pair_accuracy": ("Training pair accuracy", (0.5, "chance")),
     "train/real_logp_change": ("log p(real), change since the round began", (0.0, "")),
     "train/generated_logp_change": ("log p(generated), change since the round began", (0.0, "")),
+    "train/chosen_logp_change": ("log p(chosen), change since the stage began", (0.0, "")),
+    "train/rejected_logp_change": ("log p(rejected), change since the stage began", (0.0, "")),
+    "heldout/loss": ("Held-out loss on the way", None),
     "train/grad_norm": ("Gradient norm before clipping", None),
     "train/lr": ("Learning rate", None),
     "train/loss_scale": ("Loss scale", None),
@@ -36,6 +39,8 @@ TRAINING = {  # metric -> (title, level)
 HELDOUT = {
     "heldout/accuracy_strict": ("Accuracy, strict", None),
     "heldout/accuracy_flexible": ("Accuracy, flexible", None),
+    "heldout/preference_accuracy": ("Preference accuracy", (0.5, "chance")),
+    "heldout/chosen_likelier": ("Chosen answers likelier per token", (0.5, "chance")),
     "heldout/pair_accuracy": ("Pair accuracy", (0.5, "chance")),
     "heldout/margin": ("Margin", (0.0, "")),
     "heldout/real_logp_vs_base": ("log p(real), change from the base", (0.0, "")),
@@ -87,10 +92,10 @@ def plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
-    """Steps of self-play end to end; the SFT stage minimises something else and is left out."""
+    """Steps of the run's last method end to end; those before it minimise something else and are left out."""
     series, marks = [], {}
     for position, run in enumerate(runs):
-        points = [row for row in run.steps if run.method(row["stage"]) == "spin" and metric in row]
+        points = [row for row in run.steps if run.method(row["stage"]) == run.config["method"][-1] and metric in row]
         offset = 0
         for stage, rows in groupby(points, key=lambda row: row["stage"]):
             rows = list(rows)
@@ -109,9 +114,9 @@ def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
 
 def _first_loss(runs: Sequence[Run]) -> tuple[float, str] | None:
     """What every iteration starts at, by the loss that was trained; None where iterations or runs differ in it."""
-    played = [run.config["spin"] for run in runs]
+    played = [run.config["spin"] for run in runs if run.config["method"][-1] == "spin"]
     found = {loss_at_zero_margin(c["loss"], beta) for c in played for beta in c["beta"][: c["iterations"]]}
-    if len(found) != 1:
+    if len(found) != 1 or len(played) < len(runs):
         return None
     (value,) = found
     return value, "ln 2" if value == math.log(2) else "l(0)"
