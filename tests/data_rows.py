@@ -98,7 +98,7 @@ FORMATS: dict[str, tuple[str, list[dict]]] = {  # what it is -> (who learns from
     ),
 }
 TOOLS = (  # a ChatML template that writes tools, calls and reasoning
-    "{% if tools %}<|im_start|>system\nTools: {{ tools | map(attribute='function.name') | join }}<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n{{ tools | map(attribute='function.name') | join }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.reasoning_content %}{% if enable_thinking %}<think>{{ m.reasoning_content }}</think>{% endif %}{% endif %}"
     "{{ m.content or '' }}{% for c in m.tool_calls %}<call>{{ c.function.name }}</call>{% endfor %}"

@@ -4,8 +4,8 @@
     chain_sum         sums of two or three one-digit numbers, a line per step
     chain_sum/pairs   the same with a wrong solution beside the right one, to be compared
 
-Problem i is drawn from seed + i in reasoning-gym: neighbouring seeds would share problems, so the seed is hashed with the
-split's name. There are few one-digit sums; which split one belongs to is decided by its own text, and none occurs twice.
+Problem i is drawn from seed + i in reasoning-gym: neighbouring seeds would share problems, so the seed is hashed with
+the split's name. There are few one-digit sums: its own text decides which split one belongs to, and none occurs twice.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def _chosen_falls(row: Row, previous: Row) -> str | None:
     if change and _below(change, 0.0):
         return (
             f"log p(chosen) fell by {-change['value']:.2f} nats per answer on held-out pairs. The margin grows because "
-            "rejected answers are pushed down, not because chosen ones are learnt. Try a smaller learning rate, a larger "
-            "beta, a likelihood term (dpo.loss {sigmoid: 1, sft: 1}), or SFT on the chosen answers first."
+            "rejected answers are pushed down, not because chosen ones are learnt. Try a smaller learning rate, a "
+            "larger beta, a likelihood term (dpo.loss {sigmoid: 1, sft: 1}), or SFT on the chosen answers first."
         )
     return None
 
@@ -52,8 +52,8 @@ def _longer_wins(row: Row, previous: Row) -> str | None:
     if row["method"] == "dpo" and longer and not 0.2 < longer["value"] < 0.8:
         share, word = max((longer["value"], "longer"), (1 - longer["value"], "shorter"))
         return (
-            f"the chosen answer is the {word} one in {share:.0%} of the held-out comparisons: a policy can win by length "
-            "alone. Look at lengths before and after; a loss per token (simpo, ipo, sigmoid_norm) is less drawn to it."
+            f"the chosen answer is the {word} one in {share:.0%} of the held-out comparisons: a policy can win by "
+            "length alone. Look at lengths before and after; a loss per token (simpo, ipo, sigmoid_norm) is less drawn to it."
         )
     return None
 
@@ -62,8 +62,8 @@ def _told_apart_at_once(row: Row, previous: Row) -> str | None:
     early = row["train"].get("early_accuracy")
     if early is not None and early > 0.98:
         return (
-            f"{early:.0%} of the pairs were told apart within the first quarter of the steps. Chosen and rejected differ "
-            "by something easy (format, length, an end token, another model's style); what more is learnt is that."
+            f"{early:.0%} of the pairs were told apart within the first quarter of the steps. Chosen and rejected "
+            "differ by something easy (format, length, an end token, another model's style); what more is learnt is that."
         )
     return None
 
@@ -72,8 +72,8 @@ def _forgets(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/nll") for r in (row, previous))
     if row["method"] == "sft" and now and before and now["value"] > before["value"] and _apart(now, before):
         return (
-            f"the held-out loss rose from {before['value']:.3f} to {now['value']:.3f} nats per token: the data is learnt "
-            "by heart. Fewer epochs, a smaller learning rate, or sft.evaluate_every with keep: best."
+            f"the held-out loss rose from {before['value']:.3f} to {now['value']:.3f} nats per token: the data is "
+            "learnt by heart. Fewer epochs, a smaller learning rate, or sft.evaluate_every with keep: best."
         )
     return None
 
