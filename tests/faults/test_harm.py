@@ -32,6 +32,20 @@ ITERATION = [
     "stage.json",
     "train.json",
 ]
+PREFERENCES = [
+    "adapter/README.md",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/manifest.json",
+    "eval.json",
+    "heldout_logps.safetensors",
+    "heldout_reference.parquet",
+    "metrics.jsonl",
+    "phases.json",
+    "reference.parquet",
+    "stage.json",
+    "train.json",
+]
 OF_THE_RUN = [
     "best.json",
     "environment.json",
@@ -75,6 +89,19 @@ def test_a_harmed_file_of_an_iteration_is_made_again(played, name, harm, capsys)
     if name not in ("adapter/README.md", "stage.json") and (name, harm) != ("phases.json", "removed"):
         said = (run_dir / "log.txt").read_text()
         assert "is not as it was written" in said or "was made again" in said
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_harmed_file_of_a_dpo_stage_is_made_again(preference_runs, tmp_path, name, harm, capsys):
+    stage = preference_runs.undisturbed / "dpo"
+    assert sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()) == PREFERENCES
+    run_dir = shutil.copytree(preference_runs.undisturbed, tmp_path / "run")
+    other = run_dir / "sft" / name
+    harm_file(run_dir / "dpo" / name, harm, other=other if other.exists() else run_dir / "sft" / "train.json")
+    assert main([str(preference_runs.config), "--run-dir", str(run_dir)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert differing(computed(run_dir), computed(preference_runs.undisturbed)) == set()
 
 
 def test_an_early_file_harmed_leaves_later_rounds_as_they_are(played):

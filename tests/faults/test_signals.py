@@ -24,6 +24,16 @@ REACHED = {  # phase -> the file whose existence says that it has begun
     "next train": "iter_001/checkpoints",
 }
 
+PREFERENCES = {
+    "sft train": "sft/checkpoints",
+    "score": "dpo/stage.json",
+    "score heldout": "dpo/reference.parquet",
+    "dpo train": "dpo/checkpoints",
+    "evaluate": "dpo/train.json",
+}
+PHASES = [("runs", name, path) for name, path in REACHED.items()]
+PHASES += [("preference_runs", name, path) for name, path in PREFERENCES.items()]
+
 
 def wait_for(path, process):
     while not path.exists():
@@ -32,11 +42,12 @@ def wait_for(path, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("phase", REACHED)
-def test_a_signal_in_each_phase(runs, phase, number):
+@pytest.mark.parametrize(("kind", "phase", "reached"), PHASES)
+def test_a_signal_in_each_phase(request, kind, phase, reached, number):
+    runs = request.getfixturevalue(kind)
     run_dir = runs.new("stopped")
     process = runs.start("stopped")
-    wait_for(run_dir / REACHED[phase], process)
+    wait_for(run_dir / reached, process)
     asked = time.monotonic()
     os.kill(process.pid, number)
     code = runs.finish(process)

@@ -21,7 +21,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
         "spinfast.run",
-        "spinfast.methods.spin",
+        "spinfast.methods",
         "spinfast.methods.controls",
         "spinfast.environment",
         "spinfast.generation.transformers",
@@ -48,12 +48,16 @@ def _child(argv: list[str], output: str, before: Callable[[], None] | None) -> N
 
 
 class Runs:
-    """Runs of one tiny config (SFT, two iterations, a checkpoint at every step), each in a directory of its own."""
+    """Runs of one tiny config (SFT, two iterations, a checkpoint at every step), each in a directory of its own.
+
+    Or of the directory's own config.yaml, where it has one.
+    """
 
     def __init__(self, directory: Path, model: Path, **sections):
-        self.directory = directory
-        always = {"sft": {"groups_per_step": 6}, "train": {"save_every_steps": 1}}
-        self.config = write_config(directory, model, **(always | sections))
+        self.directory, self.config = directory, directory / "config.yaml"
+        if not self.config.exists():
+            always = {"sft": {"groups_per_step": 6}, "train": {"save_every_steps": 1}}
+            write_config(directory, model, **(always | sections))
         self.output = directory / "output.txt"
         self.undisturbed = directory / "undisturbed"
         assert self.finish(self.start("warm-up", "no.such.key=1")) == 2  # the server has imported everything now
@@ -113,8 +117,8 @@ def differing(mine: dict[str, object], other: dict[str, object]) -> set[str]:
 
 def place(run_dir: Path) -> str:
     """The phase a run was in when it ended: what comes after the last one that it finished."""
-    order = ["save", "generate", "pair", "score", "train", "evaluate"]
-    stages = [name for name in ("base", "sft", "iter_000", "iter_001") if (run_dir / name).is_dir()]
+    order = ["save", "generate", "pair", "score", "score heldout", "train", "evaluate"]
+    stages = [name for name in ("base", "sft", "iter_000", "iter_001", "dpo") if (run_dir / name).is_dir()]
     if not stages:
         return "start"
     path = run_dir / stages[-1] / "phases.json"
