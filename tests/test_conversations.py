@@ -188,3 +188,4 @@ def test_arrow_pads_objects_with_nulls():
     assert unpadded(padded[0])["tools"][1] == other
     assert unpadded(padded[0])["tools"][0]["function"]["name"] == "get_weather"
     assert unpadded(padded[1]) == {}
+    assert template_variables(padded[0])["tools"][1] == other
