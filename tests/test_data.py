@@ -1,11 +1,12 @@
 """Data sets: every format from every kind of file, every fault named by its row, nothing drawn twice."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fixtures import SPECIAL, tiny_tokenizer
+from fixtures import CHATML, SPECIAL, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def test_formats(tmp_path, name, suffix):
     (example,) = load(write(tmp_path / f"data{suffix}", [FORMATS[name]])).examples
     assert (example.index, example.messages, example.answer) == (0, (USER,), A)
     assert example.prompt_ids == RENDERER.prompt_ids([USER])
-    assert example.real_ids == RENDERER.answer_ids([USER], A)
+    assert example.real_ids == RENDERER.example_ids([USER], A)[1]
     assert example.reference == "1012"
 
 
@@ -115,10 +116,9 @@ def test_columns_are_renamed(tmp_path):
         ({"question": Q, "answer": " \n"}, "no answer: it is empty"),
         ({"question": "", "answer": A}, "no question: it is empty"),
         ({"messages": [USER]}, "the conversation has no assistant turn"),
-        ({"messages": [ASSISTANT, USER]}, "turn 1: expected the user, got the assistant"),
-        ({"messages": [USER, USER, ASSISTANT]}, "turn 2: expected the assistant, got the user"),
-        ({"messages": [{"role": "system", "content": "S"}, ASSISTANT]}, "turn 2: expected the user, got the assistant"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "turn 2 has role 'tool'"),
+        ({"messages": [ASSISTANT, USER]}, "the conversation has no assistant turn after a user's"),
+        ({"messages": [{"role": "system", "content": "S"}, ASSISTANT]}, "no assistant turn after a user's"),
+        ({"messages": [USER, {"role": "critic", "content": "x"}]}, "turn 2 has role 'critic'"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"no turn 2 \(assistant\): it is null"),
         ({"question": ["x"], "answer": A}, "question: expected text, got list"),
         ({"conversations": [{"from": "human", "value": Q}]}, "the conversation has no assistant turn"),
@@ -274,6 +274,23 @@ def test_typed_control_tokens_are_reported_and_stay_text(tmp_path):
     example = next(e for e in data.examples if e.index == 0)
     assert example.real_ids.count(RENDERER.end_id) == 1
     assert RENDERER.pad_id not in example.prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("two-users", "messages | length > 2 and messages[1].role == 'user'"),
+        ("system-row", "messages[0].role == 'system'"),
+    ],
+)
+def test_rows_that_the_template_refuses_are_counted(name, refused):
+    source = Path(__file__).parent / f"cases/12-bad-rows-skip-and-templates/{name}.jsonl"
+    template = f"{{% if {refused} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}"
+    options = {"renderer": Renderer(tiny_tokenizer(template)), "max_prompt_tokens": 99, "max_answer_tokens": 99}
+    with pytest.raises(UserError, match=r"line 9: .*the chat template refuses the turns"):
+        load_examples(str(source), **options)
+    loaded = load_examples(str(source), bad_rows="skip", **options)
+    assert (len(loaded.examples), loaded.rejected) == (8, {"the template refuses the turns": 1})
 
 
 def test_a_template_fault_names_the_row(tmp_path):

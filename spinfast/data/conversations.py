@@ -20,7 +20,7 @@ ROLES = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(["user", "human"], "user"),
-    **dict.fromkeys(["assistant", "gpt", "model", "function_call", "tool_call"], "assistant"),
+    **dict.fromkeys(["assistant", "gpt", "chatgpt", "model", "function_call", "tool_call"], "assistant"),
     **dict.fromkeys(["tool", "function", "ipython", "observation", "tool_response", "function_response"], "tool"),
 }
 CALLS = ("function_call", "tool_call")  # ShareGPT roles whose value is the call itself, as JSON
@@ -48,6 +48,7 @@ def turns(value: Any) -> list[dict[str, Any]]:
     messages = []
     for number, given in enumerate(value, 1):
         role = given.get("role") or given.get("from")
+        role = role.lower() if isinstance(role, str) else role
         if not isinstance(role, str) or role not in ROLES:
             raise RowError("unknown role", f"turn {number} has role {role!r}; expected one of {', '.join(ROLES)}")
         content = given.get("value") if given.get("content") is None else given["content"]
@@ -65,7 +66,7 @@ def text(content: Any, what: str) -> str:
     """A text, given as such or as a list of text parts; `what` names it in errors."""
     if content is None or content == []:
         raise RowError("empty text", f"no {what}: it is null")
-    if isinstance(content, list):
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(_part(part, what) for part in content)
     if not isinstance(content, str):
         raise RowError("not text", f"{what}: expected text, got {type(content).__name__}")
@@ -87,7 +88,9 @@ def learnt(conversation: Sequence[Message], which: Literal["first", "last", "all
     answers = [i for i in range(max(start, asked), len(roles)) if roles[i] == "assistant"]
     positions = [i for i in answers if conversation[i].get("weight", 1)]
     if not positions:
-        why = "every assistant turn is marked as not learnt from" if answers else "no assistant turn follows a user's"
+        why = "every assistant turn is marked as not learnt from"
+        if not answers:
+            why = "the conversation has no assistant turn after a user's"
         raise RowError("no answer", f"no answer: {why}")
     return {"first": positions[:1], "last": positions[-1:], "all": positions}[which]
 
@@ -103,9 +106,11 @@ def template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's own variables of the chat template: `tools`, and what its `chat_template_kwargs` holds."""
     variables = _parsed(row.get("chat_template_kwargs")) or {}
     if not isinstance(variables, dict):
-        raise RowError("not template variables", f"chat_template_kwargs: expected an object, got {variables!r:.60}")
+        raise RowError(
+            "not template variables", f"chat_template_kwargs: expected an object, got {str(variables)[:60]!r}"
+        )
     tools = _parsed(row.get("tools")) or []
-    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else [tools]
+    tools = [unpadded(_parsed(tool)) for tool in tools] if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("not tools", f"tools: expected a list of function schemas, got {str(row['tools'])[:60]!r}")
     variables = {name: value for name, value in variables.items() if value is not None}
@@ -137,12 +142,11 @@ def _message(given: Mapping[str, Any], name: str, content: Any, what: str) -> di
 
 def _weight(given: Mapping[str, Any], role: str, what: str) -> dict[str, int]:
     marks = {key: given[key] for key in (*LEARN, *MASK) if given.get(key) is not None}
-    if odd := [key for key, value in marks.items() if value not in (0, 1)] or [
-        key for key in PARTIAL if given.get(key)
-    ]:
+    partial = [key for key in marks if marks[key] not in (0, 1)] + [key for key in PARTIAL if given.get(key)]
+    if partial:
         raise RowError(
             "turn learnt in part",
-            f"{what}: {odd[0]} is {given[odd[0]]!r:.60}; a turn is learnt from whole (1) or not (0)",
+            f"{what}: {partial[0]} is {str(given[partial[0]])[:60]!r}; a turn is learnt from whole (1) or not (0)",
         )
     learnt = [bool(value) != (key in MASK) for key, value in marks.items()]
     if role != "assistant" and any(learnt):
@@ -161,11 +165,10 @@ def _tool_call(call: Any, what: str) -> dict[str, Any]:
     return kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _part(part: Any, what: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
+def _part(part: Mapping[str, Any], what: str) -> str:
+    if isinstance(part.get("text"), str):
         return part["text"]
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise RowError("not text", f"{what}: has a part of type {kind!r}; only text is learnt from")
+    raise RowError("not text", f"{what}: has a part of type {part.get('type')!r}; only text is learnt from")
 
 
 def _parsed(value: Any) -> Any:

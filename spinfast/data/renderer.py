@@ -67,7 +67,8 @@ class Renderer:
         self._unwritten = functools.lru_cache(maxsize=1024)(self._find_unwritten)
         self._warned: set[str] = set()
         self._warn_of_unknown(self.template_kwargs, "prompt.template")
-        self._header, self._end, self._after = self._probe()
+        self._asked, self._header, self._end, self._after = self._probe()
+        self._gap = "\n" if self._encode("x", behind=True) != self._encode("x") else ""
         self.end_id: int = tokenizer.convert_tokens_to_ids(self._end)
         self.stop_ids: Ids = tuple(sorted({self.end_id, tokenizer.eos_token_id} - {None}))
         self.pad_id: int = tokenizer.pad_token_id
@@ -157,16 +158,16 @@ class Renderer:
                 self._warned.add(name)
                 log.warning("%s: the chat template has no variable %r; it has no effect", where, name)
 
-    def _probe(self) -> tuple[str, str, str]:
-        """(header before an answer that prompts lack, end-of-turn token, what follows it at the very end)."""
-        fault = None
+    def _probe(self) -> tuple[list[dict[str, str]], str, str, str]:
+        """(turns it takes, header before an answer that prompts lack, end-of-turn token, what ends a rendering)."""
+        faults = []
         for roles in PROBES:
             messages = [{"role": role, "content": MARKER + role} for role in (*roles, "assistant")]
             try:
                 before, found, closing = self._render(messages, NONE, prompt=False).partition(MARKER + "assistant")
                 prompt, asked = (self._render(messages[:-1], NONE, prompt) for prompt in (True, False))
             except RowError as error:
-                fault = fault or error
+                faults.append(error)
                 continue
             if not found:
                 raise UserError(f"{self._name}: the chat template drops the assistant turn; use an instruct model")
@@ -182,8 +183,11 @@ class Renderer:
                     "answer, %r, and whoever serves the model must write that too",
                     *(self._name, header),
                 )
-            return header if header.strip() else "", end.group(), closing[end.end() :]
-        raise UserError(str(fault))
+            return messages[:-1], header if header.strip() else "", end.group(), closing[end.end() :]
+        raise UserError(
+            f"{self._name}: the chat template refuses the turns user, assistant: {_reason(faults[0].__cause__)}; "
+            "use an instruct model with its own template"
+        )
 
     def _prepared(
         self, messages: Sequence[Message], template: Mapping[str, Any]
@@ -214,20 +218,20 @@ class Renderer:
     def _arguments_are_text(self) -> bool:
         """Whether the template takes a call's arguments as JSON text only; as an object, it fails or shows Python's."""
         call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {MARKER: MARKER}}}
-        messages = [{"role": "user", "content": "f"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
         try:
-            return f"'{MARKER}'" in self._render(messages, NONE, prompt=False)
+            return f"'{MARKER}'" in self._render([*self._asked, turn], NONE, prompt=False)
         except RowError:
-            messages[1]["tool_calls"] = [_with_arguments_as_text(call)]
+            turn["tool_calls"] = [_with_arguments_as_text(call)]
             try:
-                return MARKER in self._render(messages, NONE, prompt=False)
+                return f'"{MARKER}"' in self._render([*self._asked, turn], NONE, prompt=False)
             except RowError:
                 return False
 
     def _check_written(self, messages: Sequence[Message], template: Mapping[str, Any], prompt: bool) -> None:
         """Raises where the template drops a part of the conversation (but for the reasoning of earlier turns)."""
         last = len(messages) - 1
-        marked = [_marked(message, i, learnt=i == last and not prompt) for i, message in enumerate(messages)]
+        marked = [_marked(message, i, learnt=i == last) for i, message in enumerate(messages)]
         tools = [_named(tool, _mark(i, "tools")) for i, tool in enumerate(template.get("tools") or [])]
         key = json.dumps([marked, {**template, "tools": tools} if tools else template], default=str)
         for number, part in self._unwritten(key, prompt):
@@ -281,11 +285,16 @@ class Renderer:
             text.encode("utf-8")
             return text
         except Exception as error:  # a template is somebody's program: it may raise anything
-            reason = " ".join(str(error).split())[:200]
+            reason = _reason(error)
+            roles = [message["role"] for message in messages]
+            advice = "data.bad_rows: skip leaves such conversations out"
+            if "system" in roles:
+                advice = "if it takes no system turn, leave prompt.system out and learn from conversations without one"
+            elif "system" in reason.casefold():
+                advice = "if it wants a system turn, set prompt.system"
             raise RowError(
                 "the template refuses the turns",
-                f"{self._name}: the chat template refuses the turns {', '.join(m['role'] for m in messages)}: {reason}; "
-                "if it takes no system turn, leave prompt.system out",
+                f"{self._name}: the chat template refuses the turns {', '.join(roles)}: {reason}; {advice}",
             ) from error
 
     # -- tokens -------------------------------------------------------------------------------------------------------
@@ -299,7 +308,7 @@ class Renderer:
 
     def _encode(self, rendered: str, behind: bool = False) -> Ids:
         """Token ids of a rendering, or of a part of one that stands `behind` another."""
-        if behind:  # some tokenizers put a space before a text's first word
+        if behind:
             return self._encode(self._end + rendered)[1:]
         if MARKER not in rendered:
             return tuple(self.tokenizer(rendered, add_special_tokens=False).input_ids)
@@ -307,7 +316,12 @@ class Renderer:
         for own in [*self._special.finditer(rendered), None]:
             text = self._shown(rendered[position : own.start() if own else None])
             if text:
-                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+                gap = self._gap if position else ""  # some tokenizers put a space before a text's first word
+                gap_ids, text_ids = (
+                    self.tokenizer(t, add_special_tokens=False, split_special_tokens=True).input_ids
+                    for t in (gap, gap + text)
+                )
+                ids += text_ids[len(gap_ids) :]
             if own:
                 ids.append(self.tokenizer.convert_tokens_to_ids(own.group()))
                 position = own.end()
@@ -332,15 +346,19 @@ def _with_reasoning(content: str, turn: str, opened: str | None) -> str | None:
     ("think") already; an answer without reasoning closes it at once.
     """
     close, opening = f"</{opened or 'think'}>", rf"\A\s*<{opened}>\s*"
-    if opened and close in content and _squashed(content) in _squashed(turn):
-        return re.sub(opening, "", turn)
+    if close in turn:  # the template writes the block
+        return re.sub(opening, "", turn) if opened and _squashed(content) in _squashed(turn) else None
     reasoning, closed, answer = content.rpartition(close)
-    if close in turn or not (closed or opened) or _squashed(answer) not in _squashed(turn):
+    if not (closed or opened) or _squashed(answer) not in _squashed(turn):
         return None
     if not closed:
         return f"\n{close}\n\n{turn}"
     space = answer[: len(answer) - len(answer.lstrip())]
     return (re.sub(opening, "", reasoning) if opened else reasoning) + close + space + turn.lstrip()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _squashed(text: str) -> str:
