@@ -16,7 +16,7 @@ from rich.table import Table
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS
 from spinfast.evaluate.benchmark import Engine, evaluate, report
-from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, load_rows
+from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, hopeless, load_rows
 from spinfast.store import files
 
 log = logging.getLogger("spinfast")
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = load_rows(task, task.split, place)[: arguments.limit]
                 pool = load_rows(task, task.shot_split, place) if task.shots else []
                 log.info("%s: %d rows, %d-shot", task.name, len(rows), task.shots)
+                if warning := hopeless(task, rows):
+                    log.warning("%s: %s", task.name, warning)
                 results.append(evaluate(task, engine, rows, pool))
             adapter = arguments.adapter and str(arguments.adapter)
             config = {"model": arguments.model, "adapter": adapter, "limit": arguments.limit}
