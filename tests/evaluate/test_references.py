@@ -1,6 +1,7 @@
 """What is a reference, and that each real answer passes its own: shared by training data, held-out data and eval."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,8 @@ def test_real_answers_that_miss_their_reference_are_told_and_not_scored():
     assert unmatched(examples[3:]) == []
 
 
-def test_they_are_told_as_the_data_is_loaded(tmp_path, tiny_model, caplog):
+def test_they_are_told_as_the_data_is_loaded(tmp_path, tiny_model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("spinfast"), "propagate", True)  # a run before this one may have ended it
     config = load_config(write_config(tmp_path, tiny_model("llama")))
     with (tmp_path / "heldout.jsonl").open("a") as file:
         file.write(json.dumps({"question": "1+1?", "answer": "#### 2", "reference": "3"}) + "\n")
