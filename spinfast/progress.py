@@ -26,11 +26,12 @@ NARROW = 60  # a console with fewer columns gets lists for tables
 
 
 def open_console(file: TextIO | None = None) -> Console:
-    """The terminal, or a file or pipe, which is as wide as COLUMNS says or PLAIN_WIDTH."""
+    """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return Console(file=file, highlight=False, width=int(columns), height=25)  # a dumb terminal's too
     console = Console(file=file, highlight=False)
-    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
-        return console
-    return Console(file=file, highlight=False, width=PLAIN_WIDTH)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=PLAIN_WIDTH)
 
 
 class Display:

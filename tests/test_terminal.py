@@ -258,6 +258,9 @@ def test_a_pipe_is_as_wide_as_columns_says(monkeypatch):
     assert open_console(io.StringIO()).width == 160
     monkeypatch.setenv("COLUMNS", "72")
     assert open_console(io.StringIO()).width == 72
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for a terminal
+    monkeypatch.setenv("TERM", "dumb")
+    assert open_console(io.StringIO()).width == 72
 
 
 @pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])

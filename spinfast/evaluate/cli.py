@@ -204,4 +204,4 @@ def _lines(outcome: dict) -> Iterator[tuple[str, ...]]:
             shots = outcome["n-shot"].get(name, "")
             items = outcome["n-samples"].get(name, {}).get("effective", "")
             error = "" if isinstance(stderr, str) else f" ± {stderr:.4f}"
-            yield name, f"{base}, {filtered}", str(shots), str(items), f"{value:.4f}{error}"
+            yield name, metric, str(shots), str(items), f"{value:.4f}{error}"

@@ -1,7 +1,6 @@
 """What is a reference, and that each real answer passes its own: shared by training data, held-out data and eval."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -187,15 +186,13 @@ def test_real_answers_that_miss_their_reference_are_told_and_not_scored():
     assert unmatched(examples[3:]) == []
 
 
-def test_they_are_told_as_the_data_is_loaded(tmp_path, tiny_model, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("spinfast"), "propagate", True)  # a run before this one may have ended it
+def test_they_are_told_as_the_data_is_loaded(tmp_path, tiny_model, caplog):
     config = load_config(write_config(tmp_path, tiny_model("llama")))
     with (tmp_path / "heldout.jsonl").open("a") as file:
         file.write(json.dumps({"question": "1+1?", "answer": "#### 2", "reference": "3"}) + "\n")
     load_data(config, RENDERER)
-    assert [r.message[:65] for r in caplog.records if r.levelname == "WARNING" and "real answers" in r.message] == [
-        "heldout: 1 of 7 real answers do not give their own reference and "
-    ]
+    told = {r.message for r in caplog.records if r.levelname == "WARNING" and "real answers" in r.message}
+    assert [sentence[:65] for sentence in told] == ["heldout: 1 of 7 real answers do not give their own reference and "]
 
 
 def test_case_01_answers_with_headings_show_no_accuracy_and_keep_the_last_iteration(tmp_path, tiny_model):
