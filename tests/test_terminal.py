@@ -40,7 +40,7 @@ def broken_pipe():
 def config(tmp_path_factory, tiny_model):
     directory = tmp_path_factory.mktemp("terminal")
     path = write_config(directory, tiny_model("llama"), spin={"iterations": 1}, sft={"groups_per_step": 6})
-    shutil.copy(CASES / "22-terminal-that-is-not-utf8" / "heldout.jsonl", directory)
+    shutil.copy(CASES / "23-pipe-that-closes" / "heldout.jsonl", directory)
     return path
 
 
