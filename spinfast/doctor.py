@@ -302,4 +302,6 @@ def _disk_problem() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from spinfast.run import main as command
+
+    sys.exit(command(["doctor", *sys.argv[1:]]))

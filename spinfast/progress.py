@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from spinfast.store.record import memory_now
 
 log = logging.getLogger("spinfast")
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one phase
 PLAIN_WIDTH = 160  # a file or pipe has no width of its own
+NARROW = 60  # a console with fewer columns gets lists for tables
+
+
+def open_console(file: TextIO | None = None) -> Console:
+    """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return Console(file=file, highlight=False, width=int(columns), height=25)  # a dumb terminal's too
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=PLAIN_WIDTH)
 
 
 class Display:
     """Progress of one run on `console`; also writes everything logged to RUN/log.txt."""
 
     def __init__(self, console: Console | None = None):
-        console = console or Console(highlight=False)
-        self.console = (
-            console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
-        )
+        self.console = console or open_console()
 
     def log_to(self, path: Path) -> None:
         """Send the spinfast logger to this console and append it to `path`."""
@@ -44,7 +55,7 @@ class Display:
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Tick]:
         """Show `name` advancing to `total` units."""
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             tick = PlainTick(name, total, unit)
             yield tick
             tick.close()
@@ -67,7 +78,8 @@ class Display:
 
     def table(self, rows: list[dict]) -> None:
         """The closing table: one line per iteration, each value with its standard error."""
-        self.console.print(result_table(rows))
+        title = "iterations on held-out problems (± one standard error)"
+        show(self.console, title, ("iteration", "pairs", "loss first→last", *COLUMNS.values()), map(_cells, rows))
 
 
 class Tick:
@@ -130,20 +142,12 @@ COLUMNS = {
 }
 
 
-def result_table(rows: list[dict]) -> Table:
-    """Rows of results.json as a table; ± is one standard error."""
-    table = Table(title="iterations on held-out problems (± one standard error)")
-    table.add_column("iteration")
-    table.add_column("pairs", justify="right")
-    table.add_column("loss first→last", justify="right")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        train = row["train"]
-        losses = f"{train['first_loss']:.3f}→{train['last_loss']:.3f}" if train else ""
-        cells = [_cell(row["evaluation"].get(metric)) for metric in COLUMNS]
-        table.add_row(str(row["iteration"]), str(row["pairs"] or ""), losses, *cells)
-    return table
+def _cells(row: dict) -> list[str]:
+    """A row of results.json; ± is one standard error."""
+    train = row["train"]
+    losses = f"{train['first_loss']:.3f}→{train['last_loss']:.3f}" if train else ""
+    metrics = [_cell(row["evaluation"].get(metric)) for metric in COLUMNS]
+    return [str(row["iteration"]), str(row["pairs"] or ""), losses, *metrics]
 
 
 def _cell(estimate: dict | None) -> str:
@@ -152,3 +156,49 @@ def _cell(estimate: dict | None) -> str:
     digits = 1 if abs(estimate["value"]) >= 10 else 3
     error = "" if estimate["stderr"] is None else f" ± {estimate['stderr']:.{digits}f}"
     return f"{estimate['value']:.{digits}f}{error}"
+
+
+def show(
+    console: Console, title: str | None, headings: Sequence[str], rows: Iterable[Sequence[str]], keys: int = 1
+) -> None:
+    """Print a table; several with the same first `keys` columns where it is too wide, a list on a narrow console.
+
+    Columns without a value are left out.
+    """
+    rows = list(rows)
+    columns = [i for i in range(keys, len(headings)) if any(row[i] for row in rows)]
+    if console.width < NARROW:
+        if title:
+            console.print(title, markup=False)
+        for row in rows:
+            console.print(", ".join(f"{headings[i]} {row[i]}" for i in range(keys)), markup=False)
+            for i in filter(row.__getitem__, columns):
+                console.print(f"  {headings[i]}: {row[i]}", markup=False)
+        return
+    cells = [max([0, *(cell_len(row[i]) for row in rows)]) for i in range(len(headings))]
+    least = [max(n, *map(cell_len, name.split())) for n, name in zip(cells, headings, strict=True)]  # headings wrap
+    names = [min(max(cells[i], cell_len(headings[i])), console.width // (3 * keys)) for i in range(keys)]
+    room, parts = console.width - 1 - _across(names), [[]]
+    for i in columns:
+        if parts[-1] and _across(least[j] for j in (*parts[-1], i)) > room:
+            parts.append([])
+        parts[-1].append(i)
+    for part in parts:
+        table = Table(title=title if part is parts[0] else None)
+        left = console.width - 1 - _across(least[i] for i in part)
+        for i in range(keys):
+            width = min(max(cells[i], cell_len(headings[i])), left // (keys - i) - 3)
+            table.add_column(headings[i], width=width, overflow="fold")
+            left -= width + 3
+        for i in part:
+            more = min(left, max(cell_len(headings[i]) - least[i], 0))  # room for the heading in one line
+            table.add_column(headings[i], width=least[i] + more, justify="right", overflow="fold")
+            left -= more
+        for row in rows:
+            table.add_row(*(Text(row[i]) for i in (*range(keys), *part)))
+        console.print(table)
+
+
+def _across(widths: Iterable[int]) -> int:
+    """Characters of columns with their padding and rules."""
+    return sum(width + 3 for width in widths)

@@ -7,7 +7,6 @@ Without a config one is picked by device. The same command continues an interrup
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import logging
@@ -23,6 +22,7 @@ from spinfast.config import Config, load_config
 from spinfast.errors import UserError
 from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
 from spinfast.names import label
+from spinfast.terminal import Parser, find_home, lasting_streams
 
 log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
@@ -51,8 +51,13 @@ MENDABLE = {  # what a file system may refuse: its user can choose another name 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     try:
+        find_home()
         if any("\0" in word for word in argv):
             raise UserError("a word of the command line holds a null character; expected text")
         if argv and argv[0] in COMMANDS:
@@ -74,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
-    parser = argparse.ArgumentParser(prog="spinfast", description="Low-rank self-play fine-tuning (SPIN).")
+    parser = Parser(prog="spinfast", description="Low-rank self-play fine-tuning (SPIN).")
     parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
     parser.add_argument(
         "--controls", action="store_true", help="then play the controls of self-play too, see methods/controls.py"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     paths = [Path(word) for word in arguments.config if "=" not in word]
     if len(paths) > 1:
         parser.error(f"expected one config file, got {', '.join(map(str, paths))}")

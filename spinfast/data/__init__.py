@@ -7,6 +7,7 @@ import logging
 from spinfast.config import Config, Data
 from spinfast.data.examples import LoadedData, check_overlap, load_examples
 from spinfast.data.renderer import Renderer
+from spinfast.evaluate.references import unmatched
 
 log = logging.getLogger("spinfast")
 
@@ -43,6 +44,6 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
             loaded.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
         if any(example.desirable is False for example in loaded.examples):
             loaded.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *unmatched(loaded.examples)):
         log.warning("%s: %s", name, warning)
     return loaded

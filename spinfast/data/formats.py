@@ -10,7 +10,7 @@
     prompt + completion + label                     an answer that is desirable or not
 
 A prompt may stand in `prompt`, `question` or `instruction`, with a `system` text and a `history` of (question, answer)
-before it. `reference`, `tools` and `chat_template_kwargs` go with every format.
+before it. References (evaluate/references.py), `tools` and `chat_template_kwargs` go with every format.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from spinfast.data.conversations import RowError, text, turn, turns
 from spinfast.errors import UserError
+from spinfast.evaluate.references import EXPLICIT, IMPLICIT
 
 Messages = list[dict[str, Any]]
 RowOf = Mapping[str, Any]
@@ -49,7 +50,7 @@ class Format:
 
 PROMPTS = ("prompt", "question", "instruction")
 BEFORE = (*PROMPTS, "input", "system", "history")
-EVERYWHERE = ("reference", "tools", "chat_template_kwargs")
+EVERYWHERE = (*EXPLICIT, *IMPLICIT, "tools", "chat_template_kwargs")
 IMAGES = ("image", "images", "video", "videos", "audio", "audios")
 
 

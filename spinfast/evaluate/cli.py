@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS
 from spinfast.evaluate.benchmark import Engine, evaluate, report
-from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, load_rows
+from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, hopeless, load_rows
+from spinfast.progress import open_console, show
 from spinfast.store import files
+from spinfast.terminal import Parser
 
 log = logging.getLogger("spinfast")
 SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
@@ -26,7 +25,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="spinfast eval",
         description="Score a model, with or without an adapter, on benchmark tasks.",
         epilog=f"tasks: {', '.join(TASKS)}, leaderboard (= {','.join(LEADERBOARD)}), FILE.jsonl; NAME:5 is 5-shot",
@@ -56,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--load-in-4bit", action="store_true", help="model.load_in_4bit, as in a config")
     parser.add_argument("--template", action="append", default=[], metavar="NAME=VALUE", help="template variables")
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers (avg@k)")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,18 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = load_rows(task, task.split, place)[: arguments.limit]
                 pool = load_rows(task, task.shot_split, place) if task.shots else []
                 log.info("%s: %d rows, %d-shot", task.name, len(rows), task.shots)
+                if warning := hopeless(task, rows):
+                    log.warning("%s: %s", task.name, warning)
                 results.append(evaluate(task, engine, rows, pool))
             adapter = arguments.adapter and str(arguments.adapter)
             config = {"model": arguments.model, "adapter": adapter, "limit": arguments.limit}
             outcome = report(results, config | {"data": {name: str(place) for name, place in places.items()}})
             samples = {result.task.name: result.samples for result in results}
-    Console().print(_table(outcome))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         files.write_json(arguments.output / "results.json", outcome)
         for name, rows in samples.items():
             text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             files.write_text(arguments.output / f"samples_{name}.jsonl", text)
+    show(open_console(), None, ("task", "metric", "shots", "items", "value"), _lines(outcome), keys=2)
     return 0
 
 
@@ -193,15 +194,14 @@ def _place(item: str) -> tuple[str, Path | str]:
     raise UserError(f"--data {item}: expected TASK=FOLDER with an existing folder, or TASK=COMMIT")
 
 
-def _table(outcome: dict) -> Table:
-    table = Table("task", "shots", "items", "metric", "value", "± stderr")
+def _lines(outcome: dict) -> Iterator[tuple[str, ...]]:
     for name, entry in outcome["results"].items():
         for metric, value in entry.items():
             base, comma, filtered = metric.partition(",")
             if not comma or base.endswith("_stderr"):
                 continue
             stderr = entry[f"{base}_stderr,{filtered}"]
-            shots, items = outcome["n-shot"].get(name), outcome["n-samples"].get(name, {}).get("effective")
-            error = stderr if isinstance(stderr, str) else f"{stderr:.4f}"
-            table.add_row(name, str(shots), str(items), metric, f"{value:.4f}", error)
-    return table
+            shots = outcome["n-shot"].get(name, "")
+            items = outcome["n-samples"].get(name, {}).get("effective", "")
+            error = "" if isinstance(stderr, str) else f" ± {stderr:.4f}"
+            yield name, metric, str(shots), str(items), f"{value:.4f}{error}"

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spinfast.evaluate import stopping
-from spinfast.evaluate.answers import score_gsm8k
 from spinfast.evaluate.preferences import (
     likelihood_metrics,
     preference_metrics,
     ranking_metrics,
     unpaired_metrics,
 )
+from spinfast.evaluate.references import ACCURACY, score
 from spinfast.evaluate.selfplay import (
     Metrics,
     fresh_opponent_metrics,
@@ -105,13 +105,12 @@ def greedy_metrics(
     stage: Stage, problems: Sequence[Example], answers: Sequence[Completion], text: Callable[[Sequence[int]], str]
 ) -> Metrics:
     """Write the transcripts of the greedy answers and score those that have a reference."""
-    transcripts, strict, flexible = [], [], []
+    transcripts, verdicts = [], {reading: [] for reading in ACCURACY}
     for example, completion in zip(problems, answers, strict=True):
         answer = text(completion.token_ids)
-        scores = {} if example.reference is None else score_gsm8k(answer, example.reference)
-        if scores:
-            strict.append(scores["exact_match,strict-match"])
-            flexible.append(scores["exact_match,flexible-extract"])
+        scores = {} if example.reference is None else score(answer, example.reference, example.answer)
+        for reading, value in scores.items():
+            verdicts[reading].append(value)
         transcripts.append(
             {
                 "index": example.index,
@@ -125,12 +124,7 @@ def greedy_metrics(
             }
         )
     files.write_text(stage.path("heldout.jsonl"), files.jsonl(transcripts))
-    if not strict:
-        return {}
-    return {
-        "heldout/accuracy_strict": estimate(np.array(strict)),
-        "heldout/accuracy_flexible": estimate(np.array(flexible)),
-    }
+    return {ACCURACY[reading]: estimate(np.array(values)) for reading, values in verdicts.items() if values}
 
 
 def play(
@@ -234,10 +228,11 @@ def draw(run, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> 
 
 
 def verdicts(stage: Stage) -> list[float]:
-    """1 or 0 per held-out problem: the strict score of the greedy answer; empty without references."""
+    """1 or 0 per held-out problem: the greedy answer's strict score, else the flexible; empty without references."""
     path = stage.path("heldout.jsonl")
-    rows = files.read_jsonl(path) if path.exists() else []
-    return [row["scores"]["exact_match,strict-match"] for row in rows if row["scores"]]
+    scores = [row["scores"] for row in (files.read_jsonl(path) if path.exists() else [])]
+    readings = ([found[reading] for found in scores if reading in found] for reading in ACCURACY)
+    return next(filter(None, readings), [])
 
 
 def stop_reason(played: Sequence[Stage], patience: int) -> str | None:

@@ -16,6 +16,7 @@ from random import Random
 
 from spinfast.data.sources import open_table
 from spinfast.errors import UserError
+from spinfast.evaluate import references
 from spinfast.evaluate.answers import SCORERS, boxed
 
 Row = dict
@@ -235,13 +236,52 @@ TASKS = {task.name: task for task in _ALL}
 LEADERBOARD = ("arc_challenge:25", "hellaswag:10", "mmlu:5", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5")
 
 
+def _answer(row: Row) -> str:
+    """The answer that a row of a file gives, which may be a worked one."""
+    if row["answer"] is None:
+        raise ValueError("no answer")
+    return str(row["answer"])
+
+
+def _written(row: Row) -> str:
+    return references.named(row) or _answer(row)
+
+
+def _result(row: Row) -> str:
+    """The row's reference as held-out data would have it; a bare answer is one here."""
+    return references.reference_of(row, _answer(row)) or references.plain(_answer(row))
+
+
+TARGETS = {  # what a file's rows are judged by: the scorers of MATH normalise LaTeX themselves
+    "gsm8k": _result,
+    "yes_no": _result,
+    "boxed": lambda row: boxed(_written(row)) or _written(row),
+    "math": lambda row: boxed(_written(row)) or _written(row),
+    "text": _written,
+}
+
+
+def hopeless(task: Task, rows: Sequence[Row]) -> str | None:
+    """What to say of a file whose own answers are wrong by its scorer."""
+    if task.target not in TARGETS.values():
+        return None
+    wrong = [n for n, row in enumerate(rows) if not any(SCORERS[task.scorer](_answer(row), task.target(row)).values())]
+    if not wrong:
+        return None
+    return (
+        f"the file's own answer is wrong in {len(wrong)} of {len(rows)} rows by --scorer {task.scorer} (row "
+        f"{wrong[0] + 1}: answer {_answer(rows[wrong[0]])[-60:]!r}, reference {task.target(rows[wrong[0]])[:60]!r}); "
+        f"choose another of {', '.join(SCORERS)}, or mend the references"
+    )
+
+
 def find_task(name: str, scorer: str = "text") -> Task:
     """NAME, NAME:SHOTS, or a path to a .jsonl file of {"question", "answer"} judged by `scorer`."""
     if name.endswith(".jsonl"):
         if scorer not in SCORERS:
             raise UserError(f"scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
-        question, answer = (lambda row: row["question"]), (lambda row: str(row["answer"]))
-        return Task(Path(name).stem, source=name, split="", text=question, target=answer, scorer=scorer, chat=True)
+        ask = lambda row: row["question"]  # noqa: E731
+        return Task(Path(name).stem, name, split="", text=ask, target=TARGETS[scorer], scorer=scorer, chat=True)
     name, _, shots = name.partition(":")
     if name not in TASKS:
         raise UserError(f"task {name!r}: expected one of {', '.join(TASKS)}, leaderboard, or a path to a .jsonl file")
@@ -281,6 +321,8 @@ def _check_row(task: Task, row: Row, where: str) -> None:
     try:
         if not _shown(task, row) or (task.text and not task.text(row).strip()):
             raise ValueError("no question")
+        if task.target and task.target(row) is None:
+            raise ValueError("no \\boxed{} in its solution")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{where}: no row of task {task.name} ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "

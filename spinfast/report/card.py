@@ -133,7 +133,7 @@ def _results(run: Run, own: dict | None) -> str:
         if metric in own["evaluation"]:
             cells = [_value(row["evaluation"].get(metric) if row else None, metric, look) for row in (base, own)]
             lines.append(f"| {look[0]} | {cells[0]} | {cells[1]} | {own['evaluation'][metric]['n']} |")
-    if verdict := study.against_base(run, own, study.STRICT):
+    if verdict := study.against_base(run, own, study.deciding(run)):
         sentence = verdict.sentence()
         lines += ["", f"{sentence[0].upper()}{sentence[1:]}. Test: McNemar's, exact, on the same problems."]
     return "\n".join(lines)

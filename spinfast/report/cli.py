@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,14 @@ from spinfast.report import plots, study
 from spinfast.report.page import page
 from spinfast.report.read import read_runs
 from spinfast.store import files
+from spinfast.terminal import Parser
 
 SPOILED = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError  # what odd data ends in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report; with --watch again and again until every run is finished."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="spinfast report",
         description="One self-contained HTML file about a run, or several side by side; PNG and CSV of each plot.",
     )
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the HTML file (default: RUN/report/index.html of the first run)")
     parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it again until the runs are finished")
     parser.add_argument("--no-png", action="store_true", help="HTML and CSV only (matplotlib is not needed then)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     while True:
         path, finished = write_report(arguments.runs, arguments.output, arguments.watch, not arguments.no_png)
         print(path, flush=True)

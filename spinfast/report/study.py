@@ -15,6 +15,7 @@ from itertools import groupby
 
 import numpy as np
 
+from spinfast.evaluate.references import ACCURACY, STRICT
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
 from spinfast.names import label
@@ -22,7 +23,6 @@ from spinfast.objectives import loss_at_zero_margin
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
-STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 TRAINING = {  # metric -> (title, level)
     "train/loss": ("Training loss", None),  # its level is _first_loss
     "train/margin": ("Training margin", (0.0, "")),
@@ -271,18 +271,24 @@ def change(name: str, after: dict[str, float], against: str, before: dict[str, f
 
 def against_base(run: Run, row: dict, metric: str) -> Change | None:
     """A row's verdicts (STRICT or FLEXIBLE) against the base's."""
-    stage, measure = row["stage"], {STRICT: "accuracy strict", FLEXIBLE: "accuracy flexible"}[metric]
+    stage, measure = row["stage"], ACCURACY[metric].removeprefix("heldout/").replace("_", " ")
     if stage == "base":
         return None
     return change(label(row["iteration"]), run.scores(stage, metric), "base", run.scores("base", metric), measure)
 
 
+def deciding(run: Run) -> str:
+    """The reading that the best is chosen by: strict, or flexible where no problem has a strict verdict."""
+    return next((r for r, metric in ACCURACY.items() if any(metric in row["evaluation"] for row in run.rows)), STRICT)
+
+
 def best_row(run: Run) -> dict | None:
-    """The row with the highest strict accuracy, the earliest of equals; None where nothing was scored."""
-    scored = [row for row in run.rows if "heldout/accuracy_strict" in row["evaluation"]]
+    """The row with the highest accuracy, the earliest of equals; None where nothing was scored."""
+    metric = ACCURACY[deciding(run)]
+    scored = [row for row in run.rows if metric in row["evaluation"]]
     if not scored:
         return None
-    return scored[best([[row["evaluation"]["heldout/accuracy_strict"]["value"]] for row in scored])]
+    return scored[best([[row["evaluation"][metric]["value"]] for row in scored])]
 
 
 CONTROLS = {  # what each control of controls.py tells its reader
@@ -312,19 +318,21 @@ def story(run: Run) -> list[str]:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
     if len(run.rows) == 1:
         return [*sentences, "Nothing can be compared with it yet."]
-    values = {row["evaluation"].get("heldout/accuracy_strict", {}).get("value") for row in run.rows} - {None}
+    reading = deciding(run)
+    kind, metric = ACCURACY[reading].rpartition("_")[2], ACCURACY[reading]
+    values = {row["evaluation"].get(metric, {}).get("value") for row in run.rows} - {None}
     if values in ({0.0}, {1.0}):
         share = "none" if values == {0.0} else "all"
         return [
             *sentences,
-            f"Every stage answers {share} of the held-out problems correctly (strict), so accuracy can show neither "
+            f"Every stage answers {share} of the held-out problems correctly ({kind}), so accuracy can show neither "
             "gain nor loss; look at log p(real) and the transcripts, or change the problems.",
         ]
     if top["iteration"] == "base":
-        return [*sentences, "No stage did better than the base on held-out problems (strict accuracy)."]
-    value = top["evaluation"]["heldout/accuracy_strict"]["value"]
-    sentences.append(f"The best strict accuracy on held-out problems is {label(top['iteration'])}'s, {value:.1%}.")
-    if verdict := against_base(run, top, STRICT):
+        return [*sentences, f"No stage did better than the base on held-out problems ({kind} accuracy)."]
+    value = top["evaluation"][metric]["value"]
+    sentences.append(f"The best {kind} accuracy on held-out problems is {label(top['iteration'])}'s, {value:.1%}.")
+    if verdict := against_base(run, top, reading):
         sentences.append(verdict.sentence()[0].upper() + verdict.sentence()[1:] + ".")
         sentences.append("It was chosen as the best of several, which favours it; a fresh held-out set would not.")
     return sentences

@@ -1,0 +1,146 @@
+"""What a command stands on, whoever started it: streams that outlive their reader, a home, options in any order."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import difflib
+import errno
+import getpass
+import logging
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from spinfast.errors import UserError
+
+log = logging.getLogger("spinfast")
+PLAIN = {"→": "->", "±": "+-", "Δ": "d", "×": "x", "–": "-", "…": "...", "≥": ">=", "≤": "<="}
+NOBODY_READS = (errno.EPIPE, errno.EBADF, errno.EIO)  # a pipe, a descriptor, a terminal that is gone
+
+
+def _replaced(error: UnicodeEncodeError) -> tuple[str, int]:
+    return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("spinfast", _replaced)
+
+
+class Lasting:
+    """A text stream that takes any character in any encoding; once nobody reads it, what is written is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._gone = stream, False
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._attempt(self._stream.write, text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self._attempt(self._stream.write, text.encode(encoding, "spinfast").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable, *values: str) -> None:
+        if self._gone:
+            return
+        try:
+            action(*values)
+        except OSError as error:
+            if error.errno not in NOBODY_READS:
+                raise
+            self._end()
+        except ValueError:
+            if not self._stream.closed:
+                raise
+            self._end()
+
+    def _end(self) -> None:
+        """What is still in the stream's buffer, and what others write to its descriptor, goes nowhere too."""
+        self._gone = True
+        with suppress(OSError, ValueError):
+            _fill(self._stream.fileno())
+        if self is sys.stdout:
+            print("spinfast: nobody reads the output any more; the work goes on without", file=sys.stderr)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """stdout and stderr last for the duration of the block, and there are such."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            _fill(number)  # or the next file that is opened would be taken for it
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (Lasting(nowhere if stream is None else stream) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
+
+
+def _fill(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere == number:
+        os.set_inheritable(number, True)
+        return
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def find_home() -> None:
+    """A name, a home and a place for caches to whoever has none; libraries ask for them while they are imported."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    home = Path(os.path.expanduser("~"))
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    nearest = next((place for place in (caches, *caches.parents) if place.exists()), Path())
+    if home.is_absolute() and os.access(nearest, os.W_OK):
+        return
+    spare = Path(tempfile.gettempdir()) / f"spinfast-{os.getuid()}"
+    spare.mkdir(mode=0o700, exist_ok=True)
+    found = spare.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"user {os.getuid()} can keep no caches in {caches}, and {spare} is another's: set HOME")
+    log.warning("user %d can keep no caches in %s; they go to %s (set HOME to choose)", os.getuid(), caches, spare)
+    if not home.is_absolute():
+        os.environ["HOME"] = str(spare)
+        return
+    if (hub := caches / "huggingface").is_dir():  # models may be there, to be read
+        os.environ.setdefault("HF_HOME", str(hub))
+    os.environ |= {"XDG_CACHE_HOME": str(spare), "TRITON_HOME": str(spare)}
+    os.environ.setdefault("SPINFAST_CACHE", str(spare / "spinfast"))
+
+
+class Parser(argparse.ArgumentParser):
+    """Options stand anywhere on the line; what is wrong with it is one line."""
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        arguments, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            options = [name for action in self._actions for name in action.option_strings]
+            nearest = difflib.get_close_matches(word, options, n=1)
+            places = [str(action.metavar) for action in self._actions if not action.option_strings]
+            expected = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join([*places, *options])}"
+            self.error(f"unknown option {unknown[0]}: {expected}")
+        return arguments
+
+    def error(self, message: str):
+        raise UserError(f"{message} ({self.prog} --help says more)")

@@ -1,0 +1,278 @@
+"""The command on any terminal, pipe or account: what it prints, where it goes on without, and how its line is read."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_run import write_config
+
+from spinfast.evaluate.cli import parse as parse_eval
+from spinfast.progress import COLUMNS, Display, open_console, show
+from spinfast.run import main, parse
+from spinfast.terminal import PLAIN, lasting_streams
+
+CASES = Path(__file__).parent / "cases"
+ROOT = Path(__file__).parents[1]
+
+
+def stream(encoding):
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+
+
+def broken_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model):
+    directory = tmp_path_factory.mktemp("terminal")
+    path = write_config(directory, tiny_model("llama"), spin={"iterations": 1}, sft={"groups_per_step": 6})
+    shutil.copy(CASES / "23-pipe-that-closes" / "heldout.jsonl", directory)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(config):
+    """Played with nobody left to read what it prints, as `spinfast CONFIG | head -1` soon has it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = broken_pipe(), broken_pipe()
+    try:
+        assert main([str(config), "--run-dir", str(config.parent / "run")]) == 0
+        sys.stdout.flush()  # as the interpreter does at its end: nothing is left that could not be written
+    finally:
+        sys.stdout, sys.stderr = before
+    return config.parent / "run"
+
+
+def test_case_23_a_run_whose_output_nobody_reads_goes_on_and_logs(run_dir):
+    assert [row["iteration"] for row in json.loads((run_dir / "results.json").read_text())] == ["base", "sft", 0]
+    assert "finished in" in (run_dir / "log.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [
+        *(("run", "ascii"), ("run", "latin-1"), ("run", "utf-8"), ("report", "cp1252"), ("report", "utf-8")),
+        *(("dry-run", "ascii"), ("eval", "ascii")),
+    ],
+)
+def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_path, monkeypatch, command, encoding):
+    task = tmp_path / "Größe → 1.jsonl"
+    shutil.copy(CASES / "22-terminal-that-is-not-utf8" / "task.jsonl", task)
+    model = yaml.safe_load(config.read_text())["model"]["name"]
+    words = {
+        "run": [str(config), "--run-dir", str(run_dir)],  # a finished run: it prints its table
+        "dry-run": [str(config), "--dry-run"],
+        "report": ["report", str(run_dir), "--no-png", "--output", str(tmp_path / "α.html")],
+        "eval": ["eval", "--model", model, "--tasks", str(task), "--output", str(tmp_path / "out"), "--profile", "cpu"],
+    }[command]
+    monkeypatch.setattr(sys, "stdout", stream(encoding))
+    assert main(words) == 0
+    printed = sys.stdout.buffer.getvalue().decode(encoding)
+    if command == "run":
+        assert ("loss first→last" if encoding == "utf-8" else "loss first->last") in printed
+        assert (" ± " if encoding != "ascii" else " +- ") in printed
+    if command == "report":
+        assert printed.endswith("α.html\n" if encoding == "utf-8" else "?.html\n")
+        assert (tmp_path / "α.html").is_file()
+    if command == "eval":
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["results"].keys() == {"Größe → 1"}
+        assert "Gr??e -> 1" in printed
+
+
+def test_a_character_that_has_no_place_is_replaced_and_others_are_kept(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream("ascii"))
+    with lasting_streams():
+        print("a → b ± 1 \udcff 漢 " + "".join(PLAIN))
+    assert sys.stdout.buffer.getvalue() == b"a -> b +- 1 ? ? " + "".join(PLAIN.values()).encode() + b"\n"
+
+
+def test_no_stdout_at_all(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["report", str(run_dir), "--no-png", "--output", str(tmp_path / "index.html")]) == 0
+    assert main(["--nonsense"]) == 2
+    assert sys.stdout is sys.stderr is None
+
+
+def python(code, *words, before=(), shell="", **environment):
+    command = [*before, sys.executable, "-c", code, *map(str, words)]
+    if shell:
+        command = ["bash", "-c", f'"$@" {shell}', "bash", *command]
+    environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_closed_descriptor_is_not_given_to_a_file_of_the_run(tmp_path):
+    code = (
+        "import sys; from spinfast.terminal import lasting_streams\n"
+        "with lasting_streams(), open(sys.argv[1], 'w') as file: print('lost'); file.write(str(file.fileno()))"
+    )
+    assert python(code, tmp_path / "file", shell=">&- 2>&- <&-").returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_a_pipe_that_closes_leaves_one_line_and_code_0():
+    code = (
+        "import sys; from spinfast.terminal import lasting_streams\n"
+        "with lasting_streams():\n  for _ in range(100_000): print('line')\nsys.exit(0)"
+    )
+    done = python(code, shell='| head -1; exit "${PIPESTATUS[0]}"')
+    assert (done.returncode, done.stdout) == (0, "line\n")
+    assert done.stderr == "spinfast: nobody reads the output any more; the work goes on without\n"
+
+
+AS_NOBODY = "import os, getpass, pathlib; from spinfast import terminal; os.setuid(54321); "
+
+
+@pytest.fixture
+def shared_tmp():
+    """A folder for temporary files that every user may use."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as path:
+        Path(path).chmod(0o777)
+        yield path
+
+
+@pytest.mark.parametrize("home", [None, "/", "/nonexistent"])
+def test_case_24_a_user_without_a_home_has_one_for_caches(shared_tmp, home):
+    code = "terminal.find_home(); print(getpass.getuser(), pathlib.Path.home(), os.getenv('XDG_CACHE_HOME'))"
+    done = python(AS_NOBODY + code, TMPDIR=shared_tmp, **({} if home is None else {"HOME": home}))
+    spare = f"{shared_tmp}/spinfast-54321"
+    assert done.stdout.split() == ["uid-54321", *((spare, "None") if home is None else (home, spare))]
+    assert f"they go to {spare} (set HOME to choose)" in done.stderr
+    assert oct(os.stat(spare).st_mode) == "0o40700"
+
+
+def test_anothers_directory_is_no_home(shared_tmp):
+    os.mkdir(f"{shared_tmp}/spinfast-54321")
+    done = python(AS_NOBODY + "terminal.find_home()", TMPDIR=shared_tmp)
+    assert done.returncode
+    assert "is another's: set HOME" in done.stderr
+
+
+CONFIG, OVERRIDES = Path("config.yaml"), ["a=b", "c=-1"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "config.yaml a=b --run-dir x c=-1 --dry-run",
+        "--run-dir x config.yaml a=b c=-1 --dry-run",
+        "a=b --dry-run config.yaml --run-dir=x c=-1",
+        "--dry-run a=b c=-1 --run-dir x config.yaml",
+    ],
+)
+def test_options_stand_anywhere(line):
+    assert parse(line.split()) == (CONFIG, OVERRIDES, Path("x"), True, False)
+    assert parse(["config.yaml"]) == (CONFIG, [], None, False, False)
+    assert parse([]) == (None, [], None, False, False)
+
+
+def test_options_of_eval_and_report_stand_anywhere_and_may_have_a_dash_for_a_value(run_dir, tmp_path):
+    words = ["--limit", "-3", "--template", "x=-1", "--tasks", "a,b", "--model=-m", "--harness"]
+    found = parse_eval(words)
+    assert (found.limit, found.template, found.tasks, found.model) == (-3, ["x=-1"], ["a", "b"], "-m")
+    for words in (["--no-png", str(run_dir), "--output"], [str(run_dir), "--no-png", "--output"]):
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.html"
+        assert main(["report", *words, str(output)]) == 0
+        assert output.is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("config.yaml --dryrun", "unknown option --dryrun: did you mean --dry-run?"),
+        ("config.yaml --rundir=x", "unknown option --rundir=x: did you mean --run-dir?"),
+        ("config.yaml --spin.lr=3", "unknown option --spin.lr=3: expected CONFIG.yaml | section.key=value, -h"),
+        ("config.yaml -x", "unknown option -x: expected"),
+        ("a.yaml b.yaml", "expected one config file, got a.yaml, b.yaml"),
+        ("config.yaml --run-dir", "argument --run-dir: expected one argument"),
+        ("eval --model m --tasks t --batchsize 3", "did you mean --batch-size?"),
+        ("eval --model m", "the following arguments are required: --tasks"),
+        ("report", "the following arguments are required: RUN"),
+        ("report x --nopng", "unknown option --nopng: did you mean --no-png?"),
+    ],
+)
+def test_a_line_that_is_wrong_is_one_line_of_complaint(capsys, line, said):
+    assert main(line.split()) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint
+    assert complaint.count("\n") == 1
+
+
+def rows(*names):
+    estimate = {"value": 0.12345, "stderr": 0.0123, "n": 5}
+    train = {"first_loss": 0.6931, "last_loss": 0.512}
+    return [
+        {"iteration": name, "pairs": 400, "train": train, "evaluation": dict.fromkeys(COLUMNS, estimate)}
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("width", [160, 120, 80, 60, 40])
+@pytest.mark.parametrize("name", [0, "a-stage-with-quite-a-long-name"])
+def test_the_results_fit(width, name):
+    console = Console(file=io.StringIO(), width=width)
+    Display(console).table(rows("base", name))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(console.file.getvalue().split())
+    assert text.count("0.123 ± 0.012") == 2 * len(COLUMNS)  # no value is cut or broken
+    assert ("┃" in text) == (width >= 60)
+
+
+@given(st.integers(60, 200), st.integers(1, 12), st.text("ab ", max_size=90), st.lists(st.text("12.±", max_size=25)))
+def test_any_table_fits_and_loses_nothing(width, count, name, values):
+    headings = ["task", "metric", *(f"heading {i}" for i in range(count))]
+    cells = [*values[:count], *[""] * (count - len(values))]
+    console = Console(file=io.StringIO(), width=width)
+    show(console, "title", headings, [(name, "m", *cells)], keys=2)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert all(cell in text for cell in cells)
+
+
+def test_columns_without_a_value_are_left_out():
+    console = Console(file=io.StringIO(), width=80)
+    show(console, None, ("iteration", "empty", "loss"), [("0", "", "1.5"), ("1", "", "")])
+    assert "empty" not in console.file.getvalue()
+
+
+def test_a_pipe_is_as_wide_as_columns_says(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert open_console(io.StringIO()).width == 160
+    monkeypatch.setenv("COLUMNS", "72")
+    assert open_console(io.StringIO()).width == 72
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for a terminal
+    monkeypatch.setenv("TERM", "dumb")
+    assert open_console(io.StringIO()).width == 72
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])
+def test_terminals_that_cannot_or_shall_not(variable, value):
+    environment = {"TERM": "xterm-256color"} | {variable: value}
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=environment)
+    display = Display(console)
+    with display.phase("score", 2, "groups") as tick:
+        tick.advance(2)
+    display.table(rows("base", 0))
+    printed = console.file.getvalue()
+    assert not re.search(r"\x1b\[(\d+;)*[349]\d", printed)  # colours
+    assert "margin" in printed
+    if variable == "TERM":
+        assert "\x1b" not in printed
