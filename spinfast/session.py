@@ -25,7 +25,7 @@ from spinfast.generation import Generator
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
 from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.memory.planner import Load, StepPlan, engine_cache, plan
-from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
+from spinfast.models import ResolvedModel, end_ids, load_tokenizer, resolve_model, window
 from spinfast.policy import Policy, import_unsloth
 from spinfast.policy.transformers import load_policy
 from spinfast.types import Adapter, Sampling
@@ -84,7 +84,7 @@ def look(config: Config, plan_only: bool = False) -> Machine:
     if device.rehearsal:
         cap_memory(device.memory)
     model = resolve_model(config.model.name, config.model.revision)
-    renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
+    renderer = Renderer(load_tokenizer(model.path), config.prompt.template, end_ids(model.path))
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
     check_limits(config, model, shape)
@@ -103,6 +103,12 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
         raise UserError(
             f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
             f"{shape.max_position_embeddings}; lower them"
+        )
+    longest = max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens)
+    if (seen := window(shape)) is not None and seen < longest:
+        raise UserError(
+            f"prompt.max_prompt_tokens + the longer of max_answer_tokens and max_tokens = {longest} tokens, but "
+            f"{model.name} has a sliding_window of {seen}, beyond which the engine computes another model; lower them"
         )
     if config.adapter.r > shape.hidden_size:
         raise UserError(
