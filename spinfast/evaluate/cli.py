@@ -145,9 +145,8 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     }
     adapter = None
     if arguments.adapter:
-        adapter = adapters.load(arguments.adapter, model.revision)
-        c = adapter.config
-        tree["adapter"] = {"r": c["r"], "alpha": c["lora_alpha"], "target_modules": c["target_modules"]}
+        adapter = adapters.load(arguments.adapter, model.revision, name=model.name)
+        tree["adapter"] = adapters.settings(adapter)
     config = parse_config(tree, "eval")
     machine = look(config)
     budget = Budget(max(4096, 2 * length), machine.device.attention)
