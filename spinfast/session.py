@@ -27,7 +27,9 @@ from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.memory.planner import Load, StepPlan, engine_cache, plan
 from spinfast.models import ResolvedModel, end_ids, load_tokenizer, resolve_model, window
 from spinfast.policy import Policy, import_unsloth
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
+from spinfast.store.files import expanded
 from spinfast.types import Adapter, Sampling
 
 log = logging.getLogger("spinfast")
@@ -44,6 +46,7 @@ class Machine:
     renderer: Renderer
     ops: operators.Ops
     kernels: str  # why these operators
+    start: Adapter | None = None  # what the run starts from, as adapter.start has it
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,20 @@ def look(config: Config, plan_only: bool = False) -> Machine:
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
     check_limits(config, model, shape)
-    return Machine(device, model, shape, renderer, ops, why)
+    return Machine(device, model, shape, renderer, ops, why, load_start(config, model))
+
+
+def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
+    """The adapter of adapter.start, which must not be larger than the run's own."""
+    if config.adapter.start is None:
+        return None
+    path = adapters.find(expanded(config.adapter.start))
+    start = adapters.load(path, model.revision, name=model.name)
+    if start.config["r"] > config.adapter.r:
+        raise UserError(
+            f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
+        )
+    return start
 
 
 def context_of(config: Config) -> int:

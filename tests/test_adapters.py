@@ -1,6 +1,7 @@
 """Adapters of others: what the engine takes equals PEFT's own log-probs, everything else is refused by name."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fixtures import tiny_model_dir
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_run import fingerprints, play
 from transformers import AutoModelForCausalLM
 
 from spinfast import ops
@@ -16,6 +18,7 @@ from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
+from spinfast.run import main
 from spinfast.train import Budget, sequence_logps
 from spinfast.types import Group
 
@@ -58,15 +61,22 @@ def edit(adapter, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def policy_of(base, settings):
+    cpu = profile("cpu", "float32", "auto")
+    options = {"ops": ops.choose("auto", "cpu")[0], "profile": cpu, "load_in_4bit": False, "seed": 0}
+    return load_policy(base, "base", "0", lora=Lora(**settings), **options)
+
+
+def policy_sums(policy):
+    return sequence_logps(policy, [TEXT], Budget(4096, "numba"))[0]
+
+
 def engine_sums(base, path):
     """Log-prob sums of the answers by the engine with this adapter, opened as `spinfast eval` opens it."""
-    found, device = adapters.load(path), profile("cpu", "float32", "auto")
-    policy = load_policy(
-        base, "base", "0", lora=Lora(**adapters.settings(found)), ops=ops.choose("auto", "cpu")[0], profile=device,
-        load_in_4bit=False, seed=0,
-    )  # fmt: skip
+    found = adapters.load(path)
+    policy = policy_of(base, adapters.settings(found))
     policy.load_adapter(found)
-    return sequence_logps(policy, [TEXT], Budget(4096, device.attention))[0]
+    return policy_sums(policy)
 
 
 @torch.no_grad()
@@ -256,3 +266,94 @@ def test_a_base_of_another_revision_or_shape_is_refused(adapter, base, tmp_path)
         UserError, match="of revision 3210abc, this base has 0123abc; use the base that it was trained on"
     ):
         adapters.load(adapter, "0123abc")
+
+
+# A run that starts from one ------------------------------------------------------------------------------------------
+
+
+def other(base, path, **changes):
+    return saved(base, path, lora(**{"target_modules": ["q_proj", "up_proj"]} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"r": 8}, {"r": 1, "use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=lambda c: str(c)[1:-1]
+)
+def test_a_start_adds_the_same_and_can_be_trained_throughout(base, tmp_path, changes):
+    path = other(base, tmp_path / "start", **changes)
+    policy = policy_of(base, {"r": 8, "alpha": 32})
+    own = policy.adapter()
+    policy.load_adapter(adapters.grown(adapters.load(path), own))
+    assert policy_sums(policy) == pytest.approx(peft_sums(base, path), rel=1e-5)
+    found = policy.adapter().tensors
+    for name in found:
+        if "lora_A" in name:
+            b = found[name.replace("lora_A", "lora_B")]
+            assert (found[name].any(1) | b.any(0)).all(), f"{name} has a rank that no step can move"
+            if "down_proj" in name:
+                assert torch.equal(found[name], own.tensors[name])
+
+
+def test_a_start_on_the_embedding(base, tmp_path):
+    path = other(base, tmp_path / "start", target_modules=["embed_tokens", "q_proj"])
+    policy = policy_of(base, {"r": 8, "target_modules": ["embed_tokens", "q_proj"]})
+    policy.load_adapter(adapters.grown(adapters.load(path), policy.adapter()))
+    assert policy_sums(policy) == pytest.approx(peft_sums(base, path), rel=1e-5)
+
+
+def started(directory, base, start, **adapter):
+    settings = {"r": 4, "alpha": 8, "start": str(start)} | adapter
+    few = {"problems": 2, "pairs": 4, "max_tokens": 6}
+    return play(directory, base, adapter=settings, sft={"groups_per_step": 6}, spin={"iterations": 1}, evaluate=few)
+
+
+@pytest.mark.parametrize("init", ["continue", "merge"])
+def test_a_run_starts_from_an_adapter(base, tmp_path, init):
+    """`base` is the adapter before the run's training; later stages are held against the base model itself."""
+    path = other(base, tmp_path / "start")
+    run_dir = started(tmp_path, base, path, init=init)
+    assert peft_sums(base, run_dir / "base" / "adapter") == pytest.approx(peft_sums(base, path), rel=1e-5)
+    sft, last = (adapters.load(run_dir / stage / "adapter") for stage in ("sft", "iter_000"))
+    assert sft.config["r"] == 4  # the start is trained on, with merge too
+    assert last.config["r"] == {"continue": 4, "merge": 8}[init]
+    rows = {row["stage"]: row["evaluation"] for row in json.loads((run_dir / "results.json").read_text())}
+    assert rows["base"]["heldout/margin"]["value"] == 0
+    assert rows["base"]["heldout/kl_k1"]["value"] != 0
+    before = fingerprints(run_dir)
+    (run_dir / "base" / "eval.json").unlink()  # resumed, its evaluation is made again, with the same adapter
+    assert main([str(tmp_path / "config.yaml"), "--run-dir", str(run_dir)]) == 0
+    assert fingerprints(run_dir) == before
+
+
+def test_a_start_that_changed_is_not_what_the_run_began_with(base, tmp_path, capsys):
+    path = other(base, tmp_path / "start")
+    run_dir = started(tmp_path, base, path)
+    edit(path, lora_alpha=7)
+    assert main([str(tmp_path / "config.yaml"), "--run-dir", str(run_dir)]) == 2
+    assert "adapter.start is not what the run started with" in capsys.readouterr().err
+
+
+def test_a_run_as_a_start_means_its_best_adapter(tmp_path):
+    stage = tmp_path / "run" / "sft" / "adapter"
+    (tmp_path / "run" / "best.json").parent.mkdir()
+    (tmp_path / "run" / "best.json").write_text(json.dumps({"stage": "sft", "adapter": "sft/adapter"}))
+    assert adapters.find(tmp_path / "run") == stage
+    assert adapters.find(stage) == stage
+    (tmp_path / "run" / "best.json").write_text("{")
+    with pytest.raises(UserError, match=r"best.json: damaged; name the adapter of one of the run's stages"):
+        adapters.find(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 2}, "adapter.start: .* has rank 4, adapter.r is 2; raise it"),
+        ({"target_modules": ["q_proj"]}, "adapter.start: 4 of its tensors have no place in the run's adapter, first"),
+        ({"r": 4}, "adapter .*/nowhere: cannot be read"),
+    ],
+)
+def test_a_start_that_does_not_fit(base, tmp_path, capsys, settings, message):
+    start = other(base, tmp_path / "start") if "nowhere" not in message else tmp_path / "nowhere"
+    with pytest.raises(AssertionError):
+        started(tmp_path, base, start, **settings)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "base" / "adapter").exists()

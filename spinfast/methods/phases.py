@@ -31,11 +31,14 @@ REFERENCE = "reference.parquet"
 
 
 def base_stage(run: Run) -> Stage:
-    """The adapter before any training (B = 0), so that every stage starts from a file."""
-    stage = run.stage("base", None, "base")
+    """The adapter before any training (B = 0, or adapter.start), so that every stage starts from a file."""
+    stage, start = run.stage("base", None, "base"), run.session.machine.start
     if not stage.finished("save"):
+        if start:
+            run.policy.load_adapter(adapters.grown(start, run.policy.adapter()))
         with stage.phase("save", "adapter"):
             files.write_directory(stage.path("adapter"), run.policy.save_adapter)
+    run.policy.load_adapter(adapters.load(stage.path("adapter")))
     return stage
 
 

@@ -120,6 +120,8 @@ def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
             (config.get(pattern) or {}).get(get_pattern_key((config.get(pattern) or {}).keys(), module), config[key])
             for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
+        if _twin(name) not in tensors:
+            raise ValueError(f"{name} is there, {_twin(name)} is not; only both are a LoRA")
         if tensor.shape[rank_axis(name)] != rank:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{name} is {dtype} {tuple(tensor.shape)}, r is {rank}; expected LoRA matrices of rank r")
@@ -233,6 +235,43 @@ def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor
         tensor = tensor.float() * factor
     missing = r - tensor.shape[axis]
     return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing)) if missing else tensor
+
+
+def find(directory: Path) -> Path:
+    """The adapter that a directory means: its own, or that of a finished run's best stage."""
+    if (directory / CONFIG_FILE).exists() or not (directory / "best.json").exists():
+        return directory
+    try:
+        return directory / json.loads((directory / "best.json").read_text())["adapter"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{directory / 'best.json'}: damaged; name the adapter of one of the run's stages") from None
+
+
+def grown(start: Adapter, own: Adapter) -> Adapter:
+    """`start` in the place of `own`, a fresh adapter: it adds to the base what `start` adds, at own's rank and scaling.
+
+    Ranks and modules that `start` lacks stay as they are in `own`, which changes nothing and can be trained; zeros in
+    both A and B never could. Raises UserError if `start` has what `own` lacks.
+    """
+    wide = fitted(start, own.config["r"], own.config["lora_alpha"]).tensors
+    if misfits := [name for name, t in wide.items() if name not in own.tensors or own.tensors[name].shape != t.shape]:
+        raise UserError(
+            f"adapter.start: {len(misfits)} of its tensors have no place in the run's adapter, first {misfits[0]}; "
+            "give it the start's adapter.target_modules, and check model.name"
+        )
+    tensors = dict(own.tensors)
+    for name in wide:
+        if rank_axis(name) == 0:
+            b = _twin(name)
+            used_r = wide[name].any(1) | wide[b].any(0)
+            tensors[name] = torch.where(used_r[:, None], wide[name].float(), own.tensors[name])
+            tensors[b] = torch.where(used_r, wide[b].float(), own.tensors[b])
+    return Adapter(own.config, tensors)
+
+
+def _twin(name: str) -> str:
+    """B's name for A's, and A's for B's."""
+    return re.sub(r"(lora_(?:embedding_)?)([AB])", lambda m: m[1] + ("B" if m[2] == "A" else "A"), name)
 
 
 def unstack(adapter: Adapter, r: int) -> list[Adapter]:
