@@ -81,12 +81,15 @@ class Session:
             log.info("canary: %s", report)
 
 
-def look(config: Config, plan_only: bool = False) -> Machine:
-    """Device, model files, tokenizer and operators of a config; with plan_only the device need not be there."""
+def look(config: Config, plan_only: bool = False, model: ResolvedModel | None = None) -> Machine:
+    """Device, model files, tokenizer and operators of a config; with plan_only the device need not be there.
+
+    `model` is the config's where it was resolved already.
+    """
     device = profile(config.device.profile, config.device.dtype, config.device.attention, plan_only)
     if device.rehearsal:
         cap_memory(device.memory)
-    model = resolve_model(config.model.name, config.model.revision)
+    model = model or resolve_model(config.model.name, config.model.revision)
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template, end_ids(model.path))
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)

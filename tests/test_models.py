@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ from fixtures import CHATML, SPECIAL, tiny_model_dir, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_run import write_config
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +23,7 @@ from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.policy.transformers import load_policy
+from spinfast.run import main
 from spinfast.session import check_limits, look
 from spinfast.train import Budget, sequence_logps
 from spinfast.types import Group
@@ -545,6 +548,20 @@ def test_weights_that_are_not_the_models(model_dir, change, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_model(str(model_dir))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tied_flag_with_another_head_is_told_by_the_command(model_dir, tmp_path, capsys):
+    """Case 21: vLLM took the embedding for the head, the policy the file's."""
+    damage_weights(lambda w: w.update({HEAD: w[TABLE].flip(0).contiguous()}))(model_dir)
+    case = Path(__file__).parent / "cases" / "21-tied-flag-with-another-head" / "heldout.jsonl"
+    config = write_config(tmp_path, model_dir, data={"source": str(case)}, heldout={"source": str(case)})
+    for backend in ("transformers", "auto"):
+        words = [str(config), f"generation.backend={backend}", "--run-dir", str(tmp_path / backend)]
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in said
+        assert not (tmp_path / backend).exists()
 
 
 def test_weights_that_say_nothing_new(model_dir):

@@ -148,7 +148,7 @@ class Renderer:
         if "strftime_now" in self._template and "date_string" not in self.template_kwargs:
             raise UserError(
                 f"{self._name}: the chat template writes today's date, so a run could not be resumed tomorrow; "
-                'set prompt.template to {date_string: "26 Jul 2024"}'
+                'set prompt.template to {date_string: "26 Jul 2024"} (eval: --template date_string="26 Jul 2024")'
             )
 
     def _warn_of_unknown(self, variables: Mapping[str, Any], where: str) -> None:
