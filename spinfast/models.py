@@ -36,7 +36,7 @@ NOTHING_LOST = re.compile(r".*\.rotary_emb\.inv_freq")  # weights that transform
 SAID_ELSEWHERE = {  # keys of config.json that change no log-prob, or that transformers reads under another name
     *("auto_map", "rope_theta", "rope_scaling", "torch_dtype", "_attn_implementation_autoset", "tokenizer_class"),
     *("is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "pretraining_tp"),
-    *("head_dim", "use_sliding_window", "max_window_layers", "sliding_window"),
+    *("is_causal", "head_dim", "use_sliding_window", "max_window_layers", "sliding_window"),
 }
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -140,10 +140,16 @@ def end_ids(path: Path) -> tuple[int, ...]:
 def window(shape) -> int | None:
     """Tokens that a token sees of those before it, itself included, in the layers that see fewest; None: all.
 
-    The engine's attention knows no window: it computes what transformers does for sequences that are no longer.
+    The engine's attention knows no window: it computes what transformers does for sequences that are no longer. Where
+    a config has a window and no kinds of layers, transformers' cache has it in all of them, a Llama's too.
     """
-    windowed = any(kind != "full_attention" for kind in getattr(shape, "layer_types", None) or ())
-    return (getattr(shape, "sliding_window", None) or 0) if windowed else None
+    size, kinds = getattr(shape, "sliding_window", None), getattr(shape, "layer_types", None)
+    windowed = any(kind != "full_attention" for kind in kinds) if kinds else size is not None
+    return (size or 0) if windowed else None
+
+
+def _counts(value) -> bool:
+    return type(value) is int and value > 0
 
 
 def _described(path: Path):
@@ -172,11 +178,12 @@ def _check_config(path: Path, raw: dict, config, architecture: str) -> None:
         ("rope_type", kind := rope.get("rope_type", "default"), kind in ROPE_TYPES, "one of " + ", ".join(ROPE_TYPES)),
         ("partial_rotary_factor", part := rope.get("partial_rotary_factor", 1), part == 1, "1"),
         ("layer_types", sorted(kinds), kinds <= {"full_attention", "sliding_attention"}, "full or sliding attention"),
-        ("is_causal", raw.get("is_causal"), raw.get("is_causal", True), "true"),
+        ("sliding_window", size := getattr(config, "sliding_window", None), size is None or _counts(size), "a number"),
+        ("is_causal", raw.get("is_causal"), raw.get("is_causal", True) is True, "true"),
         (
             "num_key_value_heads",
             heads[1],
-            heads[1] > 0 and heads[0] % heads[1] == 0,
+            _counts(heads[1]) and heads[0] % heads[1] == 0,
             f"a divisor of num_attention_heads = {heads[0]}",
         ),
         ("head_dim", head_dim, head_dim % 2 == 0, "an even number"),

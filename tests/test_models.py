@@ -470,20 +470,56 @@ def test_what_the_engine_does_not_compute_is_refused(model_dir, changes, message
     assert "\n" not in str(caught.value)
 
 
+FIELDS = ["num_key_value_heads", "num_attention_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters"]
+FIELDS += ["rope_scaling", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "vocab_size"]
+FIELDS += [
+    "tie_word_embeddings",
+    "eos_token_id",
+    "attention_dropout",
+    "model_type",
+    "is_causal",
+    "max_position_embeddings",
+]
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.sampled_from(["", "yarn", "full_attention"])
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor"]), SCALARS)
+
+
+@given(
+    st.sampled_from(["llama", "qwen2", "qwen3"]),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+def test_any_config_is_refused_in_one_line_or_computed(tiny_model, tmp_path_factory, arch, changes):
+    path = shutil.copytree(tiny_model(arch), tmp_path_factory.mktemp("any") / "model")
+    edit_json(path / "config.json", **changes)
+    refused, found = "", []
+    try:
+        found = sums(path, TEXTS[1:])
+    except UserError as error:
+        refused = str(error)
+    assert "\n" not in refused
+    if refused or (models.window(AutoConfig.from_pretrained(path)) or 1024) < 150:
+        return
+    expected = transformers_sums(path, TEXTS[1:])
+    assert found == [pytest.approx(values, rel=1e-4, nan_ok=True) for values in expected]
+
+
 def config_of(path, **sections):
     return parse_config({"model": {"name": str(path)}, "data": {"source": "x"}} | sections)
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(
-    "changes",
+    ("arch", "changes"),
     [
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0},
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
-        {"layer_types": ["sliding_attention"] * 2},  # without a window
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 32, "layer_types": ["sliding_attention"] * 2}),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}),  # without a window
+        ("llama", {"sliding_window": 32}),  # of transformers' cache
     ],
-    ids=["all", "from-a-layer-on", "by-type", "none-given"],
+    ids=["all", "from-a-layer-on", "by-type", "none-given", "llama"],
 )
 def test_a_window_shorter_than_what_may_come_is_refused_before_weights_load(tmp_path, arch, changes):
     path = tiny_model_dir(tmp_path, arch)
