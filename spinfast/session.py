@@ -25,7 +25,8 @@ from spinfast.generation import Generator
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
 from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.memory.planner import Load, StepPlan, engine_cache, plan
-from spinfast.models import ResolvedModel, end_ids, load_tokenizer, resolve_model, window
+from spinfast.model_check import end_ids, window
+from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
 from spinfast.policy import Policy, import_unsloth
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
@@ -107,6 +108,7 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
         raise UserError(
             f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
         )
+    log.info("adapter.start: %s, rank %d, %d matrices", path, start.config["r"], len(start.tensors))
     return start
 
 

@@ -125,6 +125,22 @@ def test_what_is_taken_equals_peft(base, tmp_path, changes):
     assert abs(expected[0] - peft_sums(base)[0]) > 0.02, "the case is too easy: the adapter does nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_matrices_of_another_dtype(base, adapter, dtype):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    assert engine_sums(base, adapter) == pytest.approx(peft_sums(base, adapter), rel=1e-5)
+
+
+def test_the_first_layers_of_many(tiny_model, tmp_path):
+    """PEFT shortens a list of 20 names or more to their ends; the last layer must stay without an adapter."""
+    deep = tiny_model("llama", layers=4)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    path = saved(deep, tmp_path / "adapter", lora(target_modules=linears, layers_to_transform=[0, 1, 2]))
+    assert len(adapters.settings(adapters.load(path))["target_modules"]) == 21
+    assert engine_sums(deep, path) == pytest.approx(peft_sums(deep, path), rel=1e-5)
+
+
 def test_loaded_as_it_was_saved(base, tmp_path, plain):
     """An adapter in the engine's own form keeps its bits, and what is made of another one is plain LoRA to PEFT too."""
     found, tensors = adapters.load(plain), load_file(plain / "adapter_model.safetensors")
@@ -173,6 +189,7 @@ def test_adapters_that_changed_their_base_are_refused(base, tmp_path, init):
         ({"layers_to_transform": [0]}, "layers.1.* has tensors, but adapter_config.json does not target it"),
         ({"layers_to_transform": "all"}, "layers_to_transform .* is 'all', expected numbers of layers"),
         ({"target_modules": "("}, "adapter .*: "),
+        ({"target_modules": ["q_proj", "down_proj"], "r": 3}, r"is float32 \(4, 96\), r is 3"),
         ({"peft_type": None}, "expected peft_type LORA in adapter_config.json, got None"),
     ],
     ids=lambda value: str(value)[1:50] if isinstance(value, dict) else "",
@@ -230,8 +247,13 @@ def test_keys_that_an_old_peft_did_not_know(adapter, plain):
         ),
         (lambda t, n: t.update({n: t[n].to(torch.int8)}), "no LoRA matrix"),
         (lambda t, n: t.clear(), "holds no LoRA matrix"),
+        (lambda t, n: t.pop(n), "lora_B.weight is there, .*lora_A.weight is not"),
+        (
+            lambda t, n: t.update({f"base_model.model.lm_head.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}),
+            "lm_head has an adapter; the engine's head takes none",
+        ),
     ],
-    ids=["dora", "bias", "head", "embedding", "int8", "empty"],
+    ids=["dora", "bias", "head", "embedding", "int8", "empty", "half", "head's"],
 )
 def test_tensors_that_are_no_lora(adapter, change, message):
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -347,7 +369,7 @@ def test_a_run_as_a_start_means_its_best_adapter(tmp_path):
     ("settings", "message"),
     [
         ({"r": 2}, "adapter.start: .* has rank 4, adapter.r is 2; raise it"),
-        ({"target_modules": ["q_proj"]}, "adapter.start: 4 of its tensors have no place in the run's adapter, first"),
+        ({"target_modules": ["q_proj"]}, "adapter: 4 of its tensors have no place in the run's adapter, first"),
         ({"r": 4}, "adapter .*/nowhere: cannot be read"),
     ],
 )

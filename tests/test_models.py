@@ -16,7 +16,7 @@ from test_run import write_config
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from spinfast import models, ops
+from spinfast import model_check, models, ops
 from spinfast.config import Lora, parse_config
 from spinfast.data.renderer import Renderer
 from spinfast.device import profile
@@ -430,7 +430,7 @@ def test_other_architectures_are_refused(model_dir):
         for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         for name in ([names] if isinstance(names, str) else names)
     }
-    for name in names - {*models.ARCHITECTURES}:
+    for name in names - {*model_check.ARCHITECTURES}:
         edit_json(model_dir / "config.json", architectures=[name])
         with pytest.raises(UserError, match=f"architecture {name} is not supported; use Qwen2ForCausalLM, Llama"):
             resolve_model(str(model_dir))
@@ -457,8 +457,11 @@ def test_other_architectures_are_refused(model_dir):
         ({"compression_config": {"format": "pack-quantized"}}, "quantised .compression_config"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised .quantization in"),
         ({"attention_bias": True}, "8 of 28 weights are missing, first model.layers.0.self_attn.k_proj.bias"),
-        ({"eos_token_id": [2, 384]}, r"eos_token_id is \[2, 384\], expected tokens below vocab_size = 384"),
-        ({"eos_token_id": "<|im_end|>"}, "eos_token_id is '<|im_end|>'|describes no model"),
+        (
+            {"eos_token_id": [2, 384]},
+            r"eos_token_id in config.json is \[2, 384\], expected tokens below vocab_size = 384",
+        ),
+        ({"eos_token_id": "<|im_end|>"}, "eos_token_id in config.json is '<|im_end|>'|describes no model"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -500,7 +503,7 @@ def test_any_config_is_refused_in_one_line_or_computed(tiny_model, tmp_path_fact
     except UserError as error:
         refused = str(error)
     assert "\n" not in refused
-    if refused or (models.window(AutoConfig.from_pretrained(path)) or 1024) < 150:
+    if refused or (model_check.window(AutoConfig.from_pretrained(path)) or 1024) < 150:
         return
     expected = transformers_sums(path, TEXTS[1:])
     assert found == [pytest.approx(values, rel=1e-4, nan_ok=True) for values in expected]

@@ -126,7 +126,8 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
 
     from spinfast.config import parse_config
     from spinfast.memory.planner import StepPlan
-    from spinfast.models import resolve_model, window
+    from spinfast.model_check import window
+    from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
     from spinfast.session import look, open_session
     from spinfast.train import Budget, sequence_logps

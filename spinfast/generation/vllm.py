@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.generation import check_fits, vllm_compat, weight_sharing
-from spinfast.models import window
+from spinfast.model_check import window
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Completion, Request, Sampling
 

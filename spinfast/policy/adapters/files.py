@@ -114,6 +114,8 @@ def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
         if not found or not tensor.is_floating_point() or tensor.ndim != 2:
             raise ValueError(f"{name} is no LoRA matrix; only plain LoRA is supported")
         module = found[1]
+        if module.endswith("lm_head"):
+            raise ValueError("lm_head has an adapter; the engine's head takes none")
         if not (everything or check_target_module_exists(targets, module)):
             raise ValueError(f"{module} has tensors, but {CONFIG_FILE} does not target it; PEFT would leave them out")
         rank, alpha = (
@@ -248,7 +250,7 @@ def find(directory: Path) -> Path:
 
 
 def grown(start: Adapter, own: Adapter) -> Adapter:
-    """`start` in the place of `own`, a fresh adapter: it adds to the base what `start` adds, at own's rank and scaling.
+    """`start` in the place of `own`, which adds nothing: it adds what `start` does, at own's rank and scaling.
 
     Ranks and modules that `start` lacks stay as they are in `own`, which changes nothing and can be trained; zeros in
     both A and B never could. Raises UserError if `start` has what `own` lacks.
@@ -256,8 +258,8 @@ def grown(start: Adapter, own: Adapter) -> Adapter:
     wide = fitted(start, own.config["r"], own.config["lora_alpha"]).tensors
     if misfits := [name for name, t in wide.items() if name not in own.tensors or own.tensors[name].shape != t.shape]:
         raise UserError(
-            f"adapter.start: {len(misfits)} of its tensors have no place in the run's adapter, first {misfits[0]}; "
-            "give it the start's adapter.target_modules, and check model.name"
+            f"adapter: {len(misfits)} of its tensors have no place in the run's adapter, first {misfits[0]}; give "
+            "adapter.target_modules what it was trained on, and check model.name"
         )
     tensors = dict(own.tensors)
     for name in wide:
