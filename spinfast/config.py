@@ -88,6 +88,9 @@ class Lora(Section):
     r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's target_modules")
+    start: str | None = Field(
+        None, description="directory of an adapter that the run trains on (or of a run: its best); null: a fresh one"
+    )
     init: Literal["continue", "merge"] = Field(
         "continue",
         description="the next round or stage trains the same adapter on, or merges it and starts a fresh one",

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spinfast.errors import UserError
+from spinfast.model_check import check_model, end_ids, first_line, read_json
 from spinfast.store.files import expanded
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN_SHA256 = {  # files that this project's own configs name
@@ -74,72 +74,19 @@ def load_tokenizer(path: Path | str):
             model_max_length=int(1e30),  # prompts and answers have limits of their own, and the file's may be no number
         )
     except Exception as error:  # the parsers of tokenizer files raise whatever they meet
-        raise UserError(f"tokenizer {path}: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"tokenizer {path}: cannot be read: {first_line(error)}") from error
     if not tokenizer.chat_template:
         raise UserError(
             f"tokenizer {path}: no chat template; use the instruct model, or put its template into "
             f"{Path(path) / 'chat_template.jinja'}"
         )
-    rows = _read_json(Path(path) / "config.json").get("vocab_size", 0)
+    rows = read_json(Path(path) / "config.json").get("vocab_size", 0)
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(
             f"tokenizer {path}: has token {last}, the model's vocab_size is {rows}; they do not belong together"
         )
-    _choose_pad_token(tokenizer, path)
+    _choose_pad_token(tokenizer, path, end_ids(Path(path)))
     return tokenizer
-
-
-def check_model(path: Path) -> str:
-    """The architecture's name, after checking config and weight shapes without loading a weight."""
-    config = _read_json(path / "config.json")
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"model {path}: architecture {architecture} is not supported; use {', '.join(ARCHITECTURES)}")
-    if (path / "generation_config.json").exists():
-        _read_json(path / "generation_config.json")
-    if "quantization_config" in config:
-        raise UserError(f"model {path}: the weights are quantised; use the unquantised checkpoint")
-    _check_weights(path, _weight_shapes(path))
-    return architecture
-
-
-def _check_weights(path: Path, found: dict[str, list[int]]) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # any field of config.json may be missing or absurd
-        raise UserError(f"model {path}: config.json describes no model: {_first_line(error)}") from error
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-    missing = sorted(set(expected) - set(found))
-    if missing:
-        raise UserError(f"model {path}: {len(missing)} of {len(expected)} weights are missing, first {missing[0]}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise UserError(f"model {path}: {name} has shape {found[name]}, config.json says {shape}")
-
-
-def _weight_shapes(path: Path) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"model {path}: no *.safetensors file; pickled weights (.bin, .pt) are never loaded, convert them"
-        )
-    shapes = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"model {file}: damaged safetensors file ({error}); download it again") from None
-    return shapes
 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
@@ -156,7 +103,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
     except Exception as error:  # of the hub's client, of its HTTP library, of the operating system
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model {name}{at}: neither on this machine nor to be had from the hub ({_first_line(error)}); check the "
+            f"model {name}{at}: neither on this machine nor to be had from the hub ({first_line(error)}); check the "
             "name, the connection and HF_HUB_OFFLINE, or name a local directory or .gguf file"
         ) from error
     return Path(path), Path(path).name  # a snapshot's folder is named by its commit
@@ -212,7 +159,7 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
         except UserError:
             raise
         except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
-            raise UserError(f"model {file}: cannot be converted: {_first_line(error)}") from error
+            raise UserError(f"model {file}: cannot be converted: {first_line(error)}") from error
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         record = {"source": file.name, "source_sha256": sha256, "conversion": CONVERSION}
@@ -300,26 +247,26 @@ def _is_whole(target: Path, sha256: str) -> bool:
     record_file = target / "source.json"
     if not record_file.is_file():
         return False
-    record = _read_json(record_file)
+    record = read_json(record_file)
     if (record.get("source_sha256"), record.get("conversion")) != (sha256, CONVERSION):
         return False
     files = record.get("files", {})
     return all((target / name).is_file() and _sha256([target / name]) == digest for name, digest in files.items())
 
 
-def _choose_pad_token(tokenizer, path: Path | str) -> None:
+def _choose_pad_token(tokenizer, path: Path | str, end_ids: Iterable[int] = ()) -> None:
     """Keep a pad token that ends nothing, else take a special token that the chat template never writes.
 
     No embedding row is added: padding is masked wherever it occurs, so any row serves.
     """
-    ends = {tokenizer.eos_token, tokenizer.bos_token}
+    ends = {tokenizer.eos_token, tokenizer.bos_token, *tokenizer.convert_ids_to_tokens([*end_ids])}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in ends:
         return
     special = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
     template = str(tokenizer.chat_template)
     unused = [t for t in special if t not in ends and t not in template]
     if not unused:
-        raise UserError(f"tokenizer {path}: pad token is its eos token and no other special token is unused; set one")
+        raise UserError(f"tokenizer {path}: pad token ends an answer and no other special token is unused; set one")
     named_pad = [t for t in unused if "pad" in t.lower()]
     tokenizer.pad_token = (named_pad or [t for t in unused if t == "<|endoftext|>"] or unused)[0]
 
@@ -337,19 +284,3 @@ def _sha256(files: Iterable[Path]) -> str:
     if len(digests) == 1:
         return digests[0][1]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected a model directory with config.json and *.safetensors")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {_first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -25,9 +25,12 @@ from spinfast.generation import Generator
 from spinfast.generation.canary import Scorer, check_adapter, policy_logps
 from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.memory.planner import Load, StepPlan, engine_cache, plan
+from spinfast.model_check import end_ids, window
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
 from spinfast.policy import Policy, import_unsloth
+from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
+from spinfast.store.files import expanded
 from spinfast.types import Adapter, Sampling
 
 log = logging.getLogger("spinfast")
@@ -44,6 +47,7 @@ class Machine:
     renderer: Renderer
     ops: operators.Ops
     kernels: str  # why these operators
+    start: Adapter | None = None  # what the run starts from, as adapter.start has it
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,34 @@ class Session:
             log.info("canary: %s", report)
 
 
-def look(config: Config, plan_only: bool = False) -> Machine:
-    """Device, model files, tokenizer and operators of a config; with plan_only the device need not be there."""
+def look(config: Config, plan_only: bool = False, model: ResolvedModel | None = None) -> Machine:
+    """Device, model files, tokenizer and operators of a config; with plan_only the device need not be there.
+
+    `model` is the config's where it was resolved already.
+    """
     device = profile(config.device.profile, config.device.dtype, config.device.attention, plan_only)
     if device.rehearsal:
         cap_memory(device.memory)
-    model = resolve_model(config.model.name, config.model.revision)
-    renderer = Renderer(load_tokenizer(model.path), config.prompt.template)
+    model = model or resolve_model(config.model.name, config.model.revision)
+    renderer = Renderer(load_tokenizer(model.path), config.prompt.template, end_ids(model.path))
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
     check_limits(config, model, shape)
-    return Machine(device, model, shape, renderer, ops, why)
+    return Machine(device, model, shape, renderer, ops, why, load_start(config, model))
+
+
+def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
+    """The adapter of adapter.start, which must not be larger than the run's own."""
+    if config.adapter.start is None:
+        return None
+    path = adapters.find(expanded(config.adapter.start))
+    start = adapters.load(path, model.revision, name=model.name)
+    if start.config["r"] > config.adapter.r:
+        raise UserError(
+            f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
+        )
+    log.info("adapter.start: %s, rank %d, %d matrices", path, start.config["r"], len(start.tensors))
+    return start
 
 
 def context_of(config: Config) -> int:
@@ -103,6 +124,12 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
         raise UserError(
             f"prompt.max_prompt_tokens + the longer max_tokens = {context} tokens, but {model.name} has a context of "
             f"{shape.max_position_embeddings}; lower them"
+        )
+    longest = max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens)
+    if (seen := window(shape)) is not None and seen < longest:
+        raise UserError(
+            f"prompt.max_prompt_tokens + the longer of max_answer_tokens and max_tokens = {longest} tokens, but "
+            f"{model.name} has a sliding_window of {seen}, beyond which the engine computes another model; lower them"
         )
     if config.adapter.r > shape.hidden_size:
         raise UserError(

@@ -58,24 +58,30 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     )
 
 
-def tiny_model_dir(tmp_path: Path, arch: str = "qwen2", tied: bool = True, layers: int = 2, hidden: int = 64) -> Path:
-    """A saved fp32 model of random weights: biases and norms random too, so that no term is left untested."""
+def tiny_model_dir(
+    tmp_path: Path, arch: str = "qwen2", tied: bool = True, layers: int = 2, hidden: int = 64, **changes
+) -> Path:
+    """A saved fp32 model of random weights: biases and norms random too, so that no term is left untested.
+
+    `changes` are of its config.
+    """
     path = Path(tmp_path) / f"tiny-{arch}-{'tied' if tied else 'untied'}-{layers}x{hidden}"
     tokenizer = tiny_tokenizer()
-    config = CONFIGS[arch](
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 3 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4 if arch != "qwen3" else 32,  # Qwen3's head_dim is not D / H
-        max_position_embeddings=1024,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 3 // 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4 if arch != "qwen3" else 32,  # Qwen3's head_dim is not D / H
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CONFIGS[arch](**shape | changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")

@@ -48,11 +48,12 @@ class Rendered:
 class Renderer:
     """A tokenizer with its chat template; `template_kwargs` are extra variables, such as enable_thinking.
 
+    `end_ids` are the model's own end tokens: they end an answer beside the template's.
     `template`, in its methods, are the variables of one row ("tools" among them), which go over `template_kwargs`.
     What a row is refused for is a RowError; a template that cannot be used at all is a UserError of the constructor.
     """
 
-    def __init__(self, tokenizer, template_kwargs: Mapping[str, Any] | None = None):
+    def __init__(self, tokenizer, template_kwargs: Mapping[str, Any] | None = None, end_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self._name = f"tokenizer {tokenizer.name_or_path}"
@@ -70,7 +71,7 @@ class Renderer:
         self._asked, self._header, self._end, self._after = self._probe()
         self._gap = "\n" if self._encode("x", behind=True) != self._encode("x") else ""
         self.end_id: int = tokenizer.convert_tokens_to_ids(self._end)
-        self.stop_ids: Ids = tuple(sorted({self.end_id, tokenizer.eos_token_id} - {None}))
+        self.stop_ids: Ids = tuple(sorted({self.end_id, tokenizer.eos_token_id, *end_ids} - {None}))
         self.pad_id: int = tokenizer.pad_token_id
         if self.pad_id is None or self.pad_id in self.stop_ids:
             raise UserError(
@@ -148,7 +149,7 @@ class Renderer:
         if "strftime_now" in self._template and "date_string" not in self.template_kwargs:
             raise UserError(
                 f"{self._name}: the chat template writes today's date, so a run could not be resumed tomorrow; "
-                'set prompt.template to {date_string: "26 Jul 2024"}'
+                'set prompt.template to {date_string: "26 Jul 2024"} (eval: --template date_string="26 Jul 2024")'
             )
 
     def _warn_of_unknown(self, variables: Mapping[str, Any], where: str) -> None:

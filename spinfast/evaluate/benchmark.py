@@ -6,8 +6,9 @@ choices that share a prompt share its tokens in the packed row too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,18 +26,29 @@ class Engine:
     """What a benchmark needs of a model."""
 
     tokenizer: object
-    prompt_ids: Callable[[Sequence[dict[str, str]]], Ids]  # the chat template, generation prompt included
+    render: Callable[[Sequence[dict[str, str]]], Ids]  # the chat template, generation prompt included
     generate: Callable[[Sequence[Request], Sampling], Iterable[Completion]]
     sequence_logps: Callable[[list[Group]], list[list[float]]]
     stop_ids: Ids
     max_length: int  # tokens of the context
     seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)  # system turn and template variables among them
+
+    def conversation(self, turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """The turns after the system turn that there is, unless they have their own."""
+        system = self.settings.get("system")
+        return [{"role": "system", "content": system}, *turns] if system and turns[0]["role"] != "system" else [*turns]
+
+    def prompt_ids(self, turns: Sequence[dict[str, str]]) -> Ids:
+        return self.render(self.conversation(turns))
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def ids(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text).input_ids)
+        """Of plain text, or of a rendered template, which writes its own begin-of-text token."""
+        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        return tuple(self.tokenizer(text, add_special_tokens=not begun).input_ids)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""`spinfast eval --model NAME [--adapter DIR] --tasks gsm8k_chat,boolq,mine.jsonl [--limit N]`"""
+"""`spinfast eval --model NAME [--adapter DIR] --tasks gsm8k_chat,boolq,mine.jsonl [--limit N]`
+
+An adapter that lies in a run directory is played as the run played it: its model, system prompt, template variables and
+dtype are the run's wherever no option says otherwise, and `spinfast eval --adapter RUN --tasks ...` is enough.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Score a model, with or without an adapter, on benchmark tasks.",
         epilog=f"tasks: {', '.join(TASKS)}, leaderboard (= {','.join(LEADERBOARD)}), FILE.jsonl; NAME:5 is 5-shot",
     )
-    parser.add_argument("--model", required=True, help="hub id, directory or .gguf, as in a config's model.name")
+    parser.add_argument("--model", help="hub id, directory or .gguf, as in a config's model.name (default: the run's)")
     parser.add_argument("--revision", help="commit of a hub model")
-    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter; the base alone without it")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter, or a run: its best; default: none")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), help="comma-separated")
     parser.add_argument(
         "--data",
@@ -49,11 +53,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help="tokens of the context (default: the model's, 2048 at most)")
     parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
     parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
-    parser.add_argument("--dtype", default="auto", help="device.dtype, as in a config")
+    parser.add_argument("--dtype", help="device.dtype, as in a config (default: the run's, or auto)")
     parser.add_argument("--attention", default="auto", help="device.attention, as in a config")
     parser.add_argument("--backend", default="transformers", help="generation.backend, as in a config; auto: vLLM")
-    parser.add_argument("--load-in-4bit", action="store_true", help="model.load_in_4bit, as in a config")
-    parser.add_argument("--template", action="append", default=[], metavar="NAME=VALUE", help="template variables")
+    parser.add_argument(
+        "--load-in-4bit", action=argparse.BooleanOptionalAction, help="model.load_in_4bit (default: the run's, or no)"
+    )
+    parser.add_argument(
+        "--system", help="system turn before every chat prompt (default: the run's, or none); '' is none"
+    )
+    parser.add_argument(
+        "--template", action="append", default=[], metavar="NAME=VALUE", help="template variables, beside the run's own"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers (avg@k)")
     return parser.parse(argv)
 
@@ -67,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
     if arguments.max_length is not None and arguments.max_length < SHORTEST:
         raise UserError(f"--max-length: expected at least {SHORTEST}, got {arguments.max_length}")
-    if arguments.dtype not in DTYPES:
+    if arguments.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
     if arguments.chat_template and not arguments.harness:
         raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
@@ -96,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     log.warning("%s: %s", task.name, warning)
                 results.append(evaluate(task, engine, rows, pool))
             adapter = arguments.adapter and str(arguments.adapter)
-            config = {"model": arguments.model, "adapter": adapter, "limit": arguments.limit}
+            config = {"adapter": adapter, "limit": arguments.limit, **engine.settings}
             outcome = report(results, config | {"data": {name: str(place) for name, place in places.items()}})
             samples = {result.task.name: result.samples for result in results}
     if arguments.output:
@@ -116,41 +127,41 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
 
     from spinfast.config import parse_config
     from spinfast.memory.planner import StepPlan
+    from spinfast.model_check import window
     from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
     from spinfast.session import look, open_session
     from spinfast.train import Budget, sequence_logps
 
-    model = resolve_model(arguments.model, arguments.revision)
-    longest = AutoConfig.from_pretrained(model.path, local_files_only=True).max_position_embeddings
-    length = arguments.max_length or min(2048, longest)
+    path = adapters.find(files.expanded(str(arguments.adapter))) if arguments.adapter else None
+    settings = _settings(arguments, _run_of(path) if path else None)
+    model = resolve_model(settings["model"], settings["revision"])
+    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    length = arguments.max_length or min(2048, shape.max_position_embeddings, window(shape) or 2048)
+    answer = SHORTEST // 2
     tree = {
         "model": {
-            "name": arguments.model,
-            "revision": arguments.revision,
-            "load_in_4bit": arguments.load_in_4bit,
+            "name": settings["model"],
+            "revision": settings["revision"],
+            "load_in_4bit": settings["load_in_4bit"],
         },
         "data": {"source": "the tasks'"},
-        "prompt": {"max_prompt_tokens": length - SHORTEST // 2, "template": _template(arguments.template)},
-        "generation": {
-            "backend": arguments.backend,
-            "batch_size": arguments.batch_size,
-            "max_tokens": SHORTEST // 2,
+        "prompt": {
+            "max_prompt_tokens": length - answer,
+            "max_answer_tokens": answer,
+            "system": settings["system"],
+            "template": settings["template"],
         },
-        "evaluate": {"max_tokens": SHORTEST // 2},
-        "device": {
-            "profile": arguments.profile,
-            "dtype": arguments.dtype,
-            "attention": arguments.attention,
-        },
+        "generation": {"backend": arguments.backend, "batch_size": arguments.batch_size, "max_tokens": answer},
+        "evaluate": {"max_tokens": answer},
+        "device": {"profile": arguments.profile, "dtype": settings["dtype"], "attention": arguments.attention},
     }
     adapter = None
-    if arguments.adapter:
-        adapter = adapters.load(arguments.adapter, model.revision)
-        c = adapter.config
-        tree["adapter"] = {"r": c["r"], "alpha": c["lora_alpha"], "target_modules": c["target_modules"]}
+    if path:
+        adapter = adapters.load(path, model.revision, name=model.name)
+        tree["adapter"] = adapters.settings(adapter)
     config = parse_config(tree, "eval")
-    machine = look(config)
+    machine = look(config, model=model)
     budget = Budget(max(4096, 2 * length), machine.device.attention)
     with open_session(config, machine, StepPlan(budget.microbatch_tokens)) as session:
         if adapter:
@@ -158,13 +169,39 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
             session.check_generator(_canary_prompt(machine.renderer), adapter)
         yield Engine(
             tokenizer=machine.renderer.tokenizer,
-            prompt_ids=machine.renderer.prompt_ids,
+            render=machine.renderer.prompt_ids,
             generate=lambda requests, sampling: session.generator.generate(requests, sampling, adapter),
             sequence_logps=lambda groups: sequence_logps(session.policy, groups, budget),
             stop_ids=machine.renderer.stop_ids,
             max_length=length,
             seed=arguments.seed,
+            settings=settings,
         )
+
+
+def _run_of(adapter: Path) -> Path | None:
+    """The run directory that an adapter lies in."""
+    marks = "config.yaml", "inputs.json"
+    return next((p for p in adapter.resolve().parents if all((p / mark).is_file() for mark in marks)), None)
+
+
+def _settings(arguments: argparse.Namespace, run: Path | None) -> dict:
+    """What decides over the answers: the options given, else the run's own, else a config's defaults."""
+    from spinfast.config import load_config
+
+    found = {"revision": None, "load_in_4bit": False, "system": None, "template": {}, "dtype": "auto"}
+    if run:
+        c = load_config(run / "config.yaml")
+        found = {"model": c.model.name, "revision": c.model.revision, "load_in_4bit": c.model.load_in_4bit}
+        found |= {"system": c.prompt.system, "template": c.prompt.template, "dtype": c.device.dtype}
+        log.info("settings of the run %s, where no option says otherwise: %s", run, found)
+    given = {name: getattr(arguments, name) for name in ("model", "revision", "load_in_4bit", "system", "dtype")}
+    if arguments.model:
+        found["revision"] = None  # it is another model's
+    found |= {name: value for name, value in given.items() if value is not None}
+    if "model" not in found:
+        raise UserError("--model: expected a model, or an --adapter that lies in a run directory")
+    return found | {"system": found["system"] or None, "template": found["template"] | _template(arguments.template)}
 
 
 def _template(items: Sequence[str]) -> dict:

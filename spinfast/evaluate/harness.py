@@ -38,7 +38,10 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            self.engine.conversation(chat_history),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.engine.settings.get("template", {}),
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:

@@ -50,7 +50,7 @@ def evaluate(
 ) -> None:
     """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the stage started from.
 
-    SPIN plays its game on held-out prompts; the base plays itself: previous is its own stage, pair accuracy 0.5,
+    SPIN plays its game on held-out prompts; the base stage plays itself: previous is its own stage, pair accuracy 0.5,
     margin 0. Without pairs to play there are no samples and no log-probs of them. Elsewhere the data's own answers are
     scored, and where `judged` says how, their preferences.
     """
@@ -67,7 +67,8 @@ def evaluate(
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
         files.write_text(stage.path("heldout_samples.jsonl"), files.jsonl(rows))
         rivals = read_samples(previous)
-        metrics |= play(run.policy, run.budget, stage, players, samples, rivals, opponent, game)
+        alone = stage.method == "base" and session.machine.start is None
+        metrics |= play(run.policy, run.budget, stage, players, samples, rivals, None if alone else opponent, game)
     elif players:
         metrics |= likelihood(run, stage, players)
     if players and judged is not None and judged[1]:
@@ -134,14 +135,16 @@ def play(
     players: Sequence[Example],
     samples: Sequence[Completion],
     rivals: Sequence[Completion],
-    opponent: Adapter,
+    opponent: Adapter | None,
     game: Pairwise,
 ) -> Metrics:
-    """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base."""
+    """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base.
+
+    Without an opponent the policy is the base.
+    """
     groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
     groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
-    alone = stage.method == "base"
-    scored, _ = within_memory(budget, groups, partial(score_players, policy, groups, None if alone else opponent))
+    scored, _ = within_memory(budget, groups, partial(score_players, policy, groups, opponent))
     sides = {"real": [e.real_ids for e in players], "sample": [c.token_ids for c in samples]}
     sides["rival"] = [c.token_ids for c in rivals]
     columns = {who: answer_columns(groups, logps, players, sides) for who, logps in scored.items()}

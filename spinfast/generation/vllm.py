@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from spinfast import attention
 from spinfast.errors import UserError
 from spinfast.generation import check_fits, vllm_compat, weight_sharing
+from spinfast.model_check import window
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Completion, Request, Sampling
 
@@ -54,12 +55,17 @@ class VLLMGenerator:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.max_lora_rank = max_lora_rank
+        shape = AutoConfig.from_pretrained(self.model_path, local_files_only=True)
         self._options = {
-            "kv_cache_memory_bytes": max(kv_cache_bytes, self._smallest_cache()),
+            "kv_cache_memory_bytes": max(kv_cache_bytes, self._smallest_cache(shape)),
             "max_num_seqs": batch_size,
             "seed": seed,
             "enforce_eager": enforce_eager,
         }
+        if window(shape) is not None:  # no sequence reaches it (session.check_limits), and vLLM may refuse it
+            full = ["full_attention"] * shape.num_hidden_layers
+            overrides = {"layer_types": full, "use_sliding_window": False, "sliding_window": None}
+            self._options["hf_overrides"] = overrides
         self._made = engine
         self._sleeps = engine is None and vllm_compat.can_sleep(device)
         self._asleep = False
@@ -67,9 +73,8 @@ class VLLMGenerator:
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
 
-    def _smallest_cache(self) -> int:
+    def _smallest_cache(self, shape) -> int:
         """Bytes of one answer at full length in blocks of up to 256 tokens; vLLM does not start with less."""
-        shape = AutoConfig.from_pretrained(self.model_path, local_files_only=True)
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * self.dtype.itemsize
         return per_token * (self.max_model_len + 256)

@@ -14,6 +14,7 @@ from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.generation import prompt_seed
+from spinfast.generation.canary import amplified
 from spinfast.interrupt import stop_if_asked
 from spinfast.methods.run import Run
 from spinfast.objectives import Nll, Objective, Pairwise, Preference, Unpaired
@@ -31,11 +32,14 @@ REFERENCE = "reference.parquet"
 
 
 def base_stage(run: Run) -> Stage:
-    """The adapter before any training (B = 0), so that every stage starts from a file."""
-    stage = run.stage("base", None, "base")
+    """The adapter before any training (B = 0, or adapter.start), so that every stage starts from a file."""
+    stage, start = run.stage("base", None, "base"), run.session.machine.start
     if not stage.finished("save"):
+        if start:
+            run.policy.load_adapter(adapters.grown(start, run.policy.adapter()))
         with stage.phase("save", "adapter"):
             files.write_directory(stage.path("adapter"), run.policy.save_adapter)
+    run.policy.load_adapter(adapters.load(stage.path("adapter")))
     return stage
 
 
@@ -118,8 +122,13 @@ def _player(run: Run, of: str, adapter: str) -> tuple[AbstractContextManager, st
         return nullcontext(), adapter
     if of == "base":
         return run.policy.base_only(), ""
-    other = adapters.load(files.expanded(of), run.session.machine.model.revision)
-    return run.policy.playing(other), adapters.fingerprint(other)
+    if run.policy.folded:
+        raise UserError(
+            f"{of} as a reference: earlier stages were merged into the base that it adds to; use adapter.init: continue"
+        )
+    model = run.session.machine.model
+    other = adapters.load(adapters.find(files.expanded(of)), model.revision, name=model.name)
+    return run.policy.playing(adapters.grown(other, amplified(run.policy.adapter(), 0))), adapters.fingerprint(other)
 
 
 def _check_finite(stage: Stage, logps: Sequence[Sequence[float]]) -> None:

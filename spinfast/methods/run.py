@@ -97,6 +97,8 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     machine = look(config)
     data = load_data(config, machine.renderer)
     fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
+    if machine.start:
+        fingerprints["adapter.start"] = adapters.fingerprint(machine.start)
     directory.remember({"model": machine.model.revision} | fingerprints)
     examples = data["data"].examples
     work = loads(config, examples)

@@ -25,7 +25,7 @@ SHOWN = {  # metric -> (name, digits, factor)
 }
 
 MADE_BY = {  # method, or control -> how its adapters were made
-    "base": "nothing yet: it is the one before any training",
+    "base": "nothing in this run: it is the one before its training",
     "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
     "sft": "supervised fine-tuning on the real answers",
     "dpo": "direct preference optimisation (DPO, arXiv 2305.18290, or one of its family) on answers that were compared",

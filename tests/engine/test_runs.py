@@ -10,6 +10,7 @@ import time
 
 import pytest
 import yaml
+from fixtures import tiny_model_dir
 from scipy import stats
 from test_run import write_config
 
@@ -107,6 +108,17 @@ def test_two_iterations_by_either_generator_give_the_same_pairs(smollm2, tmp_pat
             for side in rows.values()
         ]
         assert stats.fisher_exact([[n, len(rows["vllm"]) - n] for n in map(int, right)]).pvalue > RARE
+
+
+@pytest.mark.slow
+def test_a_window_that_no_sequence_reaches_is_none_to_the_engine(tmp_path):
+    """vLLM refuses windows in some layers, so it is told of none; the run's canary compares the two."""
+    window = {"use_sliding_window": True, "sliding_window": 160, "max_window_layers": 1}
+    model = tiny_model_dir(tmp_path, "qwen2", hidden=128, **window)
+    limits = {"max_prompt_tokens": 64, "max_answer_tokens": 64}
+    generation = {"backend": "vllm", "max_tokens": 16, "kv_cache_gib": 0.1}
+    config = write_config(tmp_path, model, prompt=limits, generation=generation, spin={"iterations": 1})
+    assert "canary: engine and policy differ by" in (play(config, tmp_path / "run") / "log.txt").read_text()
 
 
 def problems():

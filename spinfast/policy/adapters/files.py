@@ -1,5 +1,9 @@
 """LoRA adapters outside a model: PEFT's directory layout, fingerprints, and stacking.
 
+`load` reads what PEFT writes, by an allow-list of the keys of adapter_config.json: what it takes equals PEFT's own
+log-probs (tests/test_adapters.py), all else is refused by name. An `Adapter` has one rank and one scaling;
+rank-stabilised scaling and patterns of ranks and alphas are brought into that form as they are read.
+
 Stacking writes the sum of several adapters as one: A's rows and B's columns are concatenated, the rank is the sum
 and alpha grows with it, so that scaling = alpha / r stays. Merged rounds (adapter.init: merge) are saved that way,
 which keeps every saved adapter relative to the original base.
@@ -9,17 +13,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spinfast.errors import UserError
 from spinfast.types import Adapter
 
+log = logging.getLogger("spinfast")
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 
 
 def save(adapter: Adapter, directory: Path) -> None:
@@ -33,10 +47,12 @@ def save(adapter: Adapter, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
-def load(directory: Path, base: str | None = None, finite: bool = True) -> Adapter:
-    """Read PEFT's two files. Raises UserError if they are missing, torn, not LoRA, not finite, or of another base.
+def load(directory: Path, base: str | None = None, finite: bool = True, name: str | None = None) -> Adapter:
+    """Read PEFT's two files into the one form that the engine knows.
 
-    `base` is the revision of the model it is meant for: a hub commit or a sha256, as its config records it.
+    Raises UserError for whatever is missing, torn, not finite, of another base, or not plain LoRA to PEFT. `base` is
+    the revision of the model it is meant for: a hub commit or a sha256, as its config records it; with `name` another
+    base by name is told where no revision can decide.
     """
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -47,31 +63,86 @@ def load(directory: Path, base: str | None = None, finite: bool = True) -> Adapt
             f"{TENSOR_FILE}; pickled adapters (.bin) are never loaded"
         ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"adapter {directory}: expected peft_type LORA in {CONFIG_FILE}")
-    for name, (holds, expected) in FIELDS.items():
-        if not holds(config.get(name)):
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"adapter {directory}: expected peft_type LORA in {CONFIG_FILE}, got {found!r}")
+    for key, (holds, expected) in FIELDS.items():
+        if not holds(config.get(key)):
+            raise UserError(f"adapter {directory}: {key} in {CONFIG_FILE} is {config.get(key)!r}, expected {expected}")
+    for key, value in config.items():
+        if value and key not in FIELDS and key not in NO_MATTER and value != DEFAULTS.get(key):
             raise UserError(
-                f"adapter {directory}: {name} in {CONFIG_FILE} is {config.get(name)!r}, expected {expected}"
+                f"adapter {directory}: {key} in {CONFIG_FILE} is {value!r}, which the engine does not compute; "
+                "expected its default"
             )
-    if wrong := misshapen(tensors, config["r"]):
-        raise UserError(f"adapter {directory}: {wrong}; expected LoRA matrices of rank r in {CONFIG_FILE}")
-    if finite and (wrong := not_finite(tensors)):
+    try:
+        adapter = _plain(config, tensors)
+    except (ValueError, re.error) as error:
+        raise UserError(f"adapter {directory}: {error}") from None
+    if finite and (wrong := not_finite(adapter.tensors)):
         raise UserError(f"adapter {directory}: {wrong} is not finite; its training diverged, use an earlier one")
-    made_on = config.get("revision")
-    if base and isinstance(made_on, str) and len(made_on) == len(base) and made_on != base:
+    _check_base(directory, config, base, name)
+    return adapter
+
+
+def _check_base(directory: Path, config: dict, base: str | None, name: str | None) -> None:
+    made_on, made_by_name = (
+        config.get("revision"),
+        str(config.get("base_model_name_or_path") or "a base without a name"),
+    )
+    known = base is not None and isinstance(made_on, str) and len(made_on) == len(base)
+    if known and made_on != base:
         raise UserError(
-            f"adapter {directory}: made on base {config.get('base_model_name_or_path')} of revision {made_on[:12]}, "
-            f"this base has {base[:12]}; use the base that it was trained on"
+            f"adapter {directory}: made on base {made_by_name} of revision {made_on[:12]}, this base has {base[:12]}; "
+            "use the base that it was trained on"
         )
-    return Adapter(config, tensors)
+    if name and not known and Path(made_by_name).name.casefold() != Path(name).name.casefold():
+        log.warning(
+            "adapter %s: made on %s, used on %s; nothing in it says they are the same", directory, made_by_name, name
+        )
 
 
-def misshapen(tensors: dict[str, torch.Tensor], r: int) -> str | None:
-    """What of the tensors is no LoRA matrix of rank r, in words."""
+def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
+    """The adapter with one rank and one scaling. Raises ValueError where PEFT would see another."""
+    targets = SimpleNamespace(**{key: config.get(key) for key in SELECTING})
+    everything = config["target_modules"] == "all-linear"
+    root = math.sqrt if config.get("use_rslora") else float
+    ranks, scalings = {}, {}
+    if not tensors:
+        raise ValueError("it holds no LoRA matrix")
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1 if ".lora_B." in name else 0] == r):
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, r is {r}"
-    return None
+        found = MATRIX.fullmatch(name)
+        if not found or not tensor.is_floating_point() or tensor.ndim != 2:
+            raise ValueError(f"{name} is no LoRA matrix; only plain LoRA is supported")
+        module = found[1]
+        if module.endswith("lm_head"):
+            raise ValueError("lm_head has an adapter; the engine's head takes none")
+        if not (everything or check_target_module_exists(targets, module)):
+            raise ValueError(f"{module} has tensors, but {CONFIG_FILE} does not target it; PEFT would leave them out")
+        rank, alpha = (
+            (config.get(pattern) or {}).get(get_pattern_key((config.get(pattern) or {}).keys(), module), config[key])
+            for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        if _twin(name) not in tensors:
+            raise ValueError(f"{name} is there, {_twin(name)} is not; only both are a LoRA")
+        if tensor.shape[rank_axis(name)] != rank:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {dtype} {tuple(tensor.shape)}, r is {rank}; expected LoRA matrices of rank r")
+        ranks[module], scalings[name] = rank, alpha / root(rank)
+    r = max(ranks.values())
+    alpha = config["lora_alpha"] if root is float else config["lora_alpha"] / root(r) * r
+    plain = config | {"r": r, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return Adapter(plain, {n: _fit(n, t, r, scalings[n] / (alpha / r)) for n, t in tensors.items()})
+
+
+def settings(adapter: Adapter) -> dict:
+    """The config's adapter section that an adapter fits: the modules by their full names."""
+    modules = sorted({MATRIX.fullmatch(name)[1] for name in adapter.tensors})
+    return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], "target_modules": modules}
+
+
+def rank_axis(name: str) -> int:
+    """Which axis of a tensor is the rank: A is (r, in), B (out, r)."""
+    return int("lora_B." in name or "lora_embedding_B" in name)
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -83,19 +154,51 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
 
 
+def _is_rank(value) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _pattern_of(holds):
+    return lambda v: not v or (isinstance(v, dict) and all(map(holds, v.values())))
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave the base as it is
 FIELDS = {  # of adapter_config.json -> (what it must be, in words)
-    "r": (lambda v: isinstance(v, int) and _is_number(v), "a positive integer below a million"),
+    "r": (_is_rank, "a positive integer below a million"),
     "lora_alpha": (_is_number, "a positive number below a million"),
-    "target_modules": (
-        lambda v: isinstance(v, str) or (isinstance(v, list) and v and all(isinstance(m, str) for m in v)),
-        "module names",
+    "rank_pattern": (_pattern_of(_is_rank), "module names with a positive integer each"),
+    "alpha_pattern": (_pattern_of(_is_number), "module names with a positive number each"),
+    "target_modules": (lambda v: bool(v) and _are_names(v), "module names"),
+    "exclude_modules": (lambda v: not v or _are_names(v), "module names"),
+    "layers_pattern": (lambda v: not v or _are_names(v), "module names"),
+    "layers_to_transform": (
+        lambda v: v is None or all(type(i) is int for i in (v if isinstance(v, list) else [v])),
+        "numbers of layers",
+    ),
+    "use_rslora": (lambda v: v in (True, False, None), "true or false"),
+    "init_lora_weights": (
+        lambda v: isinstance(v, (bool, str, type(None))) and v in INITS,
+        "true, false, gaussian, orthogonal or eva; the others change the base: convert it to plain LoRA, by PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=...)",
     ),
     "use_dora": (lambda v: not v, "false; DoRA is not supported"),
-    "use_rslora": (lambda v: not v, "false; rank-stabilised scaling is not supported"),
+    "bias": (lambda v: v in (None, "none"), "none; trained biases are not supported"),
     "modules_to_save": (lambda v: not v, "none; only LoRA tensors are supported"),
-    "rank_pattern": (lambda v: not v, "none; one rank for all modules is supported"),
-    "alpha_pattern": (lambda v: not v, "none; one alpha for all modules is supported"),
+    "task_type": (lambda v: v in (None, "CAUSAL_LM"), "CAUSAL_LM"),
 }
+SELECTING = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "target_parameters"),
+)
+NO_MATTER = {  # whatever their value: where it comes from, how it was trained, what a dense linear layer does not read
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("lora_dropout", "eva_config", "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size"),
+}
+DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
 
 
 def fingerprint(adapter: Adapter) -> str:
@@ -113,29 +216,64 @@ def stack(adapters: list[Adapter]) -> Adapter:
     first, count = adapters[0], len(adapters)
     if count == 1:
         return first
-    tensors = {
-        name: torch.cat([a.tensors[name] for a in adapters], dim=0 if ".lora_A." in name else 1)
-        for name in first.tensors
-    }
+    tensors = {name: torch.cat([a.tensors[name] for a in adapters], dim=rank_axis(name)) for name in first.tensors}
     grown = {"r": first.config["r"] * count, "lora_alpha": first.config["lora_alpha"] * count}
     return Adapter(first.config | grown, tensors)
 
 
 def fitted(adapter: Adapter, r: int, alpha: float) -> Adapter:
     """An adapter of rank r and scaling alpha / r that adds the same to the weights: zeros beside A and B, B scaled."""
-    missing, factor = r - adapter.config["r"], adapter.config["lora_alpha"] / adapter.config["r"] / (alpha / r)
-    if missing < 0:
+    factor = adapter.config["lora_alpha"] / adapter.config["r"] / (alpha / r)
+    if adapter.config["r"] > r:
         raise UserError(f"adapter: rank {adapter.config['r']} exceeds the policy's {r}")
-    if missing == 0 and factor == 1:
-        return adapter
-
-    def fit(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if ".lora_A." in name:
-            return F.pad(tensor, (0, 0, 0, missing))
-        return F.pad(tensor * factor, (0, missing))
-
-    tensors = {name: fit(name, tensor) for name, tensor in adapter.tensors.items()}
+    tensors = {name: _fit(name, tensor, r, factor) for name, tensor in adapter.tensors.items()}
     return Adapter(adapter.config | {"r": r, "lora_alpha": alpha}, tensors)
+
+
+def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor:
+    """A matrix of rank r: zeros beside it, B times the factor; the very tensor where nothing is to do."""
+    axis = rank_axis(name)
+    if axis == 1 and factor != 1:
+        tensor = tensor.float() * factor
+    missing = r - tensor.shape[axis]
+    return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing)) if missing else tensor
+
+
+def find(directory: Path) -> Path:
+    """The adapter that a directory means: its own, or that of a finished run's best stage."""
+    if (directory / CONFIG_FILE).exists() or not (directory / "best.json").exists():
+        return directory
+    try:
+        return directory / json.loads((directory / "best.json").read_text())["adapter"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{directory / 'best.json'}: damaged; name the adapter of one of the run's stages") from None
+
+
+def grown(start: Adapter, own: Adapter) -> Adapter:
+    """`start` in the place of `own`, which adds nothing: it adds what `start` does, at own's rank and scaling.
+
+    Ranks and modules that `start` lacks stay as they are in `own`, which changes nothing and can be trained; zeros in
+    both A and B never could. Raises UserError if `start` has what `own` lacks.
+    """
+    wide = fitted(start, own.config["r"], own.config["lora_alpha"]).tensors
+    if misfits := [name for name, t in wide.items() if name not in own.tensors or own.tensors[name].shape != t.shape]:
+        raise UserError(
+            f"adapter: {len(misfits)} of its tensors have no place in the run's adapter, first {misfits[0]}; give "
+            "adapter.target_modules what it was trained on, and check model.name"
+        )
+    tensors = dict(own.tensors)
+    for name in wide:
+        if rank_axis(name) == 0:
+            b = _twin(name)
+            used_r = wide[name].any(1) | wide[b].any(0)
+            tensors[name] = torch.where(used_r[:, None], wide[name].float(), own.tensors[name])
+            tensors[b] = torch.where(used_r, wide[b].float(), own.tensors[b])
+    return Adapter(own.config, tensors)
+
+
+def _twin(name: str) -> str:
+    """B's name for A's, and A's for B's."""
+    return re.sub(r"(lora_(?:embedding_)?)([AB])", lambda m: m[1] + ("B" if m[2] == "A" else "A"), name)
 
 
 def unstack(adapter: Adapter, r: int) -> list[Adapter]:
@@ -144,7 +282,7 @@ def unstack(adapter: Adapter, r: int) -> list[Adapter]:
     if count * r != adapter.config["r"]:
         raise UserError(f"adapter of rank {adapter.config['r']}: expected a multiple of adapter.r = {r}")
     shrunk = {"r": r, "lora_alpha": adapter.config["lora_alpha"] / count}
-    parts = {name: tensor.split(r, dim=0 if ".lora_A." in name else 1) for name, tensor in adapter.tensors.items()}
+    parts = {name: tensor.split(r, dim=rank_axis(name)) for name, tensor in adapter.tensors.items()}
     return [
         Adapter(adapter.config | shrunk, {name: split[i].contiguous() for name, split in parts.items()})
         for i in range(count)
