@@ -20,8 +20,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -63,16 +65,57 @@ class Model(Section):
     load_in_4bit: bool = Field(False, description="NF4 base weights (bitsandbytes; CUDA only)")
 
 
+class Source(Section):
+    """One of several sources; what it leaves out is as the section has it."""
+
+    source: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0, le=1e9)
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+ONE, SEVERAL = "(one)", "(several)"
+
+
 class Data(Section):
-    source: str = Field(min_length=1, description="hub id, local .jsonl/.json/.parquet, or reasoning_gym:TASK")
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
+    source: Annotated[
+        Annotated[str, Field(min_length=1), Tag(ONE)]
+        | Annotated[tuple[Source, ...], Field(min_length=1), Tag(SEVERAL)],
+        Discriminator(lambda value: SEVERAL if isinstance(value, (list, tuple)) else ONE),
+    ] = Field(
+        description="file, folder or pattern (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst .bz2), saved data "
+        "set, hub id, or reasoning_gym:TASK; a list mixes several, each a source or {source, weight, subset, split, "
+        "revision, columns}: rows by weight, none twice; without weights all of them"
+    )
+    subset: str | None = Field(None, description="configuration name of a hub data set or a copy of one")
+    split: str = Field("train", description="split or slices: train[:25%], train+test; a single file is train")
     revision: str | None = Field(None, description="commit of a hub data set")
     size: int | None = Field(None, gt=0, description="examples to use, chosen by a seeded shuffle; all if null")
     seed: int = Field(0, ge=0, description="seed of the choice (reasoning_gym: of the problems themselves)")
     turns: Literal["first", "last", "all"] = Field("first", description="which answers of a conversation are learnt")
     columns: dict[str, str] | None = Field(None, description="recognised column name: the data's own name for it")
     bad_rows: Literal["error", "skip"] = Field("error", description="a faulty row stops the run, or is counted")
+
+    @field_validator("source")
+    @classmethod
+    def _all_or_no_weights(cls, source: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
+        if not isinstance(source, str) and len({each.weight is None for each in source}) > 1:
+            raise ValueError("expected a weight for each source, or for none")
+        return source
+
+    def parts(self) -> list[tuple[float | None, Data]]:
+        """The weight and the section of each source, as if it were the only one."""
+        if isinstance(self.source, str):
+            return [(None, self)]
+        own = {"exclude_none": True, "exclude": {"weight"}}
+        return [(each.weight, self.model_copy(update=each.model_dump(**own))) for each in self.source]
 
 
 class Prompt(Section):
@@ -359,6 +402,7 @@ def _override(tree: dict, override: str) -> None:
 
 def _one_line(error: ValidationError, kind: type[Config]) -> str:
     first = error.errors()[0]
+    first["loc"] = tuple(part for part in first["loc"] if part not in (ONE, SEVERAL))
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         if dotted in MOVED:
@@ -376,6 +420,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
 def _siblings(location: tuple, kind: type[Config]) -> list[str]:
     section: Any = kind
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue
         section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields)
 
@@ -387,8 +433,10 @@ def _elsewhere(key: str, kind: type[Config]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> Any:
-    options = getattr(annotation, "__args__", (annotation,))
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+    """The section in a field's type, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_of, getattr(annotation, "__args__", ()))), None)
 
 
 def reference_table() -> str:

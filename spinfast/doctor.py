@@ -7,6 +7,7 @@ each in a process of its own. Exit code 0: the config can run; 2: it cannot.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import platform
@@ -23,6 +24,7 @@ import torch
 
 from spinfast import __version__
 from spinfast.config import Config, load_config
+from spinfast.data.sources import is_local
 from spinfast.device import GIB, profile
 from spinfast.environment import installed_versions
 from spinfast.errors import UserError
@@ -261,7 +263,7 @@ def config_problems(config: Config, backends: Sequence[Finding]) -> list[str]:
         _refusal(lambda: profile(settings.profile, settings.dtype, "auto")),
         _refusal(lambda: choose_backend(config)),
         _model_problem(config.model.name),
-        *(_data_problem(data.source) for data in (config.data, config.heldout) if data is not None),
+        *(_data_problem(part.source) for data in (config.data, config.heldout) if data for _, part in data.parts()),
         _disk_problem(),
     ]
     return [problem for problem in problems if problem]
@@ -282,9 +284,11 @@ def _model_problem(name: str) -> str | None:
 def _data_problem(source: str) -> str | None:
     if source.startswith("reasoning_gym:"):
         return _missing("reasoning_gym") and f"data.source: {source} needs pip install reasoning-gym"
-    if Path(source).suffix in (".json", ".jsonl", ".parquet"):
-        return None if files.expanded(source).is_file() else f"data.source: no such file: {source}"
-    return None if files.expanded(source).is_dir() else _hub_problem("data.source", source, "dataset")
+    if is_local(source):
+        path = files.expanded(source)
+        there = os.path.exists(path) or glob.glob(str(path), recursive=True)
+        return None if there else f"data.source: no such file: {source}"
+    return _hub_problem("data.source", source, "dataset")
 
 
 def _hub_problem(key: str, name: str, kind: str) -> str | None:

@@ -14,6 +14,15 @@ def label(iteration: str | int) -> str:
     )
 
 
+def source_name(source: str | list[dict]) -> str:
+    """What a saved config's data.source is: one source, or several with what each was given."""
+    if isinstance(source, str):
+        return source
+    given = [{key: value for key, value in each.items() if value is not None} for each in source]
+    words = [[each.pop("source"), *(f"{key} {value}" for key, value in each.items())] for each in given]
+    return " + ".join(f"{name} ({', '.join(rest)})" if rest else name for name, *rest in words)
+
+
 def control_of(run: Path) -> Path | None:
     """The run directory that `run` is a control of (controls.py), None for a run of its own."""
     run = run.resolve()

@@ -127,8 +127,18 @@ Below, what is learnt from is **bold**; what stands before it is the prompt, as 
 | the file | what it may be |
 |---|---|
 | `data.source` | a hub id, a file, a glob or folder of files, a `save_to_disk` folder, or a list of them with weights |
-| files | .jsonl, .json (array, wrapped list, single objects), .csv, .tsv, .parquet, .arrow, each also .gz or .zst |
+| files | .jsonl, .json (list, wrapped list, single objects), .csv, .tsv, .parquet, .arrow, each also .gz, .zst or .bz2 |
 | `data.split` | a split, or a part of one: `train[:25%]`, `train+test` |
+
+- A file is told by its first bytes; its name tells CSV from JSON. What holds no rows (a Git LFS pointer, a web page, a
+  pickle, UTF-16) is called so. A cell of CSV is text as it is written (`007`), an empty one is null; `;`, `|` and tabs
+  are seen in the header.
+- A file is the split `train`, and the one its own name says (`test.jsonl`). A folder has the splits that the hub would
+  see: those of the configs in its README.md (`data.subset`), else by the names of its files and folders.
+- A list mixes sources, each with its own settings; the section's hold for what one leaves out:
+  `source: [{source: a.jsonl, weight: 0.7}, {source: b.parquet, weight: 0.3, split: test, columns: {question: q}}]`.
+  Weights are shares of `data.size` rows; without it the scarcest source is used up, and no row is there twice. Without
+  weights the sources are as one. A prompt's number counts through all of them; equal examples are used once.
 
 ## A reference of one's own
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 from spinfast.config import Config, Data
 from spinfast.data.examples import LoadedData, check_overlap, load_examples
 from spinfast.data.renderer import Renderer
+from spinfast.data.sources import Table, draw, open_table, shares
 from spinfast.evaluate.references import unmatched
 
 log = logging.getLogger("spinfast")
@@ -22,28 +28,73 @@ def load_data(config: Config, renderer: Renderer) -> dict[str, LoadedData]:
 
 
 def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedData:
-    loaded = load_examples(
-        data.source,
-        subset=data.subset,
-        split=data.split,
-        revision=data.revision,
-        size=data.size,
-        seed=data.seed,
-        turns=data.turns,
-        columns=data.columns,
-        bad_rows=data.bad_rows,
-        system=config.prompt.system,
-        renderer=renderer,
-        max_prompt_tokens=config.prompt.max_prompt_tokens,
-        max_answer_tokens=config.prompt.max_answer_tokens,
-        overlong=config.prompt.overlong,
-    )
-    log.info("%s: %d examples from %s", name, len(loaded.examples), data.source)
+    parts = [part for _, part in data.parts()]
+    tables, sizes = _open(data)
+    loaded = [
+        load_examples(
+            table,
+            size=size,
+            seed=part.seed,
+            turns=part.turns,
+            columns=part.columns,
+            bad_rows=part.bad_rows,
+            system=config.prompt.system,
+            renderer=renderer,
+            max_prompt_tokens=config.prompt.max_prompt_tokens,
+            max_answer_tokens=config.prompt.max_answer_tokens,
+            overlong=config.prompt.overlong,
+        )
+        for part, table, size in zip(parts, tables, sizes, strict=True)
+    ]
+    for part, one in zip(parts, loaded, strict=True):
+        log.info("%s: %d examples from %s", name, len(one.examples), part.source)
+    whole = loaded[0] if len(parts) == 1 else _mixed(name, tables, loaded, data.seed)
     if "dpo" not in config.method:
-        if any(example.others for example in loaded.examples):
-            loaded.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
-        if any(example.desirable is False for example in loaded.examples):
-            loaded.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
-    for warning in (*loaded.warnings, *unmatched(loaded.examples)):
+        if any(example.others for example in whole.examples):
+            whole.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
+        if any(example.desirable is False for example in whole.examples):
+            whole.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
+    for warning in (*whole.warnings, *unmatched(whole.examples)):
         log.warning("%s: %s", name, warning)
-    return loaded
+    return whole
+
+
+def _open(data: Data) -> tuple[list[Table], list[int | None]]:
+    """The table of each source, and how many of its rows are used.
+
+    By weight: `size` rows are divided; without it the scarcest source is used up and no row is used twice.
+    Without weights: all rows, or `size` of them, as if the sources were one.
+    """
+    weights, parts = zip(*data.parts(), strict=True)
+    sizes: list[int | None] = [data.size] * len(parts)
+    weighted = weights[0] is not None
+    if weighted and data.size:
+        sizes = list(shares(weights, data.size))
+    tables = [
+        open_table(part.source, subset=part.subset, split=part.split, revision=part.revision, rows=size, seed=part.seed)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    if len(parts) > 1 and not (weighted and data.size):
+        lengths = [table.length for table in tables]
+        weights = weights if weighted else lengths
+        total = min(length * sum(weights) / weight for length, weight in zip(lengths, weights, strict=True))
+        sizes = list(map(min, lengths, shares(weights, data.size or total)))
+    return tables, sizes
+
+
+def _mixed(name: str, tables: Sequence[Table], loaded: Sequence[LoadedData], seed: int) -> LoadedData:
+    """The examples in one shuffle, numbered as if the sources followed one another; each that is there twice, once."""
+    starts = list(accumulate((table.length for table in tables[:-1]), initial=0))
+    kept = {}
+    for start, part in zip(starts, loaded, strict=True):
+        for example in part.examples:
+            content = (example.prompt_ids, example.real_ids, example.others, example.desirable)
+            kept.setdefault(content, replace(example, index=start + example.index))
+    examples = sorted(kept.values(), key=lambda example: draw(seed, example.index))
+    rejected = sum((Counter(part.rejected) for part in loaded), Counter())
+    if twice := sum(len(part.examples) for part in loaded) - len(examples):
+        log.warning("%s: %d examples are in several sources; each is used once", name, twice)
+        rejected["duplicate"] += twice
+    log.info("%s: %d examples in the mixture of %d sources", name, len(examples), len(loaded))
+    digest = hashlib.sha256(repr([starts, [part.fingerprint for part in loaded]]).encode()).hexdigest()
+    return LoadedData(examples, dict(rejected), [warning for part in loaded for warning in part.warnings], digest)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spinfast.data.conversations import RowError, learnt, template_variables, unpadded, with_system
-from spinfast.data.formats import Row, recognise, unused
+from spinfast.data.formats import IMAGES, KNOWN, Row, recognise, unused
 from spinfast.data.renderer import Renderer
-from spinfast.data.sources import choose_rows, open_table
+from spinfast.data.sources import Table, choose_rows, open_table
 from spinfast.errors import UserError
 from spinfast.evaluate.references import reference_of
 from spinfast.types import Example
@@ -30,7 +30,7 @@ class LoadedData:
 
 
 def load_examples(
-    source: str,
+    source: str | Table,
     *,
     renderer: Renderer,
     max_prompt_tokens: int,
@@ -53,8 +53,14 @@ def load_examples(
     recognised column's name to the data's ({"question": "problem"}). `bad_rows` "skip" counts faulty rows as rejected.
     `overlong` "cut" keeps the beginning of answers that are too long, which then have no end-of-turn token.
     """
-    table = open_table(source, subset=subset, split=split, revision=revision, rows=size, seed=seed)
+    table = source
+    if isinstance(source, str):
+        table = open_table(source, subset=subset, split=split, revision=revision, rows=size, seed=seed)
+    source = table.name
     columns = dict(columns or {})
+    if strangers := sorted({*columns} - KNOWN):
+        known = ", ".join(sorted(KNOWN - {*IMAGES}))
+        raise UserError(f"data {source}: columns: {strangers[0]!r} is no recognised column; expected {known}")
     if missing := sorted(set(columns.values()) - set(table.columns)):
         raise UserError(f"data {source}: no column {missing[0]!r}; columns are {', '.join(table.columns)}")
     named = [*(column for column in table.columns if column not in columns.values()), *columns]

@@ -72,6 +72,8 @@ def _completion(column: str) -> Callable[[RowOf], Row]:
 def _labelled(column: str) -> Callable[[RowOf], Row]:
     def parse(row: RowOf) -> Row:
         label = row.get("label")
+        if isinstance(label, str):  # CSV has nothing else
+            label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
         if not isinstance(label, bool) and label not in (0, 1):
             raise RowError("no label", f"label: expected true or false, got {label!r:.60}")
         return replace(_completion(column)(row), desirable=bool(label))

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from spinfast.data.sources import open_table
+from spinfast.data.conversations import RowError
+from spinfast.data.sources import Table, open_table
 from spinfast.errors import UserError
 from spinfast.evaluate import references
 from spinfast.evaluate.answers import SCORERS, boxed
@@ -300,11 +301,8 @@ def load_rows(task: Task, split: str, where: Path | str | None = None) -> list[R
         path = folder / f"{split}.jsonl" if folder else Path(task.source)
         if not path.is_file():
             raise UserError(f"task {task.name}: no such file: {path}")
-        table = open_table(str(path), subset=None, split=split, revision=None, rows=None, seed=0)
-        rows = [table.row(number) for number in range(table.length)]
-        for number, row in enumerate(rows):
-            _check_row(task, row, table.where(number))
-        return rows
+        table = open_table(str(path))
+        return [_row(task, table, number) for number in range(table.length)]
     from datasets import load_dataset
 
     try:
@@ -316,8 +314,13 @@ def load_rows(task: Task, split: str, where: Path | str | None = None) -> list[R
         ) from error
 
 
-def _check_row(task: Task, row: Row, where: str) -> None:
-    """A row must have what the task's functions read of it."""
+def _row(task: Task, table: Table, number: int) -> Row:
+    """A row that has what the task's functions read of it."""
+    where = table.where(number)
+    try:
+        row = table.row(number)
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from None
     try:
         if not _shown(task, row) or (task.text and not task.text(row).strip()):
             raise ValueError("no question")
@@ -328,6 +331,7 @@ def _check_row(task: Task, row: Row, where: str) -> None:
             f"{where}: no row of task {task.name} ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "
             f"it has {', '.join(sorted(map(str, row)))[:200]}"
         ) from error
+    return row
 
 
 def introductions(task: Task, rows: Sequence[Row], pool: Sequence[Row]) -> list[str]:

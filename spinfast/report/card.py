@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from spinfast.evaluate.advice import warnings
+from spinfast.names import source_name
 from spinfast.report import study
 from spinfast.report.read import Run, read_run
 from spinfast.store import files
@@ -96,7 +97,13 @@ def _list(values: list[float]) -> str:
 
 
 def _data(data: dict) -> str:
-    parts = [data["source"], data["subset"], f"split {data['split']}", data["revision"], f"seed {data['seed']}"]
+    parts = [
+        source_name(data["source"]),
+        data["subset"],
+        f"split {data['split']}",
+        data["revision"],
+        f"seed {data['seed']}",
+    ]
     return ", ".join([*(part for part in parts if part), f"{data['size'] or 'all'} examples"])
 
 

@@ -12,7 +12,7 @@ from importlib.resources import files as package_files
 import yaml
 
 from spinfast.evaluate.advice import warnings
-from spinfast.names import label
+from spinfast.names import label, source_name
 from spinfast.report import plots as plotting
 from spinfast.report import study
 from spinfast.report.plots import Plot
@@ -309,8 +309,8 @@ def _setup(runs: Sequence[Run]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in e.get("versions", {}).items())
         facts = {
             "model": f"{c['model']['name']} {c['model']['revision'] or ''}",
-            "training data": f"{c['data']['source']} ({c['data']['size'] or 'all'} examples)",
-            "held-out data": c["heldout"]["source"] if c["heldout"] else "none",
+            "training data": f"{source_name(c['data']['source'])} ({c['data']['size'] or 'all'} examples)",
+            "held-out data": source_name(c["heldout"]["source"]) if c["heldout"] else "none",
             "adapter": f"LoRA r = {a['r']}, alpha = {a['alpha']:g}, on {a['target_modules']}",
             **{name: fact(c[name]) for name, fact in PLAYED.items() if name in c["method"]},
             **{

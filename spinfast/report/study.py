@@ -18,7 +18,7 @@ import numpy as np
 from spinfast.evaluate.references import ACCURACY, STRICT
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import best
-from spinfast.names import label
+from spinfast.names import label, source_name
 from spinfast.objectives import loss_at_zero_margin
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
@@ -312,7 +312,7 @@ def story(run: Run) -> list[str]:
         planned = c["spin"]["iterations"] if "spin" in c["method"] else 0
         early = sum(run.method(stage) == "spin" for stage in run.stages) < planned
         state = f"finished{', early, for want of a held-out gain' if early else ''}"
-    sentences = [f"{c['model']['name']} played {c['data']['source']}; the run is {state}."]
+    sentences = [f"{c['model']['name']} played {source_name(c['data']['source'])}; the run is {state}."]
     top = best_row(run)
     if top is None:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]

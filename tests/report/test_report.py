@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -378,6 +379,19 @@ def test_card(run_copy):
     assert "within noise" in text
     config = json.loads((run_copy / "iter_001" / "adapter" / "adapter_config.json").read_text())
     assert f"revision {config['revision']}" in text
+
+
+def test_the_sources_of_a_mixture_are_named(run_copy):
+    path = run_copy / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["source"] = ["a.jsonl", {"source": "b.csv", "split": "test"}]
+    config["heldout"]["source"] = [{"source": "c.jsonl", "weight": 2}, {"source": "d.csv", "weight": 0.5}]
+    path.write_text(yaml.safe_dump(config))
+    page = write_report([run_copy], png=False)[0].read_text()
+    card = write_card(run_copy / "sft" / "adapter", run_copy, "sft").read_text()
+    for names in ("a.jsonl + b.csv (split test)", "c.jsonl (weight 2.0) + d.csv (weight 0.5)"):
+        assert names in page
+        assert names in card
 
 
 def test_card_of_an_adapter_that_was_not_evaluated(run_copy):
