@@ -1,4 +1,4 @@
-"""What TRL makes of one batch: `python tests/trl/record.py`, by hand, with TRL on the path; see README.md.
+"""What TRL makes of one batch: run by hand with TRL on the path, as README.md says.
 
 Its trainers run as they are, data preparation included, on texts whose every word is one token. A case is what one
 `train()` of one step did: the loss, the adapter's gradient as the optimizer found it, what was logged.
@@ -7,17 +7,10 @@ Its trainers run as they are, data preparation included, on texts whose every wo
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-
-HERE = Path(__file__).parent
-VALUES = HERE / "values"
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")]
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import datasets
 import peft
@@ -37,6 +30,7 @@ from spinfast.device import profile
 from spinfast.ops import EAGER
 from spinfast.policy.transformers import load_policy
 
+VALUES = Path(__file__).parent / "values"
 SHAPE = {"layers": 1, "hidden": 32}  # of tests/fixtures.tiny_model_dir
 EOS = "<|im_end|>"
 FIXED = ("<|pad|>", "<|im_start|>", EOS, "<|endoftext|>", "user", "assistant")
@@ -73,8 +67,9 @@ def data(vocabulary: int) -> dict[str, list[dict]]:
         {"messages": [{"role": ("user", "assistant")[i % 2], "content": words(n).strip()} for i, n in enumerate(turns)]}
         for turns in CONVERSATIONS
     ]
+    texts = [{"text": words(n)} for n in TEXTS]
     answers = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-    return {"pairs": pairs, "rows": rows, "talks": talks, "answers": answers, "text": [{"text": words(n)} for n in TEXTS]}
+    return {"pairs": pairs, "rows": rows, "talks": talks, "answers": answers, "text": texts}
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
