@@ -63,13 +63,14 @@ def data(vocabulary: int) -> dict[str, list[dict]]:
     words = Words(vocabulary)
     pairs = [{"prompt": words(p), "chosen": words(c), "rejected": words(r)} for p, c, r in PAIRS]
     rows = [{"prompt": words(p), "completion": words(c), "label": label} for p, c, label in ROWS]
+    short = [pair | {"prompt": pair["prompt"].rsplit(" ", 1)[1]} for pair in pairs]
     talks = [
         {"messages": [{"role": ("user", "assistant")[i % 2], "content": words(n).strip()} for i, n in enumerate(turns)]}
         for turns in CONVERSATIONS
     ]
     texts = [{"text": words(n)} for n in TEXTS]
     answers = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-    return {"pairs": pairs, "rows": rows, "talks": talks, "answers": answers, "text": texts}
+    return {"pairs": pairs, "short": short, "rows": rows, "talks": talks, "answers": answers, "text": texts}
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -90,7 +91,6 @@ DPO["robust"]["label_smoothing"], DPO["exo_pair"]["label_smoothing"] = 0.1, 1e-3
 DPO |= {
     "sigmoid, beta 0.5": {"loss_type": "sigmoid", "beta": 0.5},
     "hinge, beta 1": {"loss_type": "hinge", "beta": 1.0},  # of some pairs 0
-    "sigmoid, label_smoothing 0.2": {"loss_type": "sigmoid", "label_smoothing": 0.2},
     "discopop, tau 0.5": {"loss_type": "discopop", "discopop_tau": 0.5},
     "exo_pair, label_smoothing 0.1": {"loss_type": "exo_pair", "label_smoothing": 0.1},
     "sigmoid + sft": {"loss_type": ["sigmoid", "sft"]},
@@ -103,15 +103,14 @@ KTO = {
     "apo_zero_unpaired, weights": {"loss_type": "apo_zero_unpaired", "undesirable_weight": 2.0},
 }
 CPO = {
-    "cpo sigmoid": {},
-    "cpo sigmoid, label_smoothing 0.1": {"label_smoothing": 0.1},
-    "cpo sigmoid, alpha 0": {"cpo_alpha": 0.0},
-    "cpo hinge": {"loss_type": "hinge"},
-    "cpo ipo": {"loss_type": "ipo"},
+    "cpo": {},
+    "cpo, label_smoothing 0.1": {"label_smoothing": 0.1},
+    "cpo, alpha 0": {"cpo_alpha": 0.0},
     "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
     "simpo, label_smoothing 0.1": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.1},
     "cpo-simpo": {"loss_type": "simpo", "cpo_alpha": 1.0, "beta": 2.0, "simpo_gamma": 1.0},
 }
+# ORPO's likelihood term is over the prompt's tokens as well: with one of them, which nothing predicts, it is ours
 ORPO = {"orpo": {}, "orpo, beta 0.5": {"beta": 0.5}}
 SFT = {
     "sft completion only": ("answers", {}),
@@ -140,7 +139,7 @@ def cases():
     for name, arguments in CPO.items():
         yield name, CPOTrainer, CPOConfig, "pairs", arguments, "policy", "policy"
     for name, arguments in ORPO.items():
-        yield name, ORPOTrainer, ORPOConfig, "pairs", arguments, "policy", "policy"
+        yield name, ORPOTrainer, ORPOConfig, "short", arguments, "policy", "policy"
     for name, (kind, arguments) in SFT.items():
         yield name, trl.SFTTrainer, trl.SFTConfig, kind, arguments, "policy", "policy"
 
@@ -154,10 +153,6 @@ def model_with(path: Path, adapter: Path) -> PeftModel:
 
 
 TIMES = ("epoch", "step", "learning_rate")
-COLUMNS = (
-    "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids", "label", "input_ids", "labels",
-    "chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels",
-)  # fmt: skip
 
 
 def gradient(model: PeftModel) -> torch.Tensor:
@@ -212,8 +207,25 @@ def played(model_dir: Path, trainer_type, config_type, rows: list[dict], argumen
         metrics = {name: value for name, value in trainer.state.log_history[0].items() if name not in TIMES}
     return {
         "loss": sum(losses), "metrics": metrics, "sums": forwards, "gradient": found[0],
-        "rows": [{name: row[name] for name in COLUMNS if name in row} for row in trainer.train_dataset],
+        "rows": [*map(prepared, trainer.train_dataset)],
     }  # fmt: skip
+
+
+def prepared(row: dict) -> dict:
+    """A row as its trainer had it: prompt, answers, label, and which tokens of the answers are scored if not all."""
+    if "prompt_ids" in row:
+        names = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
+        answers = [row[name] for name in names if name in row]
+        return {"prompt": row["prompt_ids"], "answers": answers} | {k: row[k] for k in ("label",) if k in row}
+    sides = [
+        (row[f"{side}input_ids"], row[f"{side}labels"])
+        for side in ("", "chosen_", "rejected_")
+        if f"{side}labels" in row
+    ]
+    begin = max(1, [label >= 0 for label in sides[0][1]].index(True))  # nothing predicts the first token
+    scored = [[label >= 0 for label in labels[begin:]] for _, labels in sides]
+    found = {"prompt": sides[0][0][:begin], "answers": [ids[begin:] for ids, _ in sides]}
+    return found if all(map(all, scored)) else found | {"scored": scored}
 
 
 # All -----------------------------------------------------------------------------------------------------------------
