@@ -21,19 +21,21 @@ PAGE, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "images"
 MISSING = "not measured"
 CHANGED, OLDER, UNKNOWN = ", tree changed", ", older", ", age unknown"
 TARGETS = [  # device, method, peer, what, target; the row's field and whether more is better
-    ("cpu", "dpo", "trl", "pairs/s, times TRL's", 6.0, "spinfast_speedup", True),
-    ("cpu", "dpo", "trl", "memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
+    ("cpu", "spin", "trl", "pairs/s, times TRL's", 6.0, "spinfast_speedup", True),
+    ("cpu", "spin", "trl", "memory above the model, times TRL's", 0.35, "spinfast_memory_ratio", False),
+    ("cpu", "dpo", "trl", "DPO: pairs/s, times TRL's", 5.0, "spinfast_speedup", True),
+    ("cpu", "dpo", "trl", "DPO: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
     ("cpu", "sft", "trl", "SFT: tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
     ("cpu", "sft", "trl", "SFT: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
-    ("cpu", "dpo", "spinfast", "share of the roofline, training and scoring", 0.5, "share_of_roofline", True),
-    ("cuda", "dpo", "trl", "tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
-    ("cuda", "dpo", "trl-liger", "tokens/s, times TRL's with Liger", 2.0, "spinfast_speedup", True),
-    ("cuda", "dpo", "unsloth", "tokens/s, times Unsloth's", 1.5, "spinfast_speedup", True),
-    ("cuda", "dpo", "trl", "peak memory, times TRL's", 0.3, "spinfast_memory_ratio", False),
-    ("cuda", "dpo", "trl-liger", "peak memory, times TRL's with Liger", 0.6, "spinfast_memory_ratio", False),
-    ("cuda", "dpo", "unsloth", "peak memory, times Unsloth's", 0.6, "spinfast_memory_ratio", False),
-    ("cuda", "dpo", "spinfast", "share of the roofline, training and scoring", 0.4, "share_of_roofline", True),
-    ("any", "dpo", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
+    ("cpu", "spin", "spinfast", "share of the roofline, training and scoring", 0.5, "share_of_roofline", True),
+    ("cuda", "spin", "trl", "tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
+    ("cuda", "spin", "trl-liger", "tokens/s, times TRL's with Liger", 2.0, "spinfast_speedup", True),
+    ("cuda", "spin", "unsloth", "tokens/s, times Unsloth's", 1.5, "spinfast_speedup", True),
+    ("cuda", "spin", "trl", "peak memory, times TRL's", 0.3, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "trl-liger", "peak memory, times TRL's with Liger", 0.6, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "unsloth", "peak memory, times Unsloth's", 0.6, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "spinfast", "share of the roofline, training and scoring", 0.4, "share_of_roofline", True),
+    ("any", "spin", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
 ]
 KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
 STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives.py", "spinfast/packing.py", "spinfast/policy",
@@ -184,7 +186,7 @@ def targets_section(found: list[dict]) -> list[str]:
         ]  # fmt: skip
     lines += ["| on | what | target | measured | | device | taken at |", "|---|---|---|---|---|---|---|"]
     for device, method, peer, what, target, field, more in TARGETS:
-        fits = [r for r in found if (r.get("peer"), r.get("method", "dpo")) == (peer, method) and field in r]
+        fits = [r for r in found if (r.get("peer"), r.get("method", "spin")) == (peer, method) and field in r]
         fits = [r for r in fits if device in ("any", kind(r))]
         cells: list = [MISSING, None, None, None]
         if fits:
@@ -202,7 +204,7 @@ def peers_section(found: list[dict]) -> list[str]:
         mine = newest((row for row in found if all(row[key] == group[key] for key in together)), "peer")
         versions = ", ".join(f"{n} {v}" for n, v in group["versions"].items() if n in ("torch", "transformers", "peft"))
         lines += [
-            f"**{group.get('method', 'dpo').upper()}, {group['model']}** on {group['device']}, {group['dtype']}, "
+            f"**{group.get('method', 'spin').upper()}, {group['model']}** on {group['device']}, {group['dtype']}, "
             f"{group['pairs']} pairs of "
             f"{group['tokens']:,} packed tokens, {group['config']['pairs_per_step']} to a step, {group['threads']} "
             f"threads, load {group['load_1m']}. {group['date'][:10]}, {versions}: `{group['command']}`", "",

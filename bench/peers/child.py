@@ -18,7 +18,7 @@ class Peer(NamedTuple):
     play: str  # module of bench, function of (Work, Watch)
     packages: tuple[str, ...] = ()
     cuda_only: bool = False
-    methods: tuple[str, ...] = ("dpo", "sft")
+    methods: tuple[str, ...] = ("spin", "dpo", "sft")
 
 
 PEERS = {  # bare GEMMs are the floor
@@ -26,7 +26,7 @@ PEERS = {  # bare GEMMs are the floor
     "spinfast": Peer("peers.spinfast_loop:play"),
     "eager": Peer("peers.eager_loop:play"),
     "trl": Peer("peers.trl_trainers:plain", ("trl",)),
-    "trl-precomputed": Peer("peers.trl_trainers:precomputed", ("trl",), methods=("dpo",)),
+    "trl-precomputed": Peer("peers.trl_trainers:precomputed", ("trl",), methods=("spin", "dpo")),
     "trl-padding-free": Peer("peers.trl_trainers:padding_free", ("trl",), methods=("sft",)),
     "trl-liger": Peer("peers.trl_trainers:liger", ("trl", "liger_kernel"), cuda_only=True),
     "unsloth": Peer("peers.trl_trainers:unsloth", ("unsloth", "trl"), cuda_only=True),

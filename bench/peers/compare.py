@@ -1,17 +1,17 @@
-"""spinfast beside its peers: one epoch of DPO or SFT on identical work.
+"""spinfast beside its peers: one epoch of SPIN, DPO or SFT on identical work.
 
 Same base weights, pairs (as token ids), adapter, precision, pairs per optimizer step and order, same AdamW; each peer
 in a process of its own, in turn, for some rounds (A B C, A B C: what drifts, drifts for all). The gate first: on a
-small random model in fp32 every peer's first loss is TRL's (DPO: ln 2) and its adapter gradients point where TRL's do,
-cosine >= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products alone.
+small random model in fp32 every peer's first loss is TRL's (of pairs: ln 2) and its adapter gradients point where
+TRL's do, cosine >= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products.
 
-    python -m bench peers [--method dpo|spin|sft] [--device cpu|cuda] [--model MODEL|random:SHAPE]
+    python -m bench peers [--method spin|dpo|sft] [--device cpu|cuda] [--model MODEL|random:SHAPE]
                           [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
 
-dpo and spin: the sigmoid loss, scoring of the reference included; a round of SPIN is an epoch of DPO. sft: the loss of
-the answers. TRL 1.15's head runs on GPUs only; 1.16's in plain torch too, where it scores every position, prompt and
-padding included, and rows say so (scored_positions). `--trl DIR` names a directory with another TRL than the
-installed one: pip install --no-deps --target DIR trl==1.16.0
+spin, dpo: the sigmoid loss, scoring of the reference included; one work for the peers. sft: the answers' likelihood.
+TRL 1.15's head runs on GPUs only; 1.16's in plain torch too, where it scores every position, prompt and padding
+included, which rows say (scored_positions). `--trl DIR` names a directory with another TRL than the installed one:
+pip install --no-deps --target DIR trl==1.16.0
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m bench {name}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
-    parser.add_argument("--method", choices=("dpo", "spin", "sft"), default="dpo", help="spin is dpo's work")
+    parser.add_argument("--method", choices=("spin", "dpo", "sft"), default="spin")
     parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
@@ -77,20 +77,16 @@ def main(argv: list[str]) -> int:
 
 def prepare(arguments, scratch: Path) -> given.Work:
     recipe = {
-        "device": arguments.device, "method": method(arguments), "pairs_per_step": arguments.pairs_per_step,
+        "device": arguments.device, "method": arguments.method, "pairs_per_step": arguments.pairs_per_step,
         "dtype": str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch."),
         "gradient_checkpointing": arguments.checkpointing,
     }  # fmt: skip
     return given.prepare(scratch, arguments.model, arguments.count, **recipe)
 
 
-def method(arguments) -> str:
-    return "sft" if arguments.method == "sft" else "dpo"
-
-
 def contestants(arguments) -> list[str]:
     """The peers that can run here; those that cannot are named with the reason."""
-    asked = arguments.only.split(",") if arguments.only else [n for n in PEERS if method(arguments) in PEERS[n].methods]
+    asked = arguments.only.split(",") if arguments.only else [n for n in PEERS if arguments.method in PEERS[n].methods]
     if strangers := [name for name in asked if name not in PEERS]:
         raise UserError(f"--only: expected names of {', '.join(PEERS)}, got {', '.join(strangers)}")
     obstacles = {name: obstacle(name, arguments) for name in asked}
@@ -104,7 +100,7 @@ def contestants(arguments) -> list[str]:
 
 def obstacle(name: str, arguments) -> str | None:
     peer = PEERS[name]
-    if method(arguments) not in peer.methods:
+    if arguments.method not in peer.methods:
         return f"it has no part in --method {arguments.method}"
     if peer.cuda_only and arguments.device != "cuda":
         return "it needs a CUDA GPU"
@@ -121,7 +117,7 @@ def obstacle(name: str, arguments) -> str | None:
 
 def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
     """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
-    recipe = {"device": arguments.device, "method": method(arguments), "dtype": "float32", "max_grad_norm": 1e9}
+    recipe = {"device": arguments.device, "method": arguments.method, "dtype": "float32", "max_grad_norm": 1e9}
     work = given.prepare(scratch, "random:tiny", 4, pairs_per_step=4, **recipe)
     reference = REFERENCE if REFERENCE in names else "eager"
     losses, found = {}, {}
@@ -130,7 +126,7 @@ def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
         losses[name] = child.run(name, work, arguments.trl, str(path))["losses"][0]
         found[name] = load_file(path)
     cosines = {name: cosine(gradients, found[reference]) for name, gradients in found.items()}
-    check_gate(cosines, losses, math.log(2) if work.method == "dpo" else losses[reference])
+    check_gate(cosines, losses, losses[reference] if work.method == "sft" else math.log(2))
     print(f"gate: cosines with {reference} {cosines}, first losses {losses}", flush=True)
     return cosines
 

@@ -31,17 +31,17 @@ def play(work: Work, watch: Watch) -> dict:
     watch.optimizer(optimizer, model)
     groups = work.groups()
     steps = [groups[i : i + work.pairs_per_step] for i in range(0, len(groups), work.pairs_per_step)]
-    if work.method == "dpo":
+    if work.method != "sft":
         with watch.phase("score"), torch.no_grad():
             reference = [sequence_logps(model, step, work) for step in steps]
     with watch.phase("train"):
         for number, step in enumerate(steps):
             logps_PA = sequence_logps(model, step, work)
-            if work.method == "dpo":
+            if work.method == "sft":
+                loss = -logps_PA.sum() / sum(len(answer) for group in step for answer in group.answers)
+            else:
                 chosen_P, rejected_P = (logps_PA - reference[number]).unbind(1)
                 loss = -logsigmoid(work.beta * (chosen_P - rejected_P)).mean()
-            else:
-                loss = -logps_PA.sum() / sum(len(answer) for group in step for answer in group.answers)
             (loss * work.loss_scale).backward()
             for parameter in trained:
                 parameter.grad.div_(work.loss_scale)

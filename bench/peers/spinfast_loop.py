@@ -8,7 +8,7 @@ from bench import shapes
 from bench.peers.watch import Watch
 from bench.peers.work import Work
 from spinfast.config import Optimisation
-from spinfast.objectives import Nll, Pairwise, with_reference
+from spinfast.objectives import Nll, Pairwise, Preference, with_reference
 from spinfast.packing import packed_length
 from spinfast.policy.adapters import files as adapters
 from spinfast.train import Budget, Epochs, score, start_training, train
@@ -22,12 +22,11 @@ def play(work: Work, watch: Watch) -> dict:
     steps, budget = steps_of(work), budget_of(work)
     state = start_training(policy, "adamw", 0.0, work.dtype == "float16")
     watch.optimizer(state.optimizer, policy.model)
-    objective = Nll()
-    if work.method == "dpo":
-        objective = Pairwise("logistic", work.beta)
+    objective = {"sft": Nll(), "dpo": Preference(beta=work.beta), "spin": Pairwise(beta=work.beta)}[work.method]
+    if objective.reference:
         with watch.phase("score"):
-            logps_P2, _ = score(policy, steps, budget, lambda *_: None)
-        steps = steps.of([*map(with_reference, steps.groups, logps_P2.tolist())])
+            logps, _ = score(policy, steps, budget, lambda *_: None)
+        steps = steps.of([*map(with_reference, steps.groups, logps)])
     settings = Optimisation(schedule="constant", warmup_ratio=0.0, max_grad_norm=work.max_grad_norm)
     with watch.phase("train"):
         for metrics in train(policy, steps, objective, settings, work.lr, budget, state, max_overflows=20):

@@ -28,8 +28,7 @@ from spinfast.types import Group, Request, Sampling
 class Work:
     """One epoch's training, as every peer is to do it: AdamW without decay, constant lr, gradients clipped.
 
-    "dpo" is one iteration of SPIN as well: sigmoid loss, the reference is the adapter it starts from. In "sft" a pair
-    is a prompt and its answer.
+    spin and dpo: sigmoid loss, the reference is the adapter it starts from. sft: a pair is a prompt and its answer.
     """
 
     scratch: str
@@ -37,7 +36,7 @@ class Work:
     device: str
     dtype: str
     pairs_per_step: int  # each a microbatch; packed ones hold as many tokens as so many pairs have at most
-    method: str = "dpo"  # or "sft"
+    method: str = "spin"
     lr: float = 5e-5
     beta: float = 0.1
     gradient_checkpointing: bool = False

@@ -151,7 +151,7 @@ def test_peers(command, here, tiny_gate, method):
     assert [*found] == only.split(",")
     assert found["eager"]["spinfast_speedup"] > 0
     assert found["spinfast"]["share_of_roofline"] > 0
-    assert {row["method"] for row in rows} == {"sft" if method == "sft" else "dpo"}
+    assert {row["method"] for row in rows} == {method}
     assert (found["eager"]["scored_positions"], found["spinfast"]["scored_positions"]) == ("all", "answers")
 
 

@@ -18,10 +18,10 @@ from bench.scaling import largest
 from spinfast.errors import UserError
 
 
-@pytest.fixture(scope="module", params=["dpo", "sft"])
+@pytest.fixture(scope="module", params=["spin", "dpo", "sft"])
 def work(request, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("work")
-    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9}
+    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9, "lr": 1e-3}
     return given.prepare(scratch, "random:tiny", 8, method=request.param, **recipe)
 
 
@@ -38,18 +38,21 @@ def ours(work, tmp_path_factory):
 
 
 def agree(ours, theirs):
-    """Same pairs in the same order: step by step the same losses; the last step has 2 pairs of 3."""
+    """Same pairs in the same order: step by step the same losses; the last step has 2 pairs of 3.
+
+    A log-prob is a sum of 1,300 nats in fp32, of which beta's tenth counts.
+    """
     assert len(ours[0]) == 3
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+    assert ours[0] == pytest.approx(theirs[0], abs=5e-5)
     assert compare.cosine(ours[1], theirs[1]) > 0.99999
 
 
 def test_peers_take_the_same_steps(work, ours, tmp_path):
-    """From ln 2 on in DPO; both factors get a gradient."""
+    """Of pairs from ln 2 on; both factors get a gradient."""
     agree(ours, played(eager_loop.play, work, tmp_path / "theirs"))
     losses, gradients = ours
     assert work.method == "sft" or losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert abs(losses[1] - losses[0]) > 1e-5  # the adapter moved
+    assert abs(losses[1] - losses[0]) > 1e-3  # the adapter moved
     assert all(gradients[name].abs().max() > 0 for name in gradients if "lora_A" in name)
 
 

@@ -50,7 +50,7 @@ def test_targets_met_missed_and_not_measured(page):
     text = page(row(spinfast_speedup=7.0, spinfast_memory_ratio=0.4))
     assert "| cpu | pairs/s, times TRL's | >= 6 | 7 | met | X, 2 cores, AMX | abc, older |" in text
     assert (
-        "| cpu | memory above the model, times TRL's | <= 0.2 | 0.4 | missed | X, 2 cores, AMX | abc, older |" in text
+        "| cpu | memory above the model, times TRL's | <= 0.35 | 0.4 | missed | X, 2 cores, AMX | abc, older |" in text
     )
     assert "| cuda | tokens/s, times TRL's | >= 3 | not measured |  |  |  |" in text
     assert "| cpu | SFT: tokens/s, times TRL's | >= 3 | not measured |  |  |  |" in text
