@@ -14,24 +14,28 @@ from functools import cache
 from pathlib import Path
 
 from bench import plots, rows
+from bench.peers.child import PEERS
 
 ROOT = Path(__file__).parent.parent
 PAGE, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "images"
 MISSING = "not measured"
 CHANGED, OLDER, UNKNOWN = ", tree changed", ", older", ", age unknown"
-PEERS = ("bare GEMMs", "spinfast", "eager", "trl", "trl-precomputed", "trl-liger", "unsloth")
-TARGETS = [  # device, peer, what, target; the row's field and whether more is better
-    ("cpu", "trl", "pairs/s, times TRL's", 6.0, "spinfast_speedup", True),
-    ("cpu", "trl", "memory above the model, times TRL's", 0.35, "spinfast_memory_ratio", False),
-    ("cpu", "spinfast", "share of the roofline, training and scoring", 0.5, "share_of_roofline", True),
-    ("cuda", "trl", "tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
-    ("cuda", "trl-liger", "tokens/s, times TRL's with Liger", 2.0, "spinfast_speedup", True),
-    ("cuda", "unsloth", "tokens/s, times Unsloth's", 1.5, "spinfast_speedup", True),
-    ("cuda", "trl", "peak memory, times TRL's", 0.3, "spinfast_memory_ratio", False),
-    ("cuda", "trl-liger", "peak memory, times TRL's with Liger", 0.6, "spinfast_memory_ratio", False),
-    ("cuda", "unsloth", "peak memory, times Unsloth's", 0.6, "spinfast_memory_ratio", False),
-    ("cuda", "spinfast", "share of the roofline, training and scoring", 0.4, "share_of_roofline", True),
-    ("any", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
+TARGETS = [  # device, method, peer, what, target; the row's field and whether more is better
+    ("cpu", "spin", "trl", "pairs/s, times TRL's", 6.0, "spinfast_speedup", True),
+    ("cpu", "spin", "trl", "memory above the model, times TRL's", 0.35, "spinfast_memory_ratio", False),
+    ("cpu", "dpo", "trl", "DPO: pairs/s, times TRL's", 5.0, "spinfast_speedup", True),
+    ("cpu", "dpo", "trl", "DPO: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
+    ("cpu", "sft", "trl", "SFT: tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
+    ("cpu", "sft", "trl", "SFT: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
+    ("cpu", "spin", "spinfast", "share of the roofline, training and scoring", 0.5, "share_of_roofline", True),
+    ("cuda", "spin", "trl", "tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
+    ("cuda", "spin", "trl-liger", "tokens/s, times TRL's with Liger", 2.0, "spinfast_speedup", True),
+    ("cuda", "spin", "unsloth", "tokens/s, times Unsloth's", 1.5, "spinfast_speedup", True),
+    ("cuda", "spin", "trl", "peak memory, times TRL's", 0.3, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "trl-liger", "peak memory, times TRL's with Liger", 0.6, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "unsloth", "peak memory, times Unsloth's", 0.6, "spinfast_memory_ratio", False),
+    ("cuda", "spin", "spinfast", "share of the roofline, training and scoring", 0.4, "share_of_roofline", True),
+    ("any", "spin", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
 ]
 KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
 STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives.py", "spinfast/packing.py", "spinfast/policy",
@@ -50,7 +54,7 @@ MEASURED = {  # benchmark -> the files that its rows describe
 UNITS = {"s": "s", "ms": "ms", "mib": "MiB", "gib": "GiB", "gflops": "GFLOP/s"}
 TRAINING = (
     "peer p50_pairs_per_s p50_tokens_per_s first_step_s steady_step_s above_model_mib spinfast_speedup "
-    "spinfast_memory_ratio share_of_bare_gemms share_of_roofline gate_cosine"
+    "spinfast_memory_ratio share_of_bare_gemms share_of_roofline scored_positions gate_cosine"
 )
 SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row is kept of
     ("End to end: one iteration, processes and loading included", "peers", "end to end",
@@ -181,8 +185,9 @@ def targets_section(found: list[dict]) -> list[str]:
             "figures of that card, never a T4's.", "",
         ]  # fmt: skip
     lines += ["| on | what | target | measured | | device | taken at |", "|---|---|---|---|---|---|---|"]
-    for device, peer, what, target, field, more in TARGETS:
-        fits = [r for r in found if r.get("peer") == peer and device in ("any", kind(r)) and field in r]
+    for device, method, peer, what, target, field, more in TARGETS:
+        fits = [r for r in found if (r.get("peer"), r.get("method", "spin")) == (peer, method) and field in r]
+        fits = [r for r in fits if device in ("any", kind(r))]
         cells: list = [MISSING, None, None, None]
         if fits:
             value = fits[-1][field]
@@ -193,16 +198,17 @@ def targets_section(found: list[dict]) -> list[str]:
 
 
 def peers_section(found: list[dict]) -> list[str]:
-    lines = ["## Side by side: one iteration's training, opponent scoring included", ""]
+    lines = ["## Side by side: an epoch of training, scoring of the reference included", ""]
     together = ("device", "model", "dtype", "command")
     for group in newest(found, *together):
         mine = newest((row for row in found if all(row[key] == group[key] for key in together)), "peer")
         versions = ", ".join(f"{n} {v}" for n, v in group["versions"].items() if n in ("torch", "transformers", "peft"))
         lines += [
-            f"**{group['model']}** on {group['device']}, {group['dtype']}, {group['pairs']} pairs of "
+            f"**{group.get('method', 'spin').upper()}, {group['model']}** on {group['device']}, {group['dtype']}, "
+            f"{group['pairs']} pairs of "
             f"{group['tokens']:,} packed tokens, {group['config']['pairs_per_step']} to a step, {group['threads']} "
             f"threads, load {group['load_1m']}. {group['date'][:10]}, {versions}: `{group['command']}`", "",
-            *table(TRAINING, sorted(mine, key=lambda row: PEERS.index(row["peer"]))),
+            *table(TRAINING, sorted(mine, key=lambda row: [*PEERS].index(row["peer"]))),
         ]  # fmt: skip
     return lines if found else [*lines, MISSING, ""]
 

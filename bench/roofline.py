@@ -103,13 +103,14 @@ def play(work: Work, watch: Watch) -> dict:
     budget = budget_of(work)
     packed = [batch for groups in steps_of(work) for batch in batches(groups, budget)]
     buffer = Buffers(work)
-    for phase in ("score", "train"):
+    phases = ("train",) if work.method == "sft" else ("score", "train")
+    for phase in phases:
         with watch.phase(phase), torch.no_grad():
             for batch in packed:
                 products(weights, batch.tokens, buffer, backward=phase == "train")
                 products(blocks, len(batch.targets_N), buffer, backward=phase == "train")
     return {
-        "work": work_of(model.config, packed, work.torch_dtype.itemsize),
+        "work": {p: w for p, w in work_of(model.config, packed, work.torch_dtype.itemsize).items() if p in phases},
         "gemm_gflops": gemm_gflops(model.config, packed[0].tokens, work.torch_dtype, work.device),
         "copy_gb_per_s": bandwidth_gbs(work.device),
     }

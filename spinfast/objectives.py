@@ -197,7 +197,7 @@ class Preference(Plain):
     def metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
         """(P,) each: TRL's names, and the fused loss's own. Without a reference the rewards are beta log p."""
         c, r = self.beta * pairs.c, self.beta * pairs.r
-        if {name for name, _ in self.loss} <= {"simpo", "orpo"}:  # their reward is per token
+        if not self.reference and {name for name, _ in self.loss} & {"simpo", "orpo"}:  # their reward is per token
             c, r = c / pairs.chosen_lengths, r / pairs.rejected_lengths
         margin = c - r
         found = {

@@ -1,4 +1,4 @@
-"""One peer, one iteration, one process, from both sides: `run` starts it, `play` is it.
+"""One peer, one epoch, one process, from both sides: `run` starts it, `play` is it.
 
 Nothing of the project is imported before it is needed: Unsloth's process must import Unsloth first.
 """
@@ -11,21 +11,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-PEERS = {  # name -> (function, packages it needs, CUDA only); bare GEMMs are the floor
-    "bare GEMMs": ("roofline:play", (), False),
-    "spinfast": ("peers.spinfast_loop:play", (), False),
-    "eager": ("peers.eager_loop:play", (), False),
-    "trl": ("peers.trl_dpo:plain", ("trl", "datasets"), False),
-    "trl-precomputed": ("peers.trl_dpo:precomputed", ("trl", "datasets"), False),
-    "trl-liger": ("peers.trl_dpo:liger", ("trl", "datasets", "liger_kernel"), True),
-    "unsloth": ("peers.trl_dpo:unsloth", ("unsloth", "trl", "datasets"), True),
+
+class Peer(NamedTuple):
+    play: str  # module of bench, function of (Work, Watch)
+    packages: tuple[str, ...] = ()
+    cuda_only: bool = False
+    methods: tuple[str, ...] = ("spin", "dpo", "sft")
+
+
+PEERS = {  # bare GEMMs are the floor
+    "bare GEMMs": Peer("roofline:play"),
+    "spinfast": Peer("peers.spinfast_loop:play"),
+    "eager": Peer("peers.eager_loop:play"),
+    "trl": Peer("peers.trl_trainers:plain", ("trl",)),
+    "trl-precomputed": Peer("peers.trl_trainers:precomputed", ("trl",), methods=("spin", "dpo")),
+    "trl-padding-free": Peer("peers.trl_trainers:padding_free", ("trl",), methods=("sft",)),
+    "trl-liger": Peer("peers.trl_trainers:liger", ("trl", "liger_kernel"), cuda_only=True),
+    "unsloth": Peer("peers.trl_trainers:unsloth", ("unsloth", "trl"), cuda_only=True),
 }
 
 
 def run(name: str, work, trl: Path | None = None, *arguments: str) -> dict:
-    """One peer's iteration in its own process."""
-    environment = path_with(trl) if "trl" in PEERS[name][1] else {}
+    """One peer's epoch in its own process."""
+    environment = path_with(trl) if "trl" in PEERS[name].packages else {}
     said = finished([sys.executable, "-m", "bench.peers.child", name, work.scratch, *arguments], environment)
     return json.loads(said.splitlines()[-1])
 
@@ -45,26 +55,21 @@ def path_with(trl: Path | None) -> dict[str, str]:
 
 
 def play(name: str, scratch: str, gradients: str | None = None) -> dict:
-    """The iteration, in this process; nothing if only the first step's gradients are wanted."""
+    """The epoch, in this process; the first step's gradients go to a file, if one is named."""
     if name == "unsloth":
         importlib.import_module("unsloth")  # before transformers, which it rewrites
-    from bench.peers.watch import GradientsTaken, Watch
+    from bench.peers.watch import Watch
     from bench.peers.work import Work
 
-    module, function = PEERS[name][0].split(":")
-    iteration = getattr(importlib.import_module(f"bench.{module}"), function)
+    module, function = PEERS[name].play.split(":")
+    epoch = getattr(importlib.import_module(f"bench.{module}"), function)
     work = Work.load(Path(scratch))
     if work.budget_gib:
         from spinfast.device import GIB, cap_memory
 
         cap_memory(int(work.budget_gib * GIB))
     watch = Watch(work.device, Path(gradients) if gradients else None)
-    try:
-        found = iteration(work, watch) or {}
-    except GradientsTaken:
-        return {}
-    version = {"trl": sys.modules["trl"].__version__} if "trl" in PEERS[name][1] else {}
-    return watch.result() | found | version
+    return epoch(work, watch) | watch.result()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""spinfast beside its peers: one whole iteration's training, opponent scoring included, on identical work.
+"""spinfast beside its peers: one epoch of SPIN, DPO or SFT on identical work.
 
 Same base weights, pairs (as token ids), adapter, precision, pairs per optimizer step and order, same AdamW; each peer
 in a process of its own, in turn, for some rounds (A B C, A B C: what drifts, drifts for all). The gate first: on a
-small random model in fp32 every peer's first loss is ln 2 and its adapter gradients point where TRL's do, cosine
->= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products alone.
+small random model in fp32 every peer's first loss is TRL's (of pairs: ln 2) and its adapter gradients point where
+TRL's do, cosine >= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products.
 
-    python -m bench peers [--device cpu|cuda] [--model MODEL|random:SHAPE]
+    python -m bench peers [--method spin|dpo|sft] [--device cpu|cuda] [--model MODEL|random:SHAPE]
                           [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
 
-TRL 1.15's DPO head runs on GPUs only; 1.16 also has it in plain torch. `--trl DIR` names a directory with another
-TRL than the installed one: pip install --no-deps --target DIR trl==1.16.0
+spin, dpo: the sigmoid loss, scoring of the reference included; one work for the peers. sft: the answers' likelihood.
+TRL 1.15's head runs on GPUs only; 1.16's in plain torch too, where it scores every position, prompt and padding
+included, which rows say (scored_positions). `--trl DIR` names a directory with another TRL than the installed one:
+pip install --no-deps --target DIR trl==1.16.0
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m bench {name}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
-    parser.add_argument("--count", type=int, default=32, help="pairs of the iteration")
+    parser.add_argument("--method", choices=("spin", "dpo", "sft"), default="spin")
+    parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for every peer")
@@ -63,27 +66,27 @@ def main(argv: list[str]) -> int:
                 results[name].append(child.run(name, work, arguments.trl))
                 shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
                 print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
+        config = {name: getattr(work, name) for name in ("pairs_per_step", "lr", "beta", "gradient_checkpointing")}
+        common = {"method": work.method, "model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds}
+        common["config"] = config | {"lora_r": 16, "lora_alpha": 32}
         for row in table(results, given.facts(work.groups())):
-            names = ("pairs_per_step", "lr", "beta", "gradient_checkpointing")
-            config = {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}
-            row |= {"model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds, "config": config}
             row |= {"gate_cosine": cosines[row["peer"]]} if row["peer"] in cosines else {}
-            rows.write("peers", {"what": "training iteration", **row}, arguments.device)
+            rows.write("peers", {"what": "training iteration"} | row | common, arguments.device)
     return 0
 
 
 def prepare(arguments, scratch: Path) -> given.Work:
-    dtype = shapes.device(arguments.device, arguments.dtype).dtype
-    settings = {
-        "device": arguments.device, "dtype": str(dtype).removeprefix("torch."),
-        "pairs_per_step": arguments.pairs_per_step, "gradient_checkpointing": arguments.checkpointing,
+    recipe = {
+        "device": arguments.device, "method": arguments.method, "pairs_per_step": arguments.pairs_per_step,
+        "dtype": str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch."),
+        "gradient_checkpointing": arguments.checkpointing,
     }  # fmt: skip
-    return given.prepare(scratch, arguments.model, arguments.count, **settings)
+    return given.prepare(scratch, arguments.model, arguments.count, **recipe)
 
 
 def contestants(arguments) -> list[str]:
     """The peers that can run here; those that cannot are named with the reason."""
-    asked = arguments.only.split(",") if arguments.only else list(PEERS)
+    asked = arguments.only.split(",") if arguments.only else [n for n in PEERS if arguments.method in PEERS[n].methods]
     if strangers := [name for name in asked if name not in PEERS]:
         raise UserError(f"--only: expected names of {', '.join(PEERS)}, got {', '.join(strangers)}")
     obstacles = {name: obstacle(name, arguments) for name in asked}
@@ -96,13 +99,15 @@ def contestants(arguments) -> list[str]:
 
 
 def obstacle(name: str, arguments) -> str | None:
-    _, packages, cuda_only = PEERS[name]
-    if cuda_only and arguments.device != "cuda":
+    peer = PEERS[name]
+    if arguments.method not in peer.methods:
+        return f"it has no part in --method {arguments.method}"
+    if peer.cuda_only and arguments.device != "cuda":
         return "it needs a CUDA GPU"
-    if missing := [p for p in packages if not (p == "trl" and arguments.trl) and importlib.util.find_spec(p) is None]:
+    needed = [package for package in peer.packages if not (package == "trl" and arguments.trl)]
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         return f"not installed: {', '.join(missing)}"
-    installed = "trl" in packages and arguments.device == "cpu" and not arguments.trl
-    if installed and metadata.version("trl").startswith("1.15."):
+    if "trl" in needed and arguments.device == "cpu" and metadata.version("trl").startswith("1.15."):
         return "TRL 1.15's head runs on GPUs only; name another with --trl"
     return None
 
@@ -112,28 +117,27 @@ def obstacle(name: str, arguments) -> str | None:
 
 def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
     """Cosine of each peer's adapter gradients with TRL's (without it, the eager loop's); raises where it disagrees."""
-    work = given.prepare(
-        scratch, "random:tiny", 4, device=arguments.device, dtype="float32", pairs_per_step=4, max_grad_norm=1e9
-    )
+    recipe = {"device": arguments.device, "method": arguments.method, "dtype": "float32", "max_grad_norm": 1e9}
+    work = given.prepare(scratch, "random:tiny", 4, pairs_per_step=4, **recipe)
     reference = REFERENCE if REFERENCE in names else "eager"
-    found = {}
+    losses, found = {}, {}
     for name in dict.fromkeys([reference, *names]):
-        child.run(name, work, arguments.trl, str(scratch / f"{name}.safetensors"))
-        found[name] = load_file(scratch / f"{name}.safetensors")
-    losses = {name: child.run(name, work, arguments.trl)["losses"][0] for name in found}
+        path = scratch / f"{name}.safetensors"
+        losses[name] = child.run(name, work, arguments.trl, str(path))["losses"][0]
+        found[name] = load_file(path)
     cosines = {name: cosine(gradients, found[reference]) for name, gradients in found.items()}
-    check_gate(cosines, losses)
+    check_gate(cosines, losses, losses[reference] if work.method == "sft" else math.log(2))
     print(f"gate: cosines with {reference} {cosines}, first losses {losses}", flush=True)
     return cosines
 
 
-def check_gate(cosines: dict[str, float], losses: dict[str, float]) -> None:
+def check_gate(cosines: dict[str, float], losses: dict[str, float], expected: float) -> None:
     wrong = [f"{name}: gradient cosine {value:.6f}" for name, value in cosines.items() if not value >= LEAST_COSINE]
-    wrong += [f"{n}: first loss {v:.6f}" for n, v in losses.items() if not abs(v - math.log(2)) <= LOSS_BOUND]
+    wrong += [f"{n}: first loss {v:.6f}" for n, v in losses.items() if not abs(v - expected) <= LOSS_BOUND]
     if wrong:
         raise SystemExit(
             f"bench peers: the gate is red ({'; '.join(wrong)}); expected cosine >= {LEAST_COSINE} and first loss "
-            f"ln 2 = {math.log(2):.6f}; no number without a green gate"
+            f"{expected:.6f}; no number without a green gate"
         )
 
 
@@ -149,7 +153,7 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
-    """A row per peer: rates of the whole iteration, memory above the model, spinfast's ratios to it round by round."""
+    """A row per peer: rates of the whole epoch, memory above the model, spinfast's ratios to it round by round."""
     seconds = {name: [sum(r["seconds"].values()) for r in runs] for name, runs in results.items()}
     lines = []
     for name, runs in results.items():
@@ -163,8 +167,7 @@ def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
         }  # fmt: skip
         if name != FLOOR:
             row |= {k: round(statistics.median(r[k] for r in runs), 1) for k in runs[0] if k.endswith("_mib")}
-        if "trl" in runs[0]:
-            row["trl"] = runs[0]["trl"]
+        row |= {key: runs[0][key] for key in ("trl", "scored_positions") if key in runs[0]}
         if runs[0]["steps_s"]:
             row["first_step_s"] = round(statistics.median(r["steps_s"][0] for r in runs), 3)
             row["steady_step_s"] = round(statistics.median(s for r in runs for s in r["steps_s"][1:]), 3)

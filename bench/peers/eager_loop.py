@@ -1,4 +1,4 @@
-"""The loop one writes by hand: transformers + PEFT, real and generated as padded rows, log-softmax of all logits."""
+"""The loop one writes by hand: transformers + PEFT, an answer a padded row, log-softmax of all logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stock_model(work: Work) -> PeftModel:
     return model
 
 
-def play(work: Work, watch: Watch) -> None:
+def play(work: Work, watch: Watch) -> dict:
     model = stock_model(work)
     if work.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -31,12 +31,17 @@ def play(work: Work, watch: Watch) -> None:
     watch.optimizer(optimizer, model)
     groups = work.groups()
     steps = [groups[i : i + work.pairs_per_step] for i in range(0, len(groups), work.pairs_per_step)]
-    with watch.phase("score"), torch.no_grad():
-        opponent = [sequence_logps(model, step, work) for step in steps]
+    if work.method != "sft":
+        with watch.phase("score"), torch.no_grad():
+            reference = [sequence_logps(model, step, work) for step in steps]
     with watch.phase("train"):
-        for step, opponent_P2 in zip(steps, opponent, strict=True):
-            ratio_P2 = sequence_logps(model, step, work) - opponent_P2
-            loss = -logsigmoid(work.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])).mean()
+        for number, step in enumerate(steps):
+            logps_PA = sequence_logps(model, step, work)
+            if work.method == "sft":
+                loss = -logps_PA.sum() / sum(len(answer) for group in step for answer in group.answers)
+            else:
+                chosen_P, rejected_P = (logps_PA - reference[number]).unbind(1)
+                loss = -logsigmoid(work.beta * (chosen_P - rejected_P)).mean()
             (loss * work.loss_scale).backward()
             for parameter in trained:
                 parameter.grad.div_(work.loss_scale)
@@ -44,10 +49,11 @@ def play(work: Work, watch: Watch) -> None:
             optimizer.step()
             optimizer.zero_grad()
             watch.step(loss.item())
+    return {"scored_positions": "all"}
 
 
 def sequence_logps(model, groups: list[Group], work: Work) -> torch.Tensor:
-    """(pairs, 2): summed log-probs of real and generated."""
+    """(pairs, answers of each): summed log-probs."""
     rows = [(g.prompt_ids + answer, len(g.prompt_ids)) for g in groups for answer in g.answers]
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), longest), work.pad_id)
@@ -59,4 +65,4 @@ def sequence_logps(model, groups: list[Group], work: Work) -> torch.Tensor:
     ids, mask, answer = (t.to(work.device) for t in (ids, mask, answer))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return (logps * answer[:, 1:]).sum(1).view(-1, 2)
+    return (logps * answer[:, 1:]).sum(1).view(len(groups), -1)

@@ -1,22 +1,20 @@
-"""spinfast's own scoring and training, as methods/spin.py calls them."""
+"""spinfast's own scoring and training, as its methods call them."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 
 from bench import shapes
 from bench.peers.watch import Watch
 from bench.peers.work import Work
-from spinfast.config import Spin
-from spinfast.objectives import REFERENCE, Pairwise
+from spinfast.config import Optimisation
+from spinfast.objectives import Nll, Pairwise, Preference, with_reference
 from spinfast.packing import packed_length
 from spinfast.policy.adapters import files as adapters
 from spinfast.train import Budget, Epochs, score, start_training, train
 
 
-def play(work: Work, watch: Watch) -> None:
+def play(work: Work, watch: Watch) -> dict:
     policy = work.policy()
     policy.load_adapter(adapters.load(work.adapter))
     policy.checkpoint_layers(len(policy.decoder.layers) if work.gradient_checkpointing else 0)
@@ -24,17 +22,16 @@ def play(work: Work, watch: Watch) -> None:
     steps, budget = steps_of(work), budget_of(work)
     state = start_training(policy, "adamw", 0.0, work.dtype == "float16")
     watch.optimizer(state.optimizer, policy.model)
-    with watch.phase("score"):
-        logps_P2, _ = score(policy, steps, budget, lambda *_: None)
-    given = [
-        replace(group, given={REFERENCE: tuple(logps)})
-        for group, logps in zip(steps.groups, logps_P2.tolist(), strict=True)
-    ]
-    settings = Spin(schedule="constant", warmup_ratio=0.0, max_grad_norm=work.max_grad_norm)
-    objective = Pairwise("logistic", work.beta)
+    objective = {"sft": Nll(), "dpo": Preference(beta=work.beta), "spin": Pairwise(beta=work.beta)}[work.method]
+    if objective.reference:
+        with watch.phase("score"):
+            logps, _ = score(policy, steps, budget, lambda *_: None)
+        steps = steps.of([*map(with_reference, steps.groups, logps)])
+    settings = Optimisation(schedule="constant", warmup_ratio=0.0, max_grad_norm=work.max_grad_norm)
     with watch.phase("train"):
-        for metrics in train(policy, steps.of(given), objective, settings, work.lr, budget, state, max_overflows=20):
+        for metrics in train(policy, steps, objective, settings, work.lr, budget, state, max_overflows=20):
             watch.step(metrics["train/loss"])
+    return {"scored_positions": "answers"}
 
 
 def steps_of(work: Work) -> Epochs:

@@ -6,6 +6,7 @@ are copied out of the mapped file). CUDA: the allocator's peaks.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from contextlib import contextmanager
@@ -13,10 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-
-class GradientsTaken(Exception):
-    """The gate has what it wanted of this process."""
 
 
 class Watch:
@@ -38,6 +35,7 @@ class Watch:
             torch.cuda.reset_peak_memory_stats()
             self.memory["model_mib"] = torch.cuda.memory_allocated() / 2**20
             return
+        ctypes.CDLL(None).malloc_trim(0)  # what loading gave back would be taken again unseen
         Path("/proc/self/clear_refs").write_text("5")
         self.memory["model_mib"] = resident("VmRSS")
 
@@ -55,14 +53,14 @@ class Watch:
         self.losses.append(loss)
 
     def optimizer(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-        """In the gate: the gradients as the first step finds them, and that is all there is to do."""
+        """For the gate: keep the gradients as the first step finds them."""
         if self.capture is not None:
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad and ".default." in n}
             optimizer.register_step_pre_hook(lambda *_: self._take(trained))
 
     def _take(self, trained: dict[str, torch.nn.Parameter]) -> None:
-        save_file({name: p.grad.float().cpu().contiguous() for name, p in trained.items()}, self.capture)
-        raise GradientsTaken
+        if not self.capture.exists():
+            save_file({name: p.grad.float().cpu().contiguous() for name, p in trained.items()}, self.capture)
 
     def result(self) -> dict:
         if self.device == "cuda":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,13 +26,17 @@ from spinfast.types import Group, Request, Sampling
 
 @dataclass(frozen=True)
 class Work:
-    """One iteration's training, as every peer is to do it: AdamW without decay, constant lr, gradients clipped."""
+    """One epoch's training, as every peer is to do it: AdamW without decay, constant lr, gradients clipped.
+
+    spin and dpo: sigmoid loss, the reference is the adapter it starts from. sft: a pair is a prompt and its answer.
+    """
 
     scratch: str
     model: str  # directory
     device: str
     dtype: str
     pairs_per_step: int  # each a microbatch; packed ones hold as many tokens as so many pairs have at most
+    method: str = "spin"
     lr: float = 5e-5
     beta: float = 0.1
     gradient_checkpointing: bool = False
@@ -43,6 +47,11 @@ class Work:
     @property
     def adapter(self) -> Path:
         return Path(self.scratch) / "adapter"
+
+    @property
+    def answers(self) -> int:
+        """Of a group."""
+        return 1 if self.method == "sft" else 2
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,7 +65,7 @@ class Work:
     def groups(self) -> list[Group]:
         """The pairs in the order in which everyone trains on them."""
         rows = json.loads((Path(self.scratch) / "pairs.json").read_text())
-        return [Group(tuple(p), (tuple(r), tuple(g))) for p, r, g in rows]
+        return [Group(tuple(prompt), tuple(map(tuple, answers))) for prompt, *answers in rows]
 
     def policy(self, noise: float = 0.0) -> TransformersPolicy:
         return shapes.policy(shapes.device(self.device, self.dtype), Path(self.model), noise=noise)
@@ -74,7 +83,8 @@ def prepare(scratch: Path, model: str, count: int, **recipe) -> Work:
     scratch.mkdir(parents=True, exist_ok=True)
     path = shapes.resolve(model, scratch)
     work = Work(str(scratch), str(path), pad_id=load_tokenizer(path).pad_token_id, **recipe)
-    write_groups(scratch, shapes.draw(count) if model.startswith("random:") else played(work, count))
+    groups = shapes.draw(count) if model.startswith("random:") else played(work, count)
+    write_groups(scratch, [replace(group, answers=group.answers[: work.answers]) for group in groups])
     work.policy(noise=2e-3).save_adapter(work.adapter)
     work.save()
     return work
@@ -85,8 +95,10 @@ def write_groups(scratch: Path, groups: list[Group]) -> None:
 
 
 def played(work: Work, count: int) -> list[Group]:
-    """Worked maths problems against the model's own answers, sampled at temperature 1 with fixed seeds."""
+    """Worked maths problems; DPO: against the model's own answers, sampled at temperature 1 with fixed seeds."""
     examples, renderer = shapes.problems(Path(work.model), count)
+    if work.method == "sft":
+        return [Group(e.prompt_ids, (e.real_ids,)) for e in examples]
     requests = [Request(e.index, e.prompt_ids, prompt_seed(0, 0, e.index)) for e in examples]
     with TransformersGenerator(work.policy(), batch_size=64, max_model_len=2048) as generator:
         answers = list(generator.generate(requests, Sampling(1.0, 1.0, 192, renderer.stop_ids), None))

@@ -142,13 +142,17 @@ def tiny_gate(monkeypatch):
     monkeypatch.setattr(compare, "gate", lambda names, *_: dict.fromkeys(names, 1.0))
 
 
-def test_peers(command, here, tiny_gate):
+@pytest.mark.parametrize("method", ["spin", "sft"])
+def test_peers(command, here, tiny_gate, method):
     only = "bare GEMMs,spinfast,eager"
     shape = ("--model", "random:tiny", "--device", "cpu", "--dtype", "float32", "--count", "4", "--pairs-per-step", "2")
-    found = {row["peer"]: row for row in command("peers", *shape, "--only", only, "--rounds", "1")}
+    rows = command("peers", "--method", method, *shape, "--only", only, "--rounds", "1")
+    found = {row["peer"]: row for row in rows}
     assert [*found] == only.split(",")
     assert found["eager"]["spinfast_speedup"] > 0
     assert found["spinfast"]["share_of_roofline"] > 0
+    assert {row["method"] for row in rows} == {method}
+    assert (found["eager"]["scored_positions"], found["spinfast"]["scored_positions"]) == ("all", "answers")
 
 
 @pytest.mark.slow

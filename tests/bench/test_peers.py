@@ -13,56 +13,72 @@ from safetensors.torch import load_file
 from bench.peers import compare, eager_loop, spinfast_loop
 from bench.peers import work as given
 from bench.peers.child import PEERS
-from bench.peers.watch import GradientsTaken, Watch
+from bench.peers.watch import Watch
 from bench.scaling import largest
 from spinfast.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
+@pytest.fixture(scope="module", params=["spin", "dpo", "sft"])
+def work(request, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("work")
-    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9}
-    return given.prepare(scratch, "random:tiny", 8, **recipe)
+    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9, "lr": 1e-3}
+    return given.prepare(scratch, "random:tiny", 8, method=request.param, **recipe)
 
 
-def played(peer, work) -> Watch:
-    watch = Watch("cpu")
-    peer.play(work, watch)
-    return watch
+def played(play, work, path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps and the gradients of the first."""
+    watch = Watch("cpu", path)
+    play(work, watch)
+    return watch.losses, load_file(path)
 
 
-def captured(peer, work, path) -> dict[str, torch.Tensor]:
-    with pytest.raises(GradientsTaken):
-        peer.play(work, Watch("cpu", path))
-    return load_file(path)
+@pytest.fixture(scope="module")
+def ours(work, tmp_path_factory):
+    return played(spinfast_loop.play, work, tmp_path_factory.mktemp("ours") / "gradients")
 
 
-def test_peers_take_the_same_steps(work):
-    """Same pairs in the same order: step by step the same losses, from ln 2 on; the last step has 2 pairs of 3."""
-    ours, theirs = (played(peer, work).losses for peer in (spinfast_loop, eager_loop))
-    assert len(ours) == 3
-    assert ours[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert ours == pytest.approx(theirs, abs=1e-5)
-    assert abs(ours[1] - math.log(2)) > 1e-5  # the adapter moved
+def agree(ours, theirs):
+    """Same pairs in the same order: step by step the same losses; the last step has 2 pairs of 3.
+
+    A log-prob is a sum of 1,300 nats in fp32, of which beta's tenth counts.
+    """
+    assert len(ours[0]) == 3
+    assert ours[0] == pytest.approx(theirs[0], abs=5e-5)
+    assert compare.cosine(ours[1], theirs[1]) > 0.99999
 
 
-def test_gradients_agree_and_reach_both_factors(work, tmp_path):
-    ours = captured(spinfast_loop, work, tmp_path / "ours")
-    theirs = captured(eager_loop, work, tmp_path / "theirs")
-    assert compare.cosine(ours, theirs) > 0.99999
-    assert all(ours[name].abs().max() > 0 for name in ours if "lora_A" in name)
+def test_peers_take_the_same_steps(work, ours, tmp_path):
+    """Of pairs from ln 2 on; both factors get a gradient."""
+    agree(ours, played(eager_loop.play, work, tmp_path / "theirs"))
+    losses, gradients = ours
+    assert work.method == "sft" or losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(losses[1] - losses[0]) > 1e-3  # the adapter moved
+    assert all(gradients[name].abs().max() > 0 for name in gradients if "lora_A" in name)
 
 
-def test_gate_refuses():
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trl", "trl-precomputed", "trl-padding-free"])
+def test_trl_takes_the_same_steps(name, work, ours, tmp_path):
+    """In this process; put a TRL whose head runs here on the path."""
+    if work.method not in PEERS[name].methods:
+        pytest.skip(f"not {work.method}")
+    if reason := compare.obstacle(name, SimpleNamespace(device="cpu", method=work.method, trl=None)):
+        pytest.skip(reason)
+    module, function = PEERS[name].play.split(":")
+    agree(ours, played(getattr(importlib.import_module(f"bench.{module}"), function), work, tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("loss", [math.log(2), 6.9])
+def test_gate_refuses(loss):
     good = {"trl": 1.0, "spinfast": 0.9995}
-    start = {"trl": math.log(2), "spinfast": math.log(2)}
-    compare.check_gate(good, start)
+    start = {"trl": loss, "spinfast": loss}
+    compare.check_gate(good, start, loss)
     with pytest.raises(SystemExit, match=r"spinfast: gradient cosine 0\.998000"):
-        compare.check_gate(good | {"spinfast": 0.998}, start)
+        compare.check_gate(good | {"spinfast": 0.998}, start, loss)
     with pytest.raises(SystemExit, match=r"spinfast: first loss 0\.701400"):
-        compare.check_gate(good, start | {"spinfast": 0.7014})
+        compare.check_gate(good, start | {"spinfast": 0.7014}, loss)
     with pytest.raises(SystemExit, match="nan"):
-        compare.check_gate(good | {"spinfast": math.nan}, start)
+        compare.check_gate(good | {"spinfast": math.nan}, start, loss)
 
 
 def test_cosine_needs_the_same_parameters():
@@ -86,13 +102,13 @@ def test_table_takes_ratios_round_by_round():
     results = {
         "bare GEMMs": [result(1, 2, 0, **floor), result(2, 4, 0, **floor)],
         "spinfast": [result(2, 4, 50), result(4, 8, 50)],
-        "trl": [result(0, 30, 200, trl="1.16.0"), result(0, 60, 200, trl="1.16.0")],
+        "trl": [result(0, seconds, 200, trl="1.16.0", scored_positions="all") for seconds in (30, 60)],
     }
     facts = {"pairs": 12, "tokens": 1200}
     floor_row, ours, trl = compare.table(results, facts)
     assert trl["spinfast_speedup"] == 5.0
     assert trl["spinfast_memory_ratio"] == 0.25
-    assert trl["trl"] == "1.16.0"
+    assert (trl["trl"], trl["scored_positions"]) == ("1.16.0", "all")
     assert ours["share_of_bare_gemms"] == 0.5
     assert ours["share_of_roofline"] == pytest.approx((3.5 / 6 + 3.5 / 12) / 2, abs=1e-3)  # bytes bound scoring: 2 s
     assert ours["first_step_s"] == pytest.approx(3.0)
@@ -101,16 +117,18 @@ def test_table_takes_ratios_round_by_round():
 
 
 def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
-    arguments = SimpleNamespace(only=None, device="cpu", trl=None)
+    arguments = SimpleNamespace(only=None, device="cpu", trl=None, method="spin")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert compare.contestants(arguments) == ["bare GEMMs", "spinfast", "eager"]
     said = capsys.readouterr().err
     assert "unsloth: not measured, it needs a CUDA GPU" in said
-    assert "trl: not measured, not installed: trl, datasets" in said
-    with pytest.raises(UserError, match="cannot run here"):
-        compare.contestants(SimpleNamespace(only="trl-liger", device="cpu", trl=None))
+    assert "trl: not measured, not installed: trl" in said
+    assert "trl-padding-free" not in said
+    for only in ("trl-liger", "trl-padding-free"):
+        with pytest.raises(UserError, match="cannot run here"):
+            compare.contestants(SimpleNamespace(only=only, device="cpu", trl=None, method="dpo"))
     with pytest.raises(UserError, match=", ".join(PEERS)):
-        compare.contestants(SimpleNamespace(only="nobody", device="cpu", trl=None))
+        compare.contestants(SimpleNamespace(only="nobody", device="cpu", trl=None, method="sft"))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 100, 1000])

@@ -53,7 +53,15 @@ def test_targets_met_missed_and_not_measured(page):
         "| cpu | memory above the model, times TRL's | <= 0.35 | 0.4 | missed | X, 2 cores, AMX | abc, older |" in text
     )
     assert "| cuda | tokens/s, times TRL's | >= 3 | not measured |  |  |  |" in text
+    assert "| cpu | SFT: tokens/s, times TRL's | >= 3 | not measured |  |  |  |" in text
     assert "never a T4's" not in text
+
+
+def test_a_target_is_of_its_method(page):
+    text = page(row(spinfast_speedup=7.0), row(spinfast_speedup=4.0, method="sft", command="of SFT"))
+    assert "| cpu | pairs/s, times TRL's | >= 6 | 7 | met |" in text
+    assert "| cpu | SFT: tokens/s, times TRL's | >= 3 | 4 | met |" in text
+    assert "**SFT, m** on X" in text
 
 
 def test_another_card_is_no_t4(page):

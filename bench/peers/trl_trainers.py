@@ -1,7 +1,7 @@
-"""TRL's DPOTrainer on the same token ids, in the same order; nothing else of it is changed.
+"""TRL's DPOTrainer or SFTTrainer on the same token ids, in the same order; nothing else of it is changed.
 
-Plain (a reference forward in every step), with the reference's log-probs computed once before (precomputed), with
-Liger's kernels, and with Unsloth's model under it. The reference is TRL's own copy of the adapter it starts from.
+DPO plain (a reference forward in every step; the reference is TRL's own copy of the adapter it starts from), with the
+reference's log-probs computed once before, SFT also without padding, both with Liger's kernels or Unsloth's model.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from bench.peers.work import Work
 from spinfast.policy.adapters import files as adapters
 
 
-def plain(work: Work, watch: Watch, **options) -> None:
-    _play(work, watch, stock_model(work), **options)
+def plain(work: Work, watch: Watch, **options) -> dict:
+    return _play(work, watch, stock_model(work), **options)
 
 
-def precomputed(work: Work, watch: Watch) -> None:
-    plain(work, watch, precompute_ref_log_probs=True, precompute_ref_batch_size=work.pairs_per_step)
-
-
+precomputed = partial(plain, precompute_ref_log_probs=True)
+padding_free = partial(plain, padding_free=True)
 liger = partial(plain, use_liger_kernel=True)
 
 
-def unsloth(work: Work, watch: Watch) -> None:
+def unsloth(work: Work, watch: Watch) -> dict:
     """Unsloth must be imported before TRL: it rewrites it."""
     from unsloth import FastLanguageModel
 
@@ -45,15 +43,16 @@ def unsloth(work: Work, watch: Watch) -> None:
         use_gradient_checkpointing="unsloth" if work.gradient_checkpointing else False,
     )  # fmt: skip
     set_peft_model_state_dict(model, adapter.tensors)
-    _play(work, watch, model)
+    return _play(work, watch, model)
 
 
-def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
-    from trl import DPOConfig, DPOTrainer
+def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> dict:
+    import trl
 
     losses: list[torch.Tensor] = []  # of the step that is under way
+    sft = work.method == "sft"
 
-    class Trainer(DPOTrainer):
+    class Trainer(trl.SFTTrainer if sft else trl.DPOTrainer):
         """TRL's, with token ids for texts, file order for a shuffle, and a watch."""
 
         def _prepare_dataset(self, dataset, *_, **__):
@@ -75,13 +74,8 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
                 watch.step(losses.pop(0).item())
             return loss
 
-    rows = [
-        {"prompt_ids": list(g.prompt_ids), "chosen_ids": list(g.answers[0]), "rejected_ids": list(g.answers[1])}
-        for g in work.groups()
-    ]
-    config = DPOConfig(
-        output_dir=work.scratch, per_device_train_batch_size=work.pairs_per_step, gradient_accumulation_steps=1,
-        num_train_epochs=1, beta=work.beta,
+    config = (trl.SFTConfig if sft else partial(trl.DPOConfig, beta=work.beta))(
+        output_dir=work.scratch, per_device_train_batch_size=work.pairs_per_step, num_train_epochs=1,
         learning_rate=work.lr, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0,
         max_grad_norm=work.max_grad_norm, max_length=None, train_sampling_strategy="sequential",
         fp16=work.dtype == "float16", bf16=False, gradient_checkpointing=work.gradient_checkpointing,
@@ -89,8 +83,17 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> None:
         **options,
     )  # fmt: skip
     watch.loaded(model)
-    tokenizer = AutoTokenizer.from_pretrained(work.model)
-    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    rows, tokenizer = Dataset.from_list([*map(_row, work.groups())]), AutoTokenizer.from_pretrained(work.model)
+    trainer = Trainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     with watch.phase("train"):
         trainer.train()
         watch.step(losses.pop().item())
+    return {"trl": trl.__version__, "scored_positions": "all" if work.device == "cpu" else "answers"}
+
+
+def _row(group) -> dict[str, list[int]]:
+    """A group as TRL has it after its own preparation."""
+    prompt, (chosen, *others) = list(group.prompt_ids), map(list, group.answers)
+    if not others:
+        return {"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen}
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": others[0]}
