@@ -127,7 +127,7 @@ Below, what is learnt from is **bold**; what stands before it is the prompt, as 
 | the file | what it may be |
 |---|---|
 | `data.source` | a hub id, a file, a glob or folder of files, a `save_to_disk` folder, or a list of them with weights |
-| files | .jsonl, .json (list, wrapped list, single objects), .csv, .tsv, .parquet, .arrow, each also .gz, .zst or .bz2 |
+| files | .jsonl, .json (list, wrapped list, objects), .csv, .tsv, .parquet, .arrow, each also .gz, .zst or .bz2 |
 | `data.split` | a split, or a part of one: `train[:25%]`, `train+test` |
 
 - A file is told by its first bytes; its name tells CSV from JSON. What holds no rows (a Git LFS pointer, a web page, a

@@ -53,7 +53,7 @@ def _longer_wins(row: Row, previous: Row) -> str | None:
         share, word = max((longer["value"], "longer"), (1 - longer["value"], "shorter"))
         return (
             f"the chosen answer is the {word} one in {share:.0%} of the held-out comparisons: a policy can win by "
-            "length alone. Look at lengths before and after; a loss per token (simpo, ipo, sigmoid_norm) is less drawn to it."
+            "length alone. Look at lengths before and after; a loss per token (simpo, ipo) is less drawn to it."
         )
     return None
 
@@ -63,7 +63,7 @@ def _told_apart_at_once(row: Row, previous: Row) -> str | None:
     if early is not None and early > 0.98:
         return (
             f"{early:.0%} of the pairs were told apart within the first quarter of the steps. Chosen and rejected "
-            "differ by something easy (format, length, an end token, another model's style); what more is learnt is that."
+            "differ by something easy (format, length, an end token, another model's style); that is what is learnt."
         )
     return None
 
