@@ -124,7 +124,7 @@ def test_columns_are_renamed(tmp_path):
         ({"messages": [{"role": "system", "content": "S"}, ASSISTANT]}, "no assistant turn after a user's"),
         ({"messages": [USER, {"role": "critic", "content": "x"}]}, "turn 2 has role 'critic'"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"no turn 2 \(assistant\): it is null"),
-        ({"question": ["x"], "answer": A}, "question: expected text, got list"),
+        ({"question": ["x"], "answer": A}, "expected a list of turns, got"),
         ({"conversations": [{"from": "human", "value": Q}]}, "the conversation has no assistant turn"),
         ({"prompt": Q, "completion": 7}, "completion: expected text, got int"),
     ],
@@ -162,8 +162,8 @@ def test_faulty_rows_can_be_counted_instead(tmp_path):
         (b"", "no rows; expected at least one example"),
         (b"\n \n", "no rows"),
         (b"[]", "no rows"),
-        (b"{}\n", r"columns  are no known format; expected one of: real \+ generated; messages;"),
-        (b'{"text": "a"}\n', r"columns text are no known format.*question \+ answer"),
+        (b"{}\n", r"columns  are no known format; expected one of: real \+ generated; chosen \+ rejected;"),
+        (b'{"words": "a"}\n', r"columns words are no known format.*question \+ answer"),
     ],
 )
 def test_faulty_files(tmp_path, content, message):
@@ -210,7 +210,7 @@ def test_a_directory_is_a_copy_of_a_hub_data_set(tmp_path, monkeypatch):
         ("no such thing", "expected a hub id, a local file"),
         ("https://example.org/train.jsonl", "a URL is not read; download the file"),
         ("nobody/nothing", r"cannot be loaded.*HF_HUB_OFFLINE"),
-        ("reasoning_gym:chain_sum", "only reasoning_gym:gsm_symbolic"),
+        ("reasoning_gym:leg_counting", "only gsm_symbolic, chain_sum"),
         ("reasoning_gym:gsm_symbolic", "set data.size to a number"),
     ],
 )
