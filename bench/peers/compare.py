@@ -43,7 +43,6 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m bench {name}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default=shapes.SMOLLM2, help="a model, or random:SHAPE")
-    parser.add_argument("--method", choices=("spin", "dpo", "sft"), default="spin")
     parser.add_argument("--count", type=int, default=32, help="pairs of the epoch")
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--dtype", default="auto")
@@ -51,11 +50,14 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", help=f"of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--trl", type=Path, help="directory of another TRL than the installed one")
+    parser.set_defaults(method="spin")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    arguments = parser("peers").parse_args(argv)
+    reader = parser("peers")
+    reader.add_argument("--method", choices=("spin", "dpo", "sft"))
+    arguments = reader.parse_args(argv)
     names = contestants(arguments)
     with tempfile.TemporaryDirectory(prefix="spinfast-peers-") as scratch:
         cosines = gate([n for n in names if n != FLOOR], arguments, Path(scratch) / "gate")

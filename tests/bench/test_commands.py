@@ -155,6 +155,14 @@ def test_peers(command, here, tiny_gate, method):
     assert (found["eager"]["scored_positions"], found["spinfast"]["scored_positions"]) == ("all", "answers")
 
 
+@pytest.mark.parametrize("name", ["limits", "end_to_end"])
+def test_only_peers_have_methods(command, name, capsys):
+    """What is not acted upon is refused: these are of pairs."""
+    with pytest.raises(SystemExit):
+        command(name, "--method", "sft")
+    assert "--method" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_peers_gate(command):
     """The whole gate, as a command."""
