@@ -62,7 +62,7 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
 
 
 def load_tokenizer(path: Path | str):
-    """The tokenizer of a model directory, with a chat template and a pad token distinct from its end tokens."""
+    """The tokenizer of a model directory, with a pad token distinct from its end tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -75,11 +75,6 @@ def load_tokenizer(path: Path | str):
         )
     except Exception as error:  # the parsers of tokenizer files raise whatever they meet
         raise UserError(f"tokenizer {path}: cannot be read: {first_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"tokenizer {path}: no chat template; use the instruct model, or put its template into "
-            f"{Path(path) / 'chat_template.jinja'}"
-        )
     rows = read_json(Path(path) / "config.json").get("vocab_size", 0)
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(

@@ -291,7 +291,6 @@ def test_damaged_models(model_dir, damage, message):
     [
         (lambda p: (p / "tokenizer.json").write_text("{}"), "cannot be read"),
         (lambda p: (p / "tokenizer.json").write_bytes(b"\xff\x00"), "cannot be read"),
-        (lambda p: (p / "chat_template.jinja").unlink(), "no chat template; use the instruct model"),
         (lambda p: edit_json(p / "config.json", vocab_size=300), "has token 383, the model's vocab_size is 300"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_data import RENDERER, load
 from test_methods import configured
 from test_run import fingerprints, train_rows
 
@@ -271,3 +272,24 @@ def test_what_of_the_data_has_no_use_is_said(tmp_path, tiny_model):
     said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
     assert "read as chosen + rejected; messages is not used" in said
     assert "only the best is learnt from" in said
+
+
+def test_a_base_model_without_a_chat_template_learns_plain_text_and_nothing_else(tmp_path, tiny_model, capsys):
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base-model")
+    (base / "chat_template.jinja").unlink()
+    prepared(tmp_path, base, texts, "sft")
+    assert play(tmp_path) == 0
+    first, *_, last = steps_of(tmp_path / "run", "sft")
+    assert last["train/loss"] < first["train/loss"]
+    prepared(tmp_path, base, conversations, "sft")
+    capsys.readouterr()
+    assert play(tmp_path, run="other") == 2
+    assert "no chat template, which questions and answers need" in capsys.readouterr().err
+
+
+def test_every_turn_of_a_completion_is_learnt(tmp_path, tiny_model):
+    rows = [{"prompt": "Rain?", "completion": asked(1, "Soon.")[1:] + asked(2, "Yes.")} for _ in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (example,) = load(tmp_path / "rows.jsonl").examples
+    learnt = [token for token, used in zip(example.real_ids, example.scored, strict=True) if used]
+    assert RENDERER.text(learnt) == "Soon.Yes."

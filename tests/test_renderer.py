@@ -158,7 +158,6 @@ def test_templates_that_cannot_be_followed(template, messages, answer, message):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "no chat template"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "expected a special token"),
         ("{{ strftime_now('%d %b %Y') }}" + CHATML, "today's date"),
         ("{% for m in messages %}", "refuses the turns user, assistant"),
@@ -168,7 +167,7 @@ def test_templates_that_cannot_be_followed(template, messages, answer, message):
             "drops the assistant",
         ),
     ],
-    ids=["none", "no-end", "date", "syntax", "type-error", "no-assistant"],
+    ids=["no-end", "date", "syntax", "type-error", "no-assistant"],
 )
 def test_templates_that_cannot_be_used_at_all(template, message):
     with pytest.raises(UserError, match=message) as caught:

@@ -11,7 +11,6 @@ import torch
 import yaml
 from fixtures import FailingCall
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spinfast import ops, train
@@ -234,7 +233,8 @@ def test_where_memory_runs_out_the_rest_is_smaller(tmp_path, tiny_model, monkeyp
     run_out_of_memory(monkeypatch, training=training, call=call)
     run_dir = play(tmp_path, tiny_model("llama"), spin={"iterations": 1}, heldout=None, prompt=SMALL)
     assert files.read_sealed(run_dir / "plan.json", "plan")["microbatch_tokens"] == 128
-    assert load_file(run_dir / "iter_000" / "opponent_logps.safetensors")["microbatch_tokens"] == scored
+    metadata = pq.read_schema(run_dir / "iter_000" / "reference.parquet").metadata
+    assert metadata[b"microbatch_tokens"] == str(scored).encode()
     assert {row["train/microbatch_tokens"] for row in train_rows(run_dir)} == {128}
 
 

@@ -110,11 +110,16 @@ def template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
             "not template variables", f"chat_template_kwargs: expected an object, got {str(variables)[:60]!r}"
         )
     tools = _parsed(row.get("tools")) or []
-    tools = [unpadded(_parsed(tool)) for tool in tools] if isinstance(tools, list) else [tools]
+    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("not tools", f"tools: expected a list of function schemas, got {str(row['tools'])[:60]!r}")
     variables = {name: value for name, value in variables.items() if value is not None}
     return {"tools": tools, **variables} if tools else variables
+
+
+def unpadded_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An Arrow row whose values are as they were before they were Arrow's."""
+    return {column: unpadded(value) for column, value in row.items()}
 
 
 def unpadded(value: Any) -> Any:

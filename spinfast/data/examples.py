@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from spinfast.data.conversations import RowError, learnt, template_variables, unpadded, with_system
+from spinfast.data.conversations import RowError, learnt, template_variables, with_system
 from spinfast.data.formats import IMAGES, KNOWN, Row, recognise, unused
 from spinfast.data.renderer import Renderer
 from spinfast.data.sources import Table, choose_rows, open_table
@@ -75,7 +75,7 @@ def load_examples(
         try:
             given = table.row(index)
             given |= {name: given.get(actual) for name, actual in columns.items()}
-            row = form.parse(unpadded(given))
+            row = form.parse(given)
             example, also = render(row, given, index, renderer, turns, system)
             example, cut = fitted(example, max_prompt_tokens, max_answer_tokens, overlong)
         except TooLong as error:
@@ -128,8 +128,9 @@ def render(
         rendered = renderer.text_ids(row.text)
         return Example(index, (), row.text, rendered.prompt_ids, rendered.answer_ids), []
     conversation = with_system(row.conversation, system)
-    start = len(conversation) - 1 if row.which else 0
-    positions = learnt(conversation, row.which or turns, start)
+    whole = row.answer is not None  # the row itself says what its answer is
+    start = len(conversation) - len(row.conversation) + row.answer if whole else 0
+    positions = learnt(conversation, "all" if whole else turns, start)
     template = template_variables(given)
     rendered = renderer.conversation(conversation, positions, template)
     others = []
@@ -153,7 +154,7 @@ def render(
     texts = [message["content"] for message in (*conversation[: positions[-1] + 1], *row.worse)]
     noted = {
         "spell control tokens in their text; they are kept as text": any(map(renderer.has_control_tokens, texts)),
-        f"have answers that are not learnt from (data.turns: {turns})": not row.which
+        f"have answers that are not learnt from (data.turns: {turns})": not whole
         and turns != "all"
         and len(learnt(conversation, "all")) > len(positions),
         "have answers of equal score; the first of them is taken": row.equal > 0,

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 from spinfast.data.conversations import RowError, text, turn, turns
 from spinfast.errors import UserError
@@ -34,7 +34,7 @@ class Row:
     """A row in one form. The conversation ends in its real answer, or in turns after it that nobody answers."""
 
     conversation: Messages
-    which: Literal["last"] | None = None  # set where the row itself says which answer is meant
+    answer: int | None = None  # where the row itself says which turns are the answer: those from here on
     worse: tuple[dict[str, Any], ...] = ()  # answers in place of the last turn, best first
     desirable: bool | None = None
     text: str | None = None  # plain text instead of a conversation
@@ -64,7 +64,8 @@ def _conversation(column: str) -> Callable[[RowOf], Row]:
 
 def _completion(column: str) -> Callable[[RowOf], Row]:
     def parse(row: RowOf) -> Row:
-        return Row(_prompt(row) + _answer(row.get(column), column), "last")
+        asked = _prompt(row)
+        return Row(asked + _answer(row.get(column), column), len(asked))
 
     return parse
 
@@ -99,7 +100,7 @@ def _compared(better: str, worse: str) -> Callable[[RowOf], Row]:
             raise RowError("no shared prompt", f"{better} and {worse} share no prompt, and the row has none")
         if any(len(side) != 1 for side in sides):
             raise RowError("answers of several turns", f"{better} and {worse}: expected one turn after the shared ones")
-        return Row(start + sides[0], "last", tuple(sides[1]))
+        return Row(start + sides[0], len(start), tuple(sides[1]))
 
     return parse
 
@@ -120,7 +121,8 @@ def _ranked(column: str) -> Callable[[RowOf], Row]:
         best, *worse = (answers[i][0] for i in order)
         if not worse:
             raise RowError("answers of equal score", "all answers have one score; none is better than another")
-        return Row([*_prompt(row), best], "last", tuple(worse), equal=len(answers) - len(order))
+        asked = _prompt(row)
+        return Row([*asked, best], len(asked), tuple(worse), equal=len(answers) - len(order))
 
     return parse
 

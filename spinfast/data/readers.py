@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinfast.data.conversations import RowError
+from spinfast.data.conversations import RowError, unpadded_row
 from spinfast.errors import UserError
 
 MAX_LINE_BYTES = 8 << 20  # one row of text; a longer line is a file of another kind
@@ -389,7 +389,7 @@ def _mapped(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) ->
 
     def row(i: int) -> dict[str, Any]:
         try:
-            return table.slice(i, 1).to_pylist()[0]
+            return unpadded_row(table.slice(i, 1).to_pylist()[0])
         except UnicodeDecodeError:
             raise RowError("invalid UTF-8", "invalid UTF-8") from None
         except (pa.ArrowException, ValueError, OverflowError) as error:  # a time that Python's calendar has not

@@ -68,7 +68,8 @@ class Renderer:
         self._unwritten = functools.lru_cache(maxsize=1024)(self._find_unwritten)
         self._warned: set[str] = set()
         self._warn_of_unknown(self.template_kwargs, "prompt.template")
-        self._asked, self._header, self._end, self._after = self._probe()
+        without = ([], "", tokenizer.eos_token, "")  # a template: a base model, which learns plain text
+        self._asked, self._header, self._end, self._after = self._probe() if self._template else without
         self._gap = "\n" if self._encode("x", behind=True) != self._encode("x") else ""
         self.end_id: int = tokenizer.convert_tokens_to_ids(self._end)
         self.stop_ids: Ids = tuple(sorted({self.end_id, tokenizer.eos_token_id, *end_ids} - {None}))
@@ -144,8 +145,8 @@ class Renderer:
     # -- the template -------------------------------------------------------------------------------------------------
 
     def _check_template(self) -> None:
-        if not self._template:
-            raise UserError(f"{self._name}: no chat template; use an instruct model or set chat_template in its files")
+        if not self._template and not self.tokenizer.eos_token:
+            raise UserError(f"{self._name}: neither a chat template nor an end token; set eos_token in its files")
         if "strftime_now" in self._template and "date_string" not in self.template_kwargs:
             raise UserError(
                 f"{self._name}: the chat template writes today's date, so a run could not be resumed tomorrow; "
@@ -194,6 +195,11 @@ class Renderer:
         self, messages: Sequence[Message], template: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
         """Messages and variables in the words that the template knows, typed control tokens as markers."""
+        if not self._template:
+            raise UserError(
+                f"{self._name}: no chat template, which questions and answers need (plain `text` does not); use the "
+                "instruct model, or put its template into chat_template.jinja beside the tokenizer"
+            )
         if taken := sorted(self._reserved & template.keys()):
             raise RowError("not template variables", f"chat_template_kwargs: {taken[0]!r} is no variable of a template")
         self._warn_of_unknown(template, "chat_template_kwargs")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spinfast.data import problems
-from spinfast.data.conversations import RowError
+from spinfast.data.conversations import RowError, unpadded_row
 from spinfast.data.readers import FILE_SUFFIXES, MAX_LINE_BYTES, Table, one_line, read_file, suffix_of
 from spinfast.errors import UserError
 from spinfast.store.files import expanded
@@ -279,7 +279,7 @@ def _dataset(name: str, rows: Any) -> Table:
     def row(i: int) -> dict[str, Any]:
         try:
             arrow[i].validate(full=True)  # offsets that point outside would be read as they are
-            return plain[i]
+            return unpadded_row(plain[i])
         except Exception as error:  # of whichever decoder: pictures, sound, dates
             raise RowError("cannot be read", f"cannot be read: {one_line(error)}") from None
 

@@ -49,7 +49,7 @@ def _chosen_falls(row: Row, previous: Row) -> str | None:
 
 def _longer_wins(row: Row, previous: Row) -> str | None:
     longer = row["evaluation"].get("heldout/chosen_longer")
-    if row["method"] == "dpo" and longer and not 0.2 < longer["value"] < 0.8:
+    if row.get("method") == "dpo" and longer and not 0.2 < longer["value"] < 0.8:
         share, word = max((longer["value"], "longer"), (1 - longer["value"], "shorter"))
         return (
             f"the chosen answer is the {word} one in {share:.0%} of the held-out comparisons: a policy can win by "
@@ -70,7 +70,7 @@ def _told_apart_at_once(row: Row, previous: Row) -> str | None:
 
 def _forgets(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/nll") for r in (row, previous))
-    if row["method"] == "sft" and now and before and now["value"] > before["value"] and _apart(now, before):
+    if row.get("method") == "sft" and now and before and now["value"] > before["value"] and _apart(now, before):
         return (
             f"the held-out loss rose from {before['value']:.3f} to {now['value']:.3f} nats per token: the data is "
             "learnt by heart. Fewer epochs, a smaller learning rate, or sft.evaluate_every with keep: best."

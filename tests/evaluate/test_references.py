@@ -233,4 +233,4 @@ def test_rows_without_an_answer_are_no_task(tmp_path):
     with pytest.raises(tasks.UserError, match=r"no row of task mine .*no answer"):
         tasks.load_rows(tasks.find_task(str(tmp_path / "mine.jsonl")), "")
     with pytest.raises(tasks.UserError, match="boxed"):
-        tasks._check_row(tasks.TASKS["math500_chat"], {"problem": "1+1?", "solution": "2"}, "here")
+        tasks._result({"problem": "1+1?", "solution": "2"})

@@ -30,6 +30,8 @@ def made(played):
 
 def test_every_plot_is_there(made):
     expected = {name.replace("/", "-") for name in (*study.TRAINING, *study.HELDOUT)} - {"train-loss_scale"}
+    expected -= {"train-chosen_logp_change", "train-rejected_logp_change", "heldout-loss"}  # of SFT and DPO
+    expected -= {"heldout-preference_accuracy", "heldout-chosen_likelier"}
     expected |= {"log-ratio-sft", "log-ratio-iter_000", "log-ratio-iter_001", "memory", "time"}
     assert set(made) == expected
 
