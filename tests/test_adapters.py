@@ -379,3 +379,15 @@ def test_a_start_that_does_not_fit(base, tmp_path, capsys, settings, message):
         started(tmp_path, base, start, **settings)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "base" / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_may_train_the_embedding(base, tmp_path):
+    """Saved, restored and merged like any other module, and plain LoRA to PEFT."""
+    settings = {"r": 2, "alpha": 4, "target_modules": ["embed_tokens", "v_proj"], "init": "merge"}
+    few = {"problems": 2, "pairs": 4, "max_tokens": 6}
+    run_dir = play(tmp_path, base, adapter=settings, sft={"groups_per_step": 6}, spin={"iterations": 1}, evaluate=few)
+    last = run_dir / "iter_000" / "adapter"
+    assert adapters.load(last).config["r"] == 4
+    assert engine_sums(base, last) == pytest.approx(peft_sums(base, last), rel=1e-4)
+    assert engine_sums(base, last) != pytest.approx(peft_sums(base), rel=1e-6)

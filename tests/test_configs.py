@@ -46,7 +46,8 @@ def stand_in(tmp_path, monkeypatch):
         tiny_tokenizer().save_pretrained(tmp_path / "model")
         found = ResolvedModel(tmp_path / "model", name, "none", "Qwen2ForCausalLM")
         monkeypatch.setattr("spinfast.session.resolve_model", lambda *_: found)  # there are no weights to resolve
-        row = {"question": "What is 1 + 1? " * 20, "answer": "It is 2. " * 20 + "\n#### 2"}
+        answer = "It is 2. " * 20 + "\n#### 2"
+        row = {"prompt": "What is 1 + 1? " * 20, "chosen": answer, "rejected": answer.upper()}  # which all methods take
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"n": i}) + "\n" for i in range(64)))
         source = f"{{source: {tmp_path / 'rows.jsonl'}}}"
         return [f"data={source}", f"heldout={source}"]
@@ -63,7 +64,7 @@ def test_config_parses(path):
 
 
 def test_every_t4_config_has_a_shape():
-    assert len(T4) == 4
+    assert len(T4) == 6
     assert {load_config(path).model.name for path in T4} == set(SHAPES)
 
 
@@ -75,8 +76,9 @@ def test_t4_config_fits_a_t4(path, stand_in):
     planned = dry_run(load_config(path, [*stand_in(name), "device.profile=t4"]), console)
     assert planned.budget == int(14.7 * GIB)
     assert planned.peak <= planned.budget
-    assert {*load_config(path).method, "score"} <= planned.phases.keys()
-    assert planned.phases["spin"].by_kind["weights"] > 0.9 * GIB
+    methods = load_config(path).method
+    assert {*methods, *(["score"] if methods != ("sft",) else [])} <= planned.phases.keys()
+    assert planned.phases[methods[-1]].by_kind["weights"] > 0.9 * GIB
     text = console.export_text()
     assert "float16: capability < 8.0 has fp16 tensor cores only" in text
     assert f"of {SHAPES[name][2]} layers checkpointed" in text

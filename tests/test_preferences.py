@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_adapters import lora, saved
 from test_data import RENDERER, load
 from test_methods import configured
 from test_run import fingerprints, train_rows
@@ -293,3 +295,27 @@ def test_every_turn_of_a_completion_is_learnt(tmp_path, tiny_model):
     (example,) = load(tmp_path / "rows.jsonl").examples
     learnt = [token for token, used in zip(example.real_ids, example.scored, strict=True) if used]
     assert RENDERER.text(learnt) == "Soon.Yes."
+
+
+def test_any_adapter_that_fits_is_a_reference(tmp_path, tiny_model):
+    """Of a lower rank and fewer modules; what a run that starts from it has for its own start."""
+    other = saved(tiny_model("llama"), tmp_path / "other", lora(r=2, use_rslora=True, target_modules=["q_proj"]))
+    found = {}
+    for name, changes in {
+        "of": {"dpo": {"reference": str(other)}},
+        "start": {"adapter": {"start": str(other)}},
+        "base": {},
+    }.items():
+        prepared(tmp_path, tiny_model("llama"), pairs, **changes)
+        assert play(tmp_path, run=name) == 0
+        found[name] = np.stack(pq.read_table(tmp_path / name / "dpo" / "reference.parquet")["logp"].to_numpy())
+    assert found["of"] == pytest.approx(found["start"], rel=1e-5)
+    assert np.abs(found["of"] - found["base"]).max() > 0.1
+
+
+def test_an_adapter_is_no_reference_to_a_merged_base(tmp_path, tiny_model, capsys):
+    other = saved(tiny_model("llama"), tmp_path / "other", lora())
+    changes = {"dpo": {"reference": str(other)}, "adapter": {"init": "merge"}}
+    prepared(tmp_path, tiny_model("llama"), pairs, ["sft", "dpo"], **changes)
+    assert play(tmp_path) == 2
+    assert "earlier stages were merged into the base that it adds to" in capsys.readouterr().err

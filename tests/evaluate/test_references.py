@@ -232,5 +232,6 @@ def test_rows_without_an_answer_are_no_task(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "1+1?", "answer": null}\n')
     with pytest.raises(tasks.UserError, match=r"no row of task mine .*no answer"):
         tasks.load_rows(tasks.find_task(str(tmp_path / "mine.jsonl")), "")
+    (tmp_path / "test.jsonl").write_text('{"problem": "1+1?", "solution": "2"}\n')
     with pytest.raises(tasks.UserError, match="boxed"):
-        tasks._result({"problem": "1+1?", "solution": "2"})
+        tasks.load_rows(tasks.TASKS["math500_chat"], "test", tmp_path)
