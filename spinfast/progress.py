@@ -134,8 +134,11 @@ class PlainTick(Tick):
 COLUMNS = {
     "heldout/accuracy_strict": "accuracy strict",
     "heldout/accuracy_flexible": "accuracy flexible",
+    "heldout/preference_accuracy": "preference accuracy",
     "heldout/pair_accuracy": "pair accuracy",
     "heldout/margin": "margin",
+    "heldout/perplexity": "perplexity",
+    "heldout/chosen_logp_change": "Δ log p(chosen)",
     "heldout/real_logp_vs_base": "Δ log p(real)",
     "heldout/length": "tokens",
     "heldout/eos_rate": "ended",

@@ -27,6 +27,11 @@ class Example:
     desirable: bool | None = None  # the label of an answer that is not compared with another
 
     @property
+    def wanted(self) -> bool:
+        """Whether the real answer is one to learn: it is not labelled undesirable."""
+        return self.desirable is not False
+
+    @property
     def group(self) -> Group:
         """Prompt and real answer, as SFT learns them."""
         return Group(self.prompt_ids, (self.real_ids,), scored=() if self.scored is None else (self.scored,))

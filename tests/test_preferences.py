@@ -14,6 +14,7 @@ from test_data import RENDERER, load
 from test_methods import configured
 from test_run import fingerprints, train_rows
 
+from spinfast.data.pairs import read_pairs
 from spinfast.interrupt import Stopped
 from spinfast.progress import Tick
 from spinfast.report.cli import write_report
@@ -263,6 +264,16 @@ def test_spin_refuses_rows_that_are_no_prompt_and_answer(tmp_path, tiny_model, c
     prepared(tmp_path, tiny_model("llama"), rows, "spin", data={"turns": turns}, spin={"iterations": 1})
     assert play(tmp_path) == 2
     assert "needs one prompt and one answer a row" in capsys.readouterr().err
+
+
+def test_spin_plays_no_answer_that_is_labelled_undesirable(tmp_path, tiny_model):
+    changes = {"spin": {"iterations": 1, "epochs": 1}, "heldout": None, "generation": {"max_tokens": 4}}
+    prepared(tmp_path, tiny_model("llama"), labelled, "spin", **changes)
+    assert play(tmp_path) == 0
+    assert [pair.index % 3 for pair in read_pairs(tmp_path / "run" / "iter_000" / "pairs.parquet")] == [0] * 4
+    assert "answers labelled undesirable are not learnt from" in " ".join(
+        (tmp_path / "run/log.txt").read_text().split()
+    )
 
 
 def test_what_of_the_data_has_no_use_is_said(tmp_path, tiny_model):

@@ -80,7 +80,7 @@ def _forgets(row: Row, previous: Row) -> str | None:
 
 def _loss_at_zero(row: Row, previous: Row) -> str | None:
     loss = row["train"].get("last_loss")
-    if loss is not None and loss < 0.02:
+    if loss is not None and loss < 0.02 and row.get("method") != "sft":
         return (
             f"the training loss ended at {loss:.4f}: every pair is already told apart, and further steps only "
             "widen the gap. Look for a give-away (length, end token, formatting), lower the learning rate or "

@@ -29,7 +29,7 @@ def sft(run: Run, last: Stage) -> Iterator[dict]:
 
 def learnt(examples: Sequence[Example]) -> list[Group]:
     """What there is to learn from."""
-    return [example.group for example in examples if example.desirable is not False]
+    return [example.group for example in examples if example.wanted]
 
 
 def load(config: Config, examples: Sequence[Example]) -> Load:

@@ -34,7 +34,7 @@ log = logging.getLogger("spinfast")
 
 
 def spin(run: Run, last: Stage) -> Iterator[dict]:
-    c = run.config.spin
+    c, examples = run.config.spin, [example for example in run.examples if example.wanted]
     for key, values in {"lr": c.lr, "beta": c.beta}.items():
         if len(values) > c.iterations:
             log.warning("spin.%s has %d values, only the first %d have an iteration", key, len(values), c.iterations)
@@ -44,7 +44,7 @@ def spin(run: Run, last: Stage) -> Iterator[dict]:
         stage = run.stage(f"iter_{t:03d}", last, "spin", t)
         start = run.become(last)
         sampling = run.session.sampling(run.config.generation.temperature, run.config.generation.max_tokens)
-        pairs = pair(run, stage, rollout(run, stage, run.examples, sampling), last)
+        pairs = pair(run, stage, examples, rollout(run, stage, examples, sampling), last)
         if not pairs:
             log.info("the game is won: every answer of the opponent is the real one, nothing is left to learn")
             return
@@ -56,17 +56,19 @@ def spin(run: Run, last: Stage) -> Iterator[dict]:
             return
 
 
-def pair(run: Run, stage: Stage, completions: Sequence[Completion], last: Stage) -> list[Pair]:
+def pair(
+    run: Run, stage: Stage, examples: Sequence[Example], completions: Sequence[Completion], last: Stage
+) -> list[Pair]:
     """Real against generated; from the second iteration on with the previous iteration's own pairs."""
     path = stage.path("pairs.parquet")
     if not stage.finished("pair"):
         with stage.phase("pair", path.name, "rejected.json"):
-            pairs, rejected = make_pairs(run.examples, completions, stage.number)
+            pairs, rejected = make_pairs(examples, completions, stage.number)
             if stage.number > 0 and run.config.spin.mix_previous:
                 before = read_pairs(last.path("pairs.parquet"))
                 pairs += [pair for pair in before if pair.iteration == stage.number - 1]
             with files.replacing(path) as partial:
-                write_pairs(partial, pairs, run.examples, run.session.machine.renderer.text)
+                write_pairs(partial, pairs, examples, run.session.machine.renderer.text)
             files.write_json(stage.path("rejected.json"), rejected)
     return read_pairs(path)
 

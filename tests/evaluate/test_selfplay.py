@@ -203,6 +203,7 @@ def test_a_healthy_run_has_no_warnings():
         ({"fresh__auc_length": (0.95, 0.01)}, r"their length alone \(AUC 0.95\)"),
         ({"fresh__auc_eos": (0.97, 0.01)}, "end with the end token"),
         ({"fresh__auc_log_ratio": (0.52, 0.03)}, "the game is over"),
+        ({"heldout__chosen_logp_change": (-2.0, 0.4)}, r"log p\(chosen\) fell by 2.00 nats"),
     ],
 )
 def test_each_fault_is_named_once(change, said):
@@ -229,6 +230,43 @@ def test_training_faults():
     loss, pairs = advice.warnings([row("base", **HEALTHY), done])
     assert "training loss ended at 0.0010" in loss
     assert "more pairs were rejected (250 identical) than kept (200)" in pairs
+
+
+def of(method, train=None, **figures):
+    return row(0, **(HEALTHY | figures)) | {"method": method, "train": train or {}}
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "said"),
+    [
+        (
+            of("dpo", heldout__chosen_longer=(0.9, 0.02)),
+            of("dpo", heldout__chosen_longer=(0.6, 0.02)),
+            "longer one in 90%",
+        ),
+        (
+            of("dpo", heldout__chosen_longer=(0.1, 0.02)),
+            of("sft", heldout__chosen_longer=(0.1, 0.02)),
+            "shorter one in 90%",
+        ),
+        (
+            of("dpo", {"early_accuracy": 0.99}),
+            of("dpo", {"early_accuracy": 0.8}),
+            "99% of the pairs were told apart within",
+        ),
+        (
+            of("sft", heldout__nll=(2.0, 0.1)),
+            of("sft", heldout__nll=(1.1, 0.1)),
+            "held-out loss rose from 1.000 to 2.000",
+        ),
+        (of("dpo", {"last_loss": 0.001}), of("sft", {"last_loss": 0.001}), "training loss ended at 0.0010"),
+    ],
+)
+def test_faults_of_sft_and_dpo(bad, good, said):
+    base = row("base", **HEALTHY, heldout__nll=(1.0, 0.1)) | {"method": "base"}
+    (found,) = advice.warnings([base, bad])
+    assert said in found
+    assert advice.warnings([base, good]) == []
 
 
 def verdicts(*accuracies, n=500):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_run import write_config
 
 from spinfast.config import Config, _section_of
+from spinfast.data.formats import KNOWN
 from spinfast.run import main
 
 pytestmark = pytest.mark.faults
@@ -281,10 +282,22 @@ PLAYED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("word", PLAYED, ids=lambda word: word[:50])
-def test_extreme_settings_are_played_or_refused(place, tmp_path, word, monkeypatch):
+OF_METHODS = [
+    ("method=sft", "sft.evaluate_every=1", "sft.patience=1", "sft.keep=best"),
+    ("method=sft", "sft.lr=1e30", "sft.evaluate_every=1", "sft.keep=best"),
+    ("method=dpo",),
+    ("method=[sft, dpo]", "data.turns=all"),
+    ("method=dpo", "dpo.loss={sigmoid: 1e6}"),
+    ("method=dpo", "dpo.reference=/dev/null"),
+    ("method=dpo", "dpo.loss={sigmoid: .nan}"),
+    ("prompt.overlong=cut", "prompt.max_answer_tokens=1"),
+]
+
+
+@pytest.mark.parametrize("words", [*((word,) for word in PLAYED), *OF_METHODS], ids=lambda words: " ".join(words)[:50])
+def test_extreme_settings_are_played_or_refused(place, tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome("configs", [place / "config.yaml", word, "--run-dir", tmp_path / "run"])
+    outcome("configs", [place / "config.yaml", *words, "--run-dir", tmp_path / "run"])
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -338,6 +351,26 @@ ROWS = {
     "reference of objects": {"question": "a", "answer": "b", "reference": {"x": [1]}},
     "alpaca with a number": {"instruction": "a", "input": 7, "output": "b"},
     "deep": {"question": "a", "answer": "b", "x": [[[[[[[[[[1]]]]]]]]]]},
+    "text of a number": {"text": 7},
+    "text of a letter": {"text": "a"},
+    "a pair": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "a pair of equals": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "a pair without a prompt": {"chosen": "b", "rejected": "c"},
+    "a pair of conversations": {"chosen": chat(("user", "a"), ("assistant", "b"))["messages"], "rejected": "c"},
+    "transcripts": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"},
+    "responses": {"prompt": "a", "responses": ["b", "c", "d"], "scores": [1, None, "x"]},
+    "a label": {"prompt": "a", "completion": "b", "label": True},
+    "a label of words": {"prompt": "a", "completion": "b", "label": "good"},
+    "tools of text": {**chat(("user", "a"), ("assistant", "b")), "tools": "x", "chat_template_kwargs": [1]},
+    "weights of words": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": "x"}]
+    },
+}
+METHODS = {  # the words of the command line
+    "spin": (),
+    "sft": ("method=sft", "data.turns=all", "heldout=null"),
+    "dpo": ("method=dpo", "heldout=null"),
+    "kto": ("method=dpo", "dpo.loss=kto", "heldout=null"),
 }
 FILES = {
     "empty": b"",
@@ -369,19 +402,20 @@ FILES = {
 }
 
 
-def play_data(place, directory, name, content):
+def play_data(place, directory, name, content, *words):
     path = directory / name
     path.write_bytes(content)
-    return outcome(
-        "data files", [place / "config.yaml", f"data.source={path}", "--run-dir", directory / "run"], directory / "run"
-    )
+    arguments = [place / "config.yaml", f"data.source={path}", *words, "--run-dir", directory / "run"]
+    return outcome("data files", arguments, directory / "run")
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("place_in_file", ["alone", "second"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_rows(place, tmp_path, row, place_in_file):
+def test_rows(place, tmp_path, row, place_in_file, method):
     rows = [row] if place_in_file == "alone" else [GOOD, row]
-    play_data(place, tmp_path, "data.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    play_data(place, tmp_path, "data.jsonl", content, *METHODS[method])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
@@ -430,15 +464,19 @@ TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assist
 ROW = st.one_of(
     st.fixed_dictionaries({"question": st.text(max_size=12), "answer": st.text(max_size=12)}),
     st.fixed_dictionaries({"messages": st.lists(TURN, max_size=4)}),
-    st.dictionaries(st.sampled_from(["question", "answer", "messages", "prompt", "completion"]), VALUE, max_size=3),
+    st.fixed_dictionaries(
+        {name: st.text(max_size=6) | st.lists(TURN, max_size=3) for name in ("chosen", "rejected", "prompt")}
+    ),
+    st.dictionaries(st.sampled_from(sorted(KNOWN)), VALUE, max_size=4),
 )
 
 
-@given(st.lists(ROW, min_size=1, max_size=3), st.booleans())
-@settings(max_examples=80, phases=PHASES)
-def test_any_rows(place, tmp_path_factory, rows, as_array):
+@given(st.lists(ROW, min_size=1, max_size=3), st.booleans(), st.sampled_from([*METHODS]))
+@settings(max_examples=160, phases=PHASES)
+def test_any_rows(place, tmp_path_factory, rows, as_array, method):
     content = json.dumps(rows) if as_array else "".join(json.dumps(row) + "\n" for row in rows)
-    play_data(place, tmp_path_factory.mktemp("rows"), "data.json" if as_array else "data.jsonl", content.encode())
+    name = "data.json" if as_array else "data.jsonl"
+    play_data(place, tmp_path_factory.mktemp("rows"), name, content.encode(), *METHODS[method])
 
 
 def test_heldout_rows_that_are_trained_on_are_told(place, tmp_path):
