@@ -24,19 +24,22 @@ from spinfast.device import DeviceProfile
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS
 from spinfast.memory.planner import Load, Plan
-from spinfast.methods.run import loads
+from spinfast.methods.run import generates, loads
 from spinfast.packing import packed_length
+from spinfast.progress import open_console
 from spinfast.session import choose_backend, look
 from spinfast.types import Example
 
 
 def dry_run(config: Config, console: Console | None = None) -> Plan:
     """Print everything a run of this config would do, and the plan's refusal if it would not fit."""
-    console = console or Console()
+    console = console or open_console()
     machine = look(config, plan_only=True)
     device, model, renderer = machine.device, machine.model, machine.renderer
-    examples = load_data(config, renderer)["data"].examples
-    engine, why = choose_backend(config)
+    data = load_data(config, renderer)
+    examples, heldout = (data[name].examples if name in data else [] for name in ("data", "heldout"))
+    work = loads(config, examples)
+    engine, why = choose_backend(config, generates(config, work, heldout))
 
     console.rule("config")
     console.print(config.dump(), markup=False, highlight=False)
@@ -44,7 +47,6 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
     for name, reason in {**reasons, "model": f"{model.name} at {model.revision}"}.items():
         console.print(f"{name}: {reason}", markup=False, highlight=False)
-    work = loads(config, examples)
     planned = planner.plan(config, device, machine.shape, machine.ops, work, engine)
     console.rule("plan")
     console.print(str(planned), markup=False, highlight=False)
@@ -53,7 +55,7 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     for line in step_lines(config, device, machine.shape, planned, work):
         console.print(line, markup=False, highlight=False)
     for example in examples[:2]:
-        console.rule(f"sample {example.index}: trained tokens in green")
+        console.rule(f"sample {example.index}: what is learnt in green, what is worse in red")
         console.print(sample_text(renderer, example))
     return planned
 

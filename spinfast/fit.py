@@ -88,7 +88,7 @@ def fit(
                 stop_if_asked(save)
         except NonFinite as error:
             raise failed_step.keep(run, stage, objective, error) from None
-        if watch and watch.keeps_best and state.watched.step != state.step:
+        if watch and watch.keeps_best and state.watched.step not in (0, state.step):
             log.info("%s: the adapter of step %d is kept, its held-out loss is least", stage.name, state.watched.step)
             policy.load_adapter(best_adapter(policy, state.watched))
         checkpoint.finite_adapter(policy, state)

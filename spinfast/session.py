@@ -137,13 +137,13 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
         )
 
 
-def plan_steps(config: Config, machine: Machine, loads: Sequence[Load]) -> StepPlan:
-    """How a step is made: what the config fixes, and the memory plan for the rest."""
+def plan_steps(config: Config, machine: Machine, loads: Sequence[Load], engine: str) -> StepPlan:
+    """How a step is made: what the config fixes, and the memory plan for the rest. `engine` is who generates."""
     settings = config.train
     if settings.microbatch_tokens != "auto" and settings.checkpointing != "auto":
         layers = machine.shape.num_hidden_layers if settings.checkpointing else 0
         return StepPlan(settings.microbatch_tokens, layers)
-    planned = plan(config, machine.device, machine.shape, machine.ops, loads, choose_backend(config)[0])
+    planned = plan(config, machine.device, machine.shape, machine.ops, loads, engine)
     log.info("memory: %s", planned)
     return planned.step
 
@@ -167,7 +167,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings, device, model = config.generation, machine.device, machine.model
     context = context_of(config)
-    backend, why = choose_backend(config) if generate else ("none", "nothing is generated")
+    backend, why = choose_backend(config, generate)
     log.info("generation: %s: %s", backend, why)
     cache = engine_cache(config, machine.shape, device)
     new_policy = partial(
@@ -225,8 +225,10 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
         yield policy, opened
 
 
-def choose_backend(config: Config) -> tuple[str, str]:
+def choose_backend(config: Config, generate: bool = True) -> tuple[str, str]:
     """Who generates, and why."""
+    if not generate:
+        return "none", "nothing is generated"
     asked, four_bit = config.generation.backend, config.model.load_in_4bit
     by_unsloth = config.model.backend == "unsloth"
     if asked == "vllm" and four_bit and not by_unsloth:

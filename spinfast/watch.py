@@ -33,7 +33,7 @@ def ratio(losses: Losses) -> tuple[float, float]:
 class Watched:
     """What was seen so far; a checkpoint holds it."""
 
-    step: int = 0  # of the adapter with the least loss
+    step: int = 0  # of the adapter with the least loss; 0 if there is none
     loss: float = math.inf  # its loss
     stale: int = 0  # losses in a row that were no gain
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's
@@ -54,8 +54,8 @@ class Watch:
         """Measure, note what was seen, and return the figures of a metrics line."""
         values, weights = self.measure()
         loss, stderr = ratio((values, weights))
-        gained = seen.last_gain is None
-        if not gained:
+        gained = seen.last_gain is None and math.isfinite(loss)
+        if seen.last_gain is not None:
             gain, error = ratio((seen.last_gain - values, weights))
             gained = gain > max(2 * error, ROUNDING * abs(loss))
         seen.stale = 0 if gained else seen.stale + 1

@@ -20,7 +20,7 @@ from spinfast.packing import packed_length
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
-from spinfast.session import Session, look, open_session, plan_steps
+from spinfast.session import Session, choose_backend, look, open_session, plan_steps
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
@@ -103,9 +103,9 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     examples = data["data"].examples
     work = loads(config, examples)
     heldout = data["heldout"].examples if "heldout" in data else []
-    plan = _adopted(directory) or plan_steps(config, machine, work)
-    generates = any(load.generates for load in work) or bool(config.evaluate.problems and asked(heldout))
-    with open_session(config, machine, plan, generates) as session:
+    generate = generates(config, work, heldout)
+    plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])
+    with open_session(config, machine, plan, generate) as session:
         needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
         room.check(directory.path, needed - room.taken(directory.path), "the run")
         yield begin(session, directory, display, examples, heldout)
@@ -133,6 +133,11 @@ def loads(config: Config, examples: Sequence[Example]) -> list[Load]:
     from spinfast.methods import METHODS
 
     return [METHODS[name].load(config, examples) for name in config.method]
+
+
+def generates(config: Config, work: Sequence[Load], heldout: Sequence[Example]) -> bool:
+    """Whether the run writes answers at all: a method's, or those to held-out problems."""
+    return any(load.generates for load in work) or bool(config.evaluate.problems and asked(heldout))
 
 
 def plan_path(directory: RunDir) -> Path:

@@ -50,9 +50,8 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
         adapters.save(adapter, path)
         save_file(tensors, path / "optimizer.safetensors")
         counters = {name: getattr(state, name) for name in COUNTERS}
-        if seen:
-            save_file(seen, path / "watched.safetensors")
-            counters["watched"] = {name: getattr(state.watched, name) for name in SEEN}
+        save_file(seen, path / "watched.safetensors")
+        counters["watched"] = {name: getattr(state.watched, name) for name in SEEN}
         (path / "state.json").write_text(json.dumps(counters | {"identity": identity}, indent=2) + "\n")
         (path / "metrics.jsonl").write_text(files.jsonl(rows))
 
@@ -94,9 +93,8 @@ def load_latest(directory: Path, policy: Policy, state: TrainState, identity: di
             state.optimizer.state[parameter] = {
                 key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in entries.items()
             }
-        if "watched" in stored:
-            seen = load_file(path / "watched.safetensors")
-            state.watched = Watched(**stored["watched"], last_gain=seen.pop(LAST_GAIN), tensors=seen)
+        seen = load_file(path / "watched.safetensors")
+        state.watched = Watched(**stored["watched"], last_gain=seen.pop(LAST_GAIN, None), tensors=seen)
         return files.read_jsonl(path / "metrics.jsonl")
     return []
 
