@@ -156,7 +156,7 @@ class Optimisation(Section):
 class Watched(Optimisation):
     """A method whose held-out loss can be taken at any step."""
 
-    evaluate_every: int = Field(0, ge=0, description="steps between held-out losses; 0: after the last step only")
+    evaluate_every: int = Field(0, ge=0, description="steps between held-out losses on the way; 0: none")
     patience: int = Field(0, ge=0, description="stop after so many held-out losses without a significant gain; 0 never")
     keep: Literal["last", "best"] = Field("last", description="the last adapter, or that of the least held-out loss")
 
@@ -306,6 +306,11 @@ class Config(Section):
         if len({*names}) < len(names):
             raise ValueError("expected each method once")
         return names
+
+    def longest_generated(self) -> int:
+        """Tokens of the longest answer that is written, 0 if none is."""
+        heldout = self.evaluate.max_tokens if self.heldout and self.evaluate.problems else 0
+        return max(heldout, self.generation.max_tokens if "spin" in self.method else 0)
 
     def identity(self) -> dict:
         """What a run's results depend on, defaults left out: a key that is added later with one changes nothing."""

@@ -27,7 +27,7 @@ from spinfast.memory.planner import Load, Plan
 from spinfast.methods.run import generates, loads
 from spinfast.packing import packed_length
 from spinfast.progress import open_console
-from spinfast.session import choose_backend, look
+from spinfast.session import check_rows, choose_backend, look
 from spinfast.types import Example
 
 
@@ -39,6 +39,7 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     data = load_data(config, renderer)
     examples, heldout = (data[name].examples if name in data else [] for name in ("data", "heldout"))
     work = loads(config, examples)
+    check_rows(machine, work)
     engine, why = choose_backend(config, generates(config, work, heldout))
 
     console.rule("config")

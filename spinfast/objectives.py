@@ -15,6 +15,7 @@ from itertools import accumulate, combinations
 from typing import Protocol, Self
 
 import torch
+from spinfast_kernels.reference import LOSSES as WHOLE_ANSWERS
 from torch.nn.functional import sigmoid
 
 from spinfast.config import REFERENCE_FREE
@@ -47,6 +48,9 @@ class Objective(Protocol):
     def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
         """The objective with what it must know of the whole step, and the groups that are trained on."""
 
+    def apart(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        """The groups as they are computed, by which a reference is scored too: parts that share no batch."""
+
     def at_start(self, groups: Sequence[Group]) -> float:
         """The loss of a step where the policy is the reference; asked only where there is one."""
 
@@ -69,6 +73,9 @@ class Plain:
 
     def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
         return self, groups
+
+    def apart(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
+        return [groups]
 
     def at_start(self, groups: Sequence[Group]) -> float:
         """By the loss itself, of the reference's own log-probs."""
@@ -117,14 +124,11 @@ class Pairwise(Plain):
     beta: float = 0.1
     reference = True
 
-    def at_start(self, groups: Sequence[Group]) -> float:
-        return loss_at_zero_margin(self.kind, self.beta)
-
-    def rounding(self, groups: Sequence[Group]) -> float:
-        """How far the loss may lie from at_start because log-probs are sums in fp32."""
-        largest = max((abs(logp) for group in groups for logp in group.given[REFERENCE]), default=0.0)
-        slope = 1 / self.beta if self.kind == "ipo" else self.beta  # per nat
-        return 4 * slope * largest * torch.finfo(torch.float32).eps
+    def units(self, groups, logps):
+        given = [group.given[REFERENCE] for group in groups]
+        real_P, generated_P = (_flat(logps) - _flat(given)).view(-1, 2).unbind(1)
+        losses = WHOLE_ANSWERS[self.kind](self.beta * (real_P - generated_P), self.beta)
+        return losses, torch.ones_like(losses)
 
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
         reference_S = batch.given[REFERENCE]
@@ -171,8 +175,9 @@ class Preference(Plain):
         lengths = _flat([group.lengths for group in groups])
         given = [group.given.get(REFERENCE, (0.0,) * len(group.answers)) for group in groups]
         pairs = self.pairs([len(group.answers) for group in groups], _flat(logps), _flat(given), lengths)
-        losses = self.losses(pairs)
-        return losses, torch.ones_like(losses)
+        counts = torch.tensor([len(_pairs(len(group.answers))) for group in groups])
+        ids = torch.arange(len(groups)).repeat_interleave(counts)  # a unit is a group: its pairs share their answers
+        return segment_sums(self.losses(pairs), ids, len(groups)), counts.double()
 
     def pairs(self, answers: Sequence[int], logps_S, reference_S, lengths_S) -> Pairs:
         """Every better answer of a group beside every worse one, `answers` of them in each group."""
@@ -193,12 +198,15 @@ class Preference(Plain):
         pairs = self.pairs(batch.answers, logps_S, reference_S, batch.lengths_S)
         return Loss(self.losses(pairs).sum(), {name: value.sum() for name, value in self.metrics(pairs).items()})
 
+    def rewards(self, changes, lengths):
+        """beta times the log-ratios to the reference; without one the log-probs, simpo's and orpo's per token."""
+        per_token = not self.reference and {name for name, _ in self.loss} & {"simpo", "orpo"}
+        return self.beta * changes / (lengths if per_token else 1)
+
     @torch.no_grad()
     def metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """(P,) each: TRL's names, and the fused loss's own. Without a reference the rewards are beta log p."""
-        c, r = self.beta * pairs.c, self.beta * pairs.r
-        if not self.reference and {name for name, _ in self.loss} & {"simpo", "orpo"}:  # their reward is per token
-            c, r = c / pairs.chosen_lengths, r / pairs.rejected_lengths
+        """(P,) each: TRL's names, and the fused loss's own."""
+        c, r = self.rewards(pairs.c, pairs.chosen_lengths), self.rewards(pairs.r, pairs.rejected_lengths)
         margin = c - r
         found = {
             "rewards/chosen": c,
@@ -237,14 +245,17 @@ class Unpaired(Plain):
         share = sum(group.given[DESIRABLE][0] for group in groups) / len(groups)
         kl = 0.0
         if self.kind == "kto":
-            strangers = [_only(group, 1) for group in groups]
+            strangers = self.apart(groups)[1]
             ratios = _flat(measure(strangers)) - _flat([group.given[REFERENCE] for group in strangers])
             kl = max(0.0, ratios.mean().item())
-        return replace(self, kl=kl, desirable_share=share), [_only(group, 0) for group in groups]
+        return replace(self, kl=kl, desirable_share=share), self.apart(groups)[0]
+
+    def apart(self, groups):
+        return [[_only(group, answer) for group in groups] for answer in range(len(groups[0].answers))]
 
     def units(self, groups, logps):
         reference, desirable = ([group.given[name][0] for group in groups] for name in (REFERENCE, DESIRABLE))
-        ratios = _flat([[own] for own, *_ in logps]) - torch.tensor(reference, dtype=torch.float64)
+        ratios = _flat([logps_of[:1] for logps_of in logps]) - torch.tensor(reference, dtype=torch.float64)
         losses = self.losses(ratios, torch.tensor(desirable, dtype=torch.float64))
         return losses, torch.ones_like(losses)
 

@@ -114,7 +114,7 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
 
 def context_of(config: Config) -> int:
     """Tokens of the longest prompt with the longest answer that is generated."""
-    return config.prompt.max_prompt_tokens + max(config.generation.max_tokens, config.evaluate.max_tokens)
+    return config.prompt.max_prompt_tokens + config.longest_generated()
 
 
 def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) -> None:
@@ -134,6 +134,17 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
     if config.adapter.r > shape.hidden_size:
         raise UserError(
             f"adapter.r: {config.adapter.r} is more than the width of {model.name}, {shape.hidden_size}; lower it"
+        )
+
+
+def check_rows(machine: Machine, loads: Sequence[Load]) -> None:
+    """Raises UserError where the data has a row that is longer than the model's context."""
+    rows = (len(group.prompt_ids) + max(map(len, group.answers)) for load in loads for group in load.everything)
+    longest, context = max(rows, default=0), machine.shape.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"data: a prompt and its answer have {longest} tokens, {machine.model.name} has a context of {context}; "
+            "lower prompt.max_prompt_tokens or prompt.max_answer_tokens"
         )
 
 
@@ -188,7 +199,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             model.path,
             device,
             load_in_4bit=config.model.load_in_4bit,
-            max_seq_length=context,
+            max_seq_length=max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens),
             engine_cache=cache if backend == "vllm" else None,
             max_lora_rank=config.adapter.r,
         )

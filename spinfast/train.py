@@ -144,7 +144,13 @@ def score(
 
 def sequence_logps(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
     """Log-prob sums per group and answer, any number of answers each, in the order given."""
+    budget = with_room(budget, groups)
     return within_memory(budget, groups, partial(logps_in_cut, policy, groups))[0] if groups else []
+
+
+def with_room(budget: Budget, groups: Sequence[Group]) -> Budget:
+    """The budget, larger where a group that is only scored is longer than any that is trained on."""
+    return replace(budget, microbatch_tokens=max(budget.microbatch_tokens, *map(packed_length, groups), 0))
 
 
 def logps_in_cut(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
@@ -249,7 +255,13 @@ def train_step(
     state: TrainState,
 ) -> tuple[dict[str, float], Budget]:
     """Accumulate, clip, update; the budget comes back, smaller if it did not fit. A non-finite step is skipped."""
-    objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
+
+    def measure(parts: Sequence[Group]) -> list[list[float]]:
+        nonlocal budget
+        logps, budget = within_memory(budget, parts, partial(logps_in_cut, policy, parts))
+        return logps
+
+    objective, groups = objective.for_step(groups, measure)
     weight = sum(map(objective.weight, groups))
 
     def attempt(budget: Budget) -> tuple[dict[str, float], int]:

@@ -13,7 +13,7 @@ from test_data import RENDERER, load, write
 
 from spinfast.data import formats
 from spinfast.data.conversations import RowError
-from spinfast.data.formats import recognise, unused
+from spinfast.data.formats import BEFORE, Noting, recognise
 from spinfast.errors import UserError
 
 ROWS = [row for _, rows in FORMATS.values() for row in rows]
@@ -90,6 +90,10 @@ def test_the_prompt_of_two_conversations_is_what_both_begin_with(tmp_path):
         ({"prompt": "?", "responses": ["12", "9"], "scores": [1]}, "expected a number for each of 2 answers"),
         ({"prompt": "?", "responses": ["12", "9"], "scores": [1, 1]}, "none is better than another"),
         ({"instruction": "?", "output": "12", "history": ["a"]}, "expected pairs of a question and an answer"),
+        ({"instruction": "?", "output": "12", "history": ["ab"]}, "expected pairs of a question and an answer"),
+        ({"instruction": "?", "output": "12", "history": 5}, "expected pairs of a question and an answer"),
+        ({"prompt": "?", "responses": ["12", "9"], "scores": 5}, "expected a number for each of 2 answers"),
+        ({"prompt": "?", "completion": [said("12"), QUESTION, said("9")], "label": True}, "expected one turn beside"),
     ],
 )
 def test_a_row_that_is_no_example_is_told_by_its_line_and_counted_where_asked(tmp_path, row, message):
@@ -112,6 +116,15 @@ def test_answers_of_equal_score_are_taken_once(tmp_path):
     assert any("answers of equal score" in warning for warning in loaded.warnings)
 
 
+def test_an_undesirable_answer_is_no_reference(tmp_path):
+    rows = [{"prompt": str(label), "completion": "#### 5", "label": label} for label in (True, False)]
+    assert [e.reference for e in load(write(tmp_path / "data.jsonl", rows)).examples] in (["5", None], [None, "5"])
+
+
+def test_equal_answers_of_a_ranking_are_taken_once(tmp_path):
+    assert texts(one(tmp_path, {"prompt": "?", "responses": ["b", "c", "c", "b"]}).examples[0]) == ["b", "c"]
+
+
 def test_equal_answers_and_equal_rows_are_counted(tmp_path):
     rows = [{"prompt": "?", "chosen": "a", "rejected": worse} for worse in ("b", "a", "b")]
     assert load(write(tmp_path / "data.jsonl", rows)).rejected == {"chosen equals rejected": 1, "duplicate": 1}
@@ -120,14 +133,25 @@ def test_equal_answers_and_equal_rows_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "?", "chosen": "a", "rejected": "b", "messages": []}, ["messages"]),
-        ({"messages": [], "label": 1, "prompt": "x", "images": []}, ["label", "prompt", "images"]),
-        ({"text": "x", "label": 1}, ["label"]),
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "messages": [1]}, ["messages"]),
+        (
+            {"messages": [QUESTION, said("a")], "label": 1, "prompt": "x", "images": ["x"]},
+            ["label", "prompt", "images"],
+        ),
+        ({"text": "x", "label": 1, "tools": [1]}, ["label", "tools"]),
         ({"question": "?", "answer": "a", "id": 7, "tools": [], "reference": "x", "system": ""}, []),
+        ({"prompt": "Translate:", "input": "Hallo", "completion": "Hello"}, ["input"]),
+        ({"instruction": "In French.", "question": "?", "answer": "a"}, ["instruction"]),
+        ({"prompt": [QUESTION], "history": [["a", "b"]], "completion": "c"}, ["history"]),
+        ({"prompt": "x", "chosen": [QUESTION, said("a")], "rejected": [QUESTION, said("b")]}, ["prompt"]),
     ],
 )
-def test_a_column_that_looks_like_one_to_learn_from_and_is_not_used_is_named(row, expected):
-    assert unused(recognise("x", set(row)), list(row)) == expected
+def test_a_column_that_looks_like_one_to_learn_from_and_is_not_used_is_named(tmp_path, row, expected):
+    warnings = one(tmp_path, row).warnings
+    named = [line.partition("; ")[2].rpartition(" ")[0].rpartition(" not")[0] for line in warnings if "read as" in line]
+    assert [name.removesuffix(" is").removesuffix(" are") for name in named] == (
+        [", ".join(expected)] if expected else []
+    )
 
 
 def test_the_line_about_unused_columns_names_the_format(tmp_path):
@@ -169,9 +193,9 @@ VALUES = st.recursive(
 
 @given(st.sampled_from(formats.FORMATS), st.data())
 def test_any_value_in_any_column_is_parsed_or_refused(form, data):
-    row = {column: data.draw(VALUES) for column in (*form.needs, *form.takes)}
+    row = {column: data.draw(VALUES) for column in (*form.needs, *BEFORE, "scores")}
     try:
-        parsed = form.parse(row)
+        parsed = form.parse(Noting(row))
     except RowError:
         return
     assert parsed.text or all(message["role"] for message in parsed.conversation)

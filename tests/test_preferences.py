@@ -184,6 +184,57 @@ def test_a_reference_that_does_not_fit_is_told_in_one_line(tmp_path, tiny_model,
     assert said.count("\n") == 1
 
 
+def test_another_runs_reference_serves_its_heldout_rows_too(tmp_path, tiny_model, caplog):
+    prepared(tmp_path, tiny_model("llama"), pairs)
+    assert play(tmp_path) == 0
+    assert play(tmp_path, f"dpo.reference={tmp_path / 'run' / 'dpo' / 'reference.parquet'}", run="again") == 0
+    first, again = (
+        (tmp_path / run / "dpo" / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("run", "again")
+    )
+    assert first == again
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kto_starts_at_its_first_loss_however_steep(tmp_path, tiny_model, dtype):
+    """Answers and strangers are scored in the very batches that training and z run."""
+    changes = {"dpo": {"loss": "kto", "beta": 1.0}, "device": {"dtype": dtype}}
+    prepared(tmp_path, tiny_model("llama"), labelled, **changes)
+    assert play(tmp_path) == 0
+    first = steps_of(tmp_path / "run", "dpo")[0]
+    assert first["train/loss"] == pytest.approx(0.5, abs=1e-6)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_heldout_rows_may_be_longer_than_any_that_is_trained_on(tmp_path, tiny_model, method):
+    def rows(first, count):
+        longer = {"rejected": "No. " * 60} if first else {}
+        return [row | longer for row in pairs(first, count)]
+
+    automatic = {"microbatch_tokens": "auto", "checkpointing": "auto"}
+    prepared(tmp_path, tiny_model("llama"), rows, method, train=automatic, **{method: {"groups_per_step": 1}})
+    assert play(tmp_path) == 0
+
+
+def test_heldout_answers_labelled_undesirable_are_not_taken_for_real_ones(tmp_path, tiny_model):
+    prepared(tmp_path, tiny_model("llama"), labelled, "sft", sft={"evaluate_every": 3})
+    assert play(tmp_path) == 0
+    evaluated = results(tmp_path / "run")["sft"]["evaluation"]["heldout/nll"]
+    assert evaluated["n"] == 2
+    assert evaluated["value"] == pytest.approx(steps_of(tmp_path / "run", "sft")[-1]["heldout/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_one_statistic_has_one_name(tmp_path, tiny_model, loss):
+    """The held-out loss of the last step and the stage's evaluation, of groups of two to four answers."""
+    prepared(tmp_path, tiny_model("llama"), ranked, dpo={"loss": loss, "evaluate_every": 3})
+    assert play(tmp_path) == 0
+    last, evaluated = steps_of(tmp_path / "run", "dpo")[-1], results(tmp_path / "run")["dpo"]["evaluation"]
+    assert evaluated["heldout/loss"]["value"] == pytest.approx(last["heldout/loss"], rel=1e-5)
+    assert evaluated["heldout/loss"]["stderr"] == pytest.approx(last["heldout/loss_stderr"], rel=1e-4)
+    assert 0 <= evaluated["heldout/preference_accuracy"]["value"] <= 1
+
+
 # Held-out losses on the way ----------------------------------------------------------------------------------------
 
 
@@ -240,6 +291,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, tiny_model, monkeypatch
         (conversations, "dpo", {}, "the data has no such rows; expected prompt, chosen and rejected"),
         (labelled, "dpo", {}, "dpo.loss kto takes labelled answers"),
         (conversations, "dpo", {"loss": "kto"}, "expected prompt, completion and label"),
+        (lambda f, n: labelled(f, n)[:1], "dpo", {"loss": "kto"}, "of two prompts or more"),
         (
             lambda f, n: [r | {"label": False} for r in labelled(f, n)],
             "sft",
@@ -257,6 +309,13 @@ def test_data_that_a_method_cannot_learn_from_is_told_in_one_line(
     assert line in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_longer_than_the_models_context_is_refused(tmp_path, tiny_model, capsys):
+    long = {"prompt": {"max_answer_tokens": 2000}}
+    prepared(tmp_path, tiny_model("llama"), lambda first, count: [{"text": "a b " * 300}], "sft", **long)
+    assert play(tmp_path) == 2
+    assert "has a context of 1024; lower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rows", "turns"), [(texts, "first"), (conversations, "all")])
@@ -285,6 +344,22 @@ def test_what_of_the_data_has_no_use_is_said(tmp_path, tiny_model):
     said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
     assert "read as chosen + rejected; messages is not used" in said
     assert "only the best is learnt from" in said
+
+
+def test_rows_of_another_format_than_the_loss_takes_are_counted(tmp_path, tiny_model):
+    prepared(tmp_path, tiny_model("llama"), pairs)
+    other = [{"prompt": f"Q{i}", "completion": "A"} for i in range(5)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    assert play(tmp_path, f"data.source=[{tmp_path / 'train.jsonl'}, {tmp_path / 'more.jsonl'}]") == 0
+    said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
+    assert "dpo leaves out 5 of 17 rows: they are not compared with another answer" in said
+
+
+def test_a_reference_that_will_be_merged_away_is_refused_before_anything_is_trained(tmp_path, tiny_model, capsys):
+    prepared(tmp_path, tiny_model("llama"), pairs, ["sft", "dpo"], dpo={"reference": "base"}, adapter={"init": "merge"})
+    assert play(tmp_path) == 2
+    assert "are merged into the base" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_base_model_without_a_chat_template_learns_plain_text_and_nothing_else(tmp_path, tiny_model, capsys):
@@ -329,4 +404,4 @@ def test_an_adapter_is_no_reference_to_a_merged_base(tmp_path, tiny_model, capsy
     changes = {"dpo": {"reference": str(other)}, "adapter": {"init": "merge"}}
     prepared(tmp_path, tiny_model("llama"), pairs, ["sft", "dpo"], **changes)
     assert play(tmp_path) == 2
-    assert "earlier stages were merged into the base that it adds to" in capsys.readouterr().err
+    assert "are merged into the base" in capsys.readouterr().err

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from spinfast.config import Config, Data
+from spinfast.config import UNPAIRED, Config, Data
 from spinfast.data.examples import LoadedData, check_overlap, load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.data.sources import Table, draw, open_table, shares
+from spinfast.errors import UserError
 from spinfast.evaluate.references import unmatched
+from spinfast.types import Example
 
 log = logging.getLogger("spinfast")
 
@@ -49,7 +51,9 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     for part, one in zip(parts, loaded, strict=True):
         log.info("%s: %d examples from %s", name, len(one.examples), part.source)
     whole = loaded[0] if len(parts) == 1 else _mixed(name, tables, loaded, data.seed)
-    if "dpo" not in config.method:
+    if "dpo" in config.method:
+        whole.warnings.extend(_left_out(config, whole.examples))
+    else:
         if any(example.others for example in whole.examples):
             whole.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
         if any(example.desirable is False for example in whole.examples):
@@ -57,6 +61,16 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     for warning in (*whole.warnings, *unmatched(whole.examples)):
         log.warning("%s: %s", name, warning)
     return whole
+
+
+def _left_out(config: Config, examples: Sequence[Example]) -> list[str]:
+    """What the losses of dpo do not learn from in a mixture of formats."""
+    if {*config.dpo.loss} & {*UNPAIRED}:
+        kind, used = "neither labelled nor compared", [e for e in examples if e.others or e.desirable is not None]
+    else:
+        kind, used = "not compared with another answer", [example for example in examples if example.others]
+    count = len(examples) - len(used)
+    return [f"dpo leaves out {count} of {len(examples)} rows: they are {kind}"] if used and count else []
 
 
 def _open(data: Data) -> tuple[list[Table], list[int | None]]:
@@ -79,6 +93,11 @@ def _open(data: Data) -> tuple[list[Table], list[int | None]]:
         weights = weights if weighted else lengths
         total = min(length * sum(weights) / weight for length, weight in zip(lengths, weights, strict=True))
         sizes = list(map(min, lengths, shares(weights, data.size or total)))
+    if weighted and 0 in sizes:
+        raise UserError(
+            f"data: {data.size or sum(sizes)} rows by weight leave none for source {sizes.index(0) + 1}; raise its "
+            "weight or data.size"
+        )
     return tables, sizes
 
 

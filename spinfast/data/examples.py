@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spinfast.data.conversations import RowError, learnt, template_variables, with_system
-from spinfast.data.formats import IMAGES, KNOWN, Row, recognise, unused
+from spinfast.data.formats import IMAGES, KNOWN, Noting, Row, recognise
 from spinfast.data.renderer import Renderer
 from spinfast.data.sources import Table, choose_rows, open_table
 from spinfast.errors import UserError
@@ -70,11 +70,13 @@ def load_examples(
     examples: list[Example] = []
     rejected: Counter[str] = Counter()  # rows
     noted: Counter[str] = Counter()  # rows that are used, but not whole
+    ignored: dict[str, None] = {}  # columns of used rows that nobody asked for, in their order
     seen: set[tuple] = set()
     for index in chosen:
         try:
-            given = table.row(index)
-            given |= {name: given.get(actual) for name, actual in columns.items()}
+            found = table.row(index)
+            others = {name: value for name, value in found.items() if name not in columns.values()}
+            given = Noting(others | {name: found.get(actual) for name, actual in columns.items()})
             row = form.parse(given)
             example, also = render(row, given, index, renderer, turns, system)
             example, cut = fitted(example, max_prompt_tokens, max_answer_tokens, overlong)
@@ -86,14 +88,15 @@ def load_examples(
                 raise UserError(f"{table.where(index)}: {error}") from None
             rejected[error.reason] += 1
             continue
-        known = (example.prompt_ids, example.real_ids, example.others, example.desirable)
-        if example.real_ids in example.others:
+        known = (example.prompt_ids, example.real_ids, example.scored, example.others, example.desirable)
+        if row.worse and not example.others:
             rejected["chosen equals rejected"] += 1
         elif known in seen:
             rejected["duplicate"] += 1
         else:
             seen.add(known)
             noted.update([*also, *cut])
+            ignored |= dict.fromkeys(given.unused())
             examples.append(example)
     if not examples:
         raise UserError(
@@ -106,7 +109,7 @@ def load_examples(
     if rejected:
         warnings.append(f"data {source}: {rejected.total()} of {len(chosen)} rows rejected ({_counts(rejected)})")
     warnings += [f"data {source}: {count} rows {what}" for what, count in noted.items()]
-    if ignored := unused(form, named):
+    if ignored:
         verb = "is" if len(ignored) == 1 else "are"
         warnings.append(f"data {source}: read as {' + '.join(form.needs)}; {', '.join(ignored)} {verb} not used")
     return LoadedData(examples, dict(rejected), warnings, _fingerprint(examples))
@@ -138,7 +141,8 @@ def render(
         other = renderer.conversation([*conversation[:-1], worse], positions, template)
         if other.prompt_ids != rendered.prompt_ids:
             raise RowError("no shared prompt", "the chat template writes the prompt otherwise before another answer")
-        others.append(other.answer_ids)
+        if other.answer_ids != rendered.answer_ids:
+            others.append(other.answer_ids)
     messages, answer = conversation[: positions[0]], conversation[positions[0]]["content"]
     example = Example(
         index,
@@ -146,9 +150,9 @@ def render(
         answer,
         rendered.prompt_ids,
         rendered.answer_ids,
-        reference_of(given, answer),
+        reference_of(given, answer if row.desirable is not False else ""),
         rendered.scored,
-        tuple(others),
+        tuple(dict.fromkeys(others)),
         row.desirable,
     )
     texts = [message["content"] for message in (*conversation[: positions[-1] + 1], *row.worse)]
@@ -172,12 +176,13 @@ def fitted(
         return example, []
     if overlong == "drop":
         raise TooLong(f"answer longer than {max_answer_tokens} tokens")
-    whole, kept = example, slice(max_answer_tokens)
+    kept = slice(max_answer_tokens)
+    real_ids, others = example.real_ids[kept], (answer[kept] for answer in example.others)
     example = replace(
         example,
-        real_ids=whole.real_ids[kept],
-        scored=whole.scored and whole.scored[kept],
-        others=tuple(answer[kept] for answer in whole.others),
+        real_ids=real_ids,
+        scored=example.scored and example.scored[kept],
+        others=tuple(dict.fromkeys(answer for answer in others if answer != real_ids)),
     )
     return example, [f"have answers that are cut after {max_answer_tokens} tokens"]
 

@@ -15,6 +15,7 @@ before it. References (evaluate/references.py), `tools` and `chat_template_kwarg
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,6 @@ class Row:
 class Format:
     needs: tuple[str, ...]
     parse: Callable[[RowOf], Row]
-    takes: tuple[str, ...] = ()  # further columns that it makes use of
 
 
 PROMPTS = ("prompt", "question", "instruction")
@@ -77,7 +77,10 @@ def _labelled(column: str) -> Callable[[RowOf], Row]:
             label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
         if not isinstance(label, bool) and label not in (0, 1):
             raise RowError("no label", f"label: expected true or false, got {label!r:.60}")
-        return replace(_completion(column)(row), desirable=bool(label))
+        found = _completion(column)(row)
+        if len(found.conversation) != found.answer + 1:
+            raise RowError("answers of several turns", f"{column}: expected one turn beside a label")
+        return replace(found, desirable=bool(label))
 
     return parse
 
@@ -115,7 +118,8 @@ def _ranked(column: str) -> Callable[[RowOf], Row]:
             raise RowError("answers of several turns", f"{column}: expected one turn each")
         order = list(range(len(answers)))
         if scores is not None:
-            if len(scores) != len(answers) or not all(isinstance(score, int | float) for score in scores):
+            numbers = isinstance(scores, list) and all(isinstance(s, int | float) and math.isfinite(s) for s in scores)
+            if not numbers or len(scores) != len(answers):
                 raise RowError("no scores", f"scores: expected a number for each of {len(answers)} answers")
             order = sorted({score: i for i, score in reversed([*enumerate(scores)])}.values(), key=lambda i: -scores[i])
         best, *worse = (answers[i][0] for i in order)
@@ -128,18 +132,18 @@ def _ranked(column: str) -> Callable[[RowOf], Row]:
 
 
 FORMATS = (  # the first whose columns are all there
-    Format(("real", "generated"), _compared("real", "generated"), BEFORE),
-    Format(("chosen", "rejected"), _compared("chosen", "rejected"), BEFORE),
-    *(Format(("prompt", column), _ranked(column), (*BEFORE, "scores")) for column in ("responses", "answers")),
-    *(Format(("prompt", c, "label"), _labelled(c), BEFORE) for c in ("completion", "response")),
-    Format(("messages",), _conversation("messages"), ("system",)),
-    Format(("conversations",), _conversation("conversations"), ("system",)),
-    *(Format(("prompt", column), _completion(column), BEFORE) for column in ("completion", "response")),
-    *(Format(("instruction", column), _completion(column), BEFORE) for column in ("output", "response")),
-    Format(("question", "answer"), _completion("answer"), BEFORE),
+    Format(("real", "generated"), _compared("real", "generated")),
+    Format(("chosen", "rejected"), _compared("chosen", "rejected")),
+    *(Format(("prompt", column), _ranked(column)) for column in ("responses", "answers")),
+    *(Format(("prompt", c, "label"), _labelled(c)) for c in ("completion", "response")),
+    Format(("messages",), _conversation("messages")),
+    Format(("conversations",), _conversation("conversations")),
+    *(Format(("prompt", column), _completion(column)) for column in ("completion", "response")),
+    *(Format(("instruction", column), _completion(column)) for column in ("output", "response")),
+    Format(("question", "answer"), _completion("answer")),
     Format(("text",), _text),
 )
-KNOWN = {*BEFORE, *EVERYWHERE, *IMAGES, *(column for form in FORMATS for column in (*form.needs, *form.takes))}
+KNOWN = {*BEFORE, *EVERYWHERE, *IMAGES, *(column for form in FORMATS for column in form.needs), "scores"}
 
 
 def recognise(source: str, columns: set[str]) -> Format:
@@ -153,9 +157,24 @@ def recognise(source: str, columns: set[str]) -> Format:
     )
 
 
-def unused(form: Format, columns: Sequence[str]) -> list[str]:
-    """Columns that look like something to learn from and are not looked at."""
-    return [column for column in columns if column in KNOWN - {*form.needs, *form.takes, *EVERYWHERE}]
+class Noting(dict):
+    """A row that remembers which of its columns were asked for."""
+
+    def __init__(self, row: RowOf):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def get(self, column, default=None):
+        self.read.add(column)
+        return super().get(column, default)
+
+    def __getitem__(self, column):
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def unused(self) -> list[str]:
+        """Columns with a value that look like something to learn from and were not asked for."""
+        return [column for column, value in self.items() if column in KNOWN - self.read and value not in (None, "", [])]
 
 
 def _system(row: RowOf) -> Messages:
@@ -175,7 +194,7 @@ def _prompt(row: RowOf) -> Messages:
     if column == "instruction" and row.get("input"):
         asked += "\n\n" + text(row["input"], "input")
     history = row.get("history") or []
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError("not a history", f"history: expected pairs of a question and an answer, got {history!r:.60}")
     before = [turn(role, part, "history") for pair in history for role, part in zip(ASKING, pair, strict=True)]
     return [*_system(row), *before, {"role": "user", "content": asked}]

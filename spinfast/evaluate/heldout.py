@@ -33,7 +33,7 @@ from spinfast.objectives import Pairwise, Preference, Unpaired
 from spinfast.policy import Policy
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import Budget, logps_in_cut, sequence_logps, within_memory
+from spinfast.train import Budget, logps_in_cut, sequence_logps, with_room, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 LOGPS = "heldout_logps.safetensors"
@@ -56,11 +56,12 @@ def evaluate(
     """
     settings, session, metrics = run.config.evaluate, run.session, {}
     text = session.machine.renderer.text
-    problems, players = asked(run.heldout)[: settings.problems], run.heldout[: settings.pairs]
+    rows = [example for example in run.heldout if example.wanted]
+    problems, players = asked(rows)[: settings.problems], rows[: settings.pairs]
     if problems:
         answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
         metrics |= greedy_metrics(stage, problems, answers, text)
-    if players and "spin" in run.config.method:
+    if "spin" in run.config.method and (players := playable(players)):
         generation = run.config.generation
         sampling = session.sampling(generation.temperature, generation.max_tokens)
         samples = draw(run, stage, players, sampling)
@@ -71,7 +72,7 @@ def evaluate(
         metrics |= play(run.policy, run.budget, stage, players, samples, rivals, None if alone else opponent, game)
     elif players:
         metrics |= likelihood(run, stage, players)
-    if players and judged is not None and judged[1]:
+    if settings.pairs and judged is not None and judged[1]:
         metrics |= judge(run, *judged)
     files.write_json(stage.path("eval.json"), metrics)
 
@@ -79,6 +80,11 @@ def evaluate(
 def asked(examples: Sequence[Example]) -> list[Example]:
     """Those that have a question: plain text has none."""
     return [example for example in examples if example.messages]
+
+
+def playable(examples: Sequence[Example]) -> list[Example]:
+    """Those that are one prompt and one answer, as SPIN plays them."""
+    return [example for example in asked(examples) if example.scored is None]
 
 
 def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
@@ -97,7 +103,7 @@ def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
 
 def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
     """Preferences on as many held-out groups as pairs are played."""
-    groups = groups[: run.config.evaluate.pairs]
+    groups = objective.apart(groups[: run.config.evaluate.pairs])[0]
     logps = sequence_logps(run.policy, groups, run.budget)
     return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
@@ -144,6 +150,7 @@ def play(
     """
     groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
     groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
+    budget = with_room(budget, groups)
     scored, _ = within_memory(budget, groups, partial(score_players, policy, groups, opponent))
     sides = {"real": [e.real_ids for e in players], "sample": [c.token_ids for c in samples]}
     sides["rival"] = [c.token_ids for c in rivals]

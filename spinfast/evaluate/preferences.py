@@ -16,6 +16,7 @@ from spinfast.evaluate.selfplay import Metrics, log_ratios, perplexity
 from spinfast.evaluate.statistics import auc, estimate
 from spinfast.objectives import DESIRABLE, REFERENCE, Preference, Unpaired
 from spinfast.types import Group
+from spinfast.watch import ratio
 
 Logps = Sequence[Sequence[float]]  # per group, per answer
 
@@ -46,33 +47,35 @@ def ranking_metrics(groups: Sequence[Group], logps: Logps) -> Metrics:
 
 
 def preference_metrics(objective: Preference, groups: Sequence[Group], logps: Logps) -> Metrics:
-    """The reward, beta times the log-ratio to the reference (the log-prob where the loss has none), of every side."""
+    """By the reward that the loss compares (objectives.Preference.rewards), of every answer."""
     objective, _ = objective.for_step(groups, lambda parts: [])
-    losses, _ = objective.units(groups, logps)
-    counts = [int(objective.weight(group)) for group in groups]
-    by_group = np.split(losses.numpy(), np.cumsum(counts)[:-1])
-    metrics = {"heldout/loss": estimate([values.mean() for values in by_group])}
-    if not objective.reference:
-        return metrics
-    rewards = [
-        objective.beta * log_ratios(sums, group.given[REFERENCE]) for group, sums in zip(groups, logps, strict=True)
+    loss, stderr = ratio(objective.units(groups, logps))
+    changes = [
+        log_ratios(sums, group.given[REFERENCE]) if objective.reference else np.array(sums)
+        for group, sums in zip(groups, logps, strict=True)
     ]
-    changes = [values / objective.beta for values in rewards]
-    return metrics | {
+    rewards = [
+        objective.rewards(values, np.array(group.lengths)) for group, values in zip(groups, changes, strict=True)
+    ]
+    metrics = {
+        "heldout/loss": {"value": loss, "stderr": stderr or None, "n": len(groups)},
         "heldout/preference_accuracy": estimate([_won(values) for values in rewards]),
         "heldout/margin": estimate([_gap(values) for values in rewards]),
-        "heldout/chosen_logp_change": estimate([values[0] for values in changes]),
-        "heldout/rejected_logp_change": estimate([values[1:].mean() for values in changes]),
     }
+    if objective.reference:
+        metrics |= {
+            "heldout/chosen_logp_change": estimate([values[0] for values in changes]),
+            "heldout/rejected_logp_change": estimate([values[1:].mean() for values in changes]),
+        }
+    return metrics
 
 
 def unpaired_metrics(objective: Unpaired, groups: Sequence[Group], logps: Logps) -> Metrics:
     """Labelled answers: the accuracy is P(a desirable one has more reward than an undesirable one), an AUC."""
-    _, parts = objective.for_step(groups, lambda strangers: [group.given[REFERENCE] for group in strangers])
     own = np.array([sums[0] for sums in logps])
-    changes = log_ratios(own, [group.given[REFERENCE][0] for group in parts])
-    lengths = np.array([group.lengths[0] for group in parts])
-    wanted = np.array([bool(group.given[DESIRABLE][0]) for group in parts])
+    changes = log_ratios(own, [group.given[REFERENCE][0] for group in groups])
+    lengths = np.array([group.lengths[0] for group in groups])
+    wanted = np.array([bool(group.given[DESIRABLE][0]) for group in groups])
     sides = {"chosen": changes[wanted], "rejected": changes[~wanted]}
     metrics = {f"heldout/{side}_logp_change": estimate(values) for side, values in sides.items() if len(values)}
     if all(map(len, sides.values())):

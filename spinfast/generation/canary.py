@@ -93,7 +93,8 @@ def check_adapter(
         torch.tensor(generator.prompt_logps(prompt_ids, None)),
         torch.tensor(policy_logps(prompt_ids, 0)),
     )
-    trained = any(tensor.any() for name, tensor in adapter.tensors.items() if rank_axis(name))
+    parts = [[t for name, t in adapter.tensors.items() if bool(rank_axis(name)) == side] for side in (True, False)]
+    trained = all(any(tensor.any() for tensor in part) for part in parts)  # an embedding's A is what starts at zero
     factor, policy_move = _strong(policy_logps, prompt_ids, policy_base) if trained else (1.0, None)
     strong = torch.tensor(generator.prompt_logps(prompt_ids, amplified(adapter, factor))) if trained else base
     adapted = torch.tensor(generator.prompt_logps(prompt_ids, adapter))  # last: it stays in the engine's slot

@@ -261,8 +261,8 @@ def other_phases(
     for load in others:
         batch = max(([load.groups[i] for i in rows] for rows in bins(load.groups, tokens)), key=len)
         phases[load.method] = run.train(batch, load.objective, load.settings.optimizer, True).usage
-    if engine == "transformers" and any(load.generates for load in [heaviest, *others]):
-        longest = config.prompt.max_prompt_tokens + config.generation.max_tokens
+    if engine == "transformers":
+        longest = config.prompt.max_prompt_tokens + config.longest_generated()
         phases["generate"] = run.generate(config.generation.batch_size, longest, config.generation.top_p)
     return phases
 

@@ -32,9 +32,9 @@ def dpo(run: Run, last: Stage) -> Iterator[dict]:
     training = epochs(run, groups(c, run.examples), c, 0)
     heldout = Epochs(groups(c, run.heldout), c.groups_per_step, 1, run.config.seed)
     if loss.reference:
-        training, cut = with_reference(run, stage, training, c.reference)
+        training, cut = with_reference(run, stage, training, loss, c.reference)
         if heldout.groups:
-            heldout, _ = with_reference(run, stage, heldout, c.reference, heldout=True)
+            heldout, _ = with_reference(run, stage, heldout, loss, c.reference, heldout=True)
     fit(run, stage, training, loss, c, at(c.lr, 0), cut, watching(run, loss, c, heldout.groups))
     yield conclude(run, stage, last, start, judged=(loss, heldout.groups))
 
@@ -53,6 +53,8 @@ def groups(c: Dpo, examples: Sequence[Example]) -> list[Group]:
     if "kto" not in c.loss:
         return [Group(prompt, (answer,), {DESIRABLE: (label,)}) for prompt, answer, label in found]
     prompts = [prompt for prompt, *_ in found]
+    if len({*prompts}) < 2:  # there are no strangers
+        return []
     return [
         Group(prompt, (answer, found[_stranger(prompts, i)][1]), {DESIRABLE: (label, 0.0)})
         for i, (prompt, answer, label) in enumerate(found)
@@ -68,11 +70,7 @@ def _labels(example: Example) -> list[tuple[tuple[int, ...], float]]:
 
 def _stranger(prompts: Sequence[tuple[int, ...]], i: int) -> int:
     """The nearest position before i, the last ones before the first, that has another prompt."""
-    found = (j for j in range(i - 1, i - len(prompts), -1) if prompts[j] != prompts[i])
-    try:
-        return next(found)
-    except StopIteration:
-        raise UserError("dpo.loss kto: all answers are to one prompt; expected two, to compare across") from None
+    return next(j for j in range(i - 1, i - len(prompts), -1) if prompts[j] != prompts[i])
 
 
 def load(config: Config, examples: Sequence[Example]) -> Load:
@@ -80,17 +78,26 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     c = config.dpo
     if examples:
         everything = groups(c, examples)
-        check(c, everything, examples)
+        check(config, everything, examples)
     else:
         labels = {DESIRABLE: (1.0, 0.0)} if {*c.loss} & {*UNPAIRED} else {}
         everything = [replace(group, given=labels) for group in limits(config, 2, c.groups_per_step)]
     return Load("dpo", everything, objective(c), c, (steps(c, len(everything)),))
 
 
-def check(c: Dpo, found: Sequence[Group], examples: Sequence[Example]) -> None:
-    """Raises UserError where the data is not what the loss compares, or the reference is not there."""
+def check(config: Config, found: Sequence[Group], examples: Sequence[Example]) -> None:
+    """Raises UserError where the data is not what the loss compares, or the reference cannot be had."""
+    c = config.dpo
+    merged = config.adapter.init == "merge" and config.method[0] != "dpo"
+    if merged and c.reference != "start" and not c.reference.endswith(".parquet"):
+        raise UserError(
+            f"dpo.reference {c.reference}: the stages before dpo are merged into the base (adapter.init: merge), so it "
+            "cannot be played any more; use start, or a reference.parquet"
+        )
     if not found:
         expected = "prompt, completion and label" if {*c.loss} & {*UNPAIRED} else "prompt, chosen and rejected"
+        if "kto" in c.loss:
+            expected += ", of two prompts or more"
         hint = "" if all(e.desirable is None for e in examples) else "; dpo.loss kto takes labelled answers"
         raise UserError(f"method dpo, loss {', '.join(c.loss)}: the data has no such rows; expected {expected}{hint}")
     if c.reference not in ("start", "base") and not files.expanded(c.reference).exists():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 from spinfast import objectives
 from spinfast.config import Optimisation, Watched
@@ -24,10 +26,11 @@ from spinfast.store import checkpoint, files
 from spinfast.store import reference as references
 from spinfast.store.record import Stage
 from spinfast.store.reference import Reference
-from spinfast.train import Epochs, score, sequence_logps
+from spinfast.train import Epochs, score, sequence_logps, with_room
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 from spinfast.watch import Losses, Watch
 
+log = logging.getLogger("spinfast")
 REFERENCE = "reference.parquet"
 
 
@@ -85,35 +88,65 @@ def epochs(run: Run, groups: Sequence[Group], settings: Optimisation, round_numb
 
 
 def with_reference(
-    run: Run, stage: Stage, steps: Epochs, of: str = "start", heldout: bool = False
+    run: Run, stage: Stage, steps: Epochs, objective: Objective, of: str = "start", heldout: bool = False
 ) -> tuple[Epochs, int | None]:
     """The same steps, whose groups are given their log-probs under a reference.
 
     of: "start", the policy as it stands; "base", the model without an adapter; an adapter's directory; or another
-    run's reference.parquet. Scored once, in the microbatches of the first epoch. Also returns how many tokens those
-    had, None if the policy as it stands is not the reference.
+    run's reference.parquet. Scored once, in the microbatches of the first epoch, each part that the objective computes
+    for itself. Also returns how many tokens those had, None if it was not the policy as it stands that was scored.
     """
     phase, name = ("score heldout", f"heldout_{REFERENCE}") if heldout else ("score", REFERENCE)
-    path, adapter = stage.path(name), adapters.fingerprint(run.policy.adapter())
+    path, adapter = stage.path(name), _fingerprint(run)
     if not stage.finished(phase):
-        model, dtype = run.session.machine.model.revision, str(run.policy.dtype).removeprefix("torch.")
         with stage.phase(phase, name):
             if of.endswith(".parquet"):
-                reference = references.read(files.expanded(of), steps.groups)
-                if reference.model != model:
-                    raise UserError(f"reference {of}: of model {reference.model}, expected {model}")
+                reference = _taken(run, steps.groups, files.expanded(of), heldout)
             else:
-                playing, who = _player(run, of, adapter)
-                with playing, run.display.phase(f"{stage.name} {phase}", len(steps.groups), "groups") as tick:
-                    logps, fitted = score(run.policy, steps, run.budget, tick.advance)
-                reference = Reference(logps, model, who, dtype, fitted.microbatch_tokens)
+                reference = _scored(run, stage, phase, steps, objective, of, adapter)
             _check_finite(stage, reference.logps)
             references.write(path, steps.groups, reference)
     reference = references.read(path, steps.groups)
     given = [
         objectives.with_reference(group, logps) for group, logps in zip(steps.groups, reference.logps, strict=True)
     ]
-    return steps.of(given), reference.microbatch_tokens if reference.adapter == adapter else None
+    own = reference.adapter == adapter and not of.endswith(".parquet")
+    return steps.of(given), reference.microbatch_tokens if own else None
+
+
+def _scored(
+    run: Run, stage: Stage, phase: str, steps: Epochs, objective: Objective, of: str, adapter: str
+) -> Reference:
+    """The reference's log-probs, by this run."""
+    playing, who = _player(run, of, adapter)
+    parts = [steps.of(part) for part in objective.apart(steps.groups)]
+    budget = with_room(run.budget, steps.groups)
+    with playing, run.display.phase(f"{stage.name} {phase}", len(parts) * len(steps.groups), "groups") as tick:
+        scored = [score(run.policy, part, budget, tick.advance) for part in parts]
+    logps = [[logp for sums in of_group for logp in sums] for of_group in zip(*(s for s, _ in scored), strict=True)]
+    tokens = min(fitted.microbatch_tokens for _, fitted in scored)
+    return Reference(logps, run.session.machine.model.revision, who, _dtype(run), tokens)
+
+
+def _taken(run: Run, groups: Sequence[Group], path: Path, heldout: bool) -> Reference:
+    """The reference's log-probs, from another run's file; held-out ones stand in one of their own beside it."""
+    beside = path.with_name(f"heldout_{path.name}")
+    path = beside if heldout and beside.exists() else path
+    reference, model, dtype = references.read(path, groups), run.session.machine.model.revision, _dtype(run)
+    if reference.model != model:
+        raise UserError(f"reference {path}: of model {reference.model}, expected {model}")
+    if reference.dtype != dtype:
+        log.warning("reference %s: scored in %s, this run computes in %s", path, reference.dtype, dtype)
+    return reference
+
+
+def _dtype(run: Run) -> str:
+    return str(run.policy.dtype).removeprefix("torch.")
+
+
+def _fingerprint(run: Run) -> str:
+    """Of the policy's adapter as it stands, what was merged into the base included."""
+    return adapters.fingerprint(adapters.stack([*run.policy.folded, run.policy.adapter()]))
 
 
 def _player(run: Run, of: str, adapter: str) -> tuple[AbstractContextManager, str]:
@@ -122,10 +155,6 @@ def _player(run: Run, of: str, adapter: str) -> tuple[AbstractContextManager, st
         return nullcontext(), adapter
     if of == "base":
         return run.policy.base_only(), ""
-    if run.policy.folded:
-        raise UserError(
-            f"{of} as a reference: earlier stages were merged into the base that it adds to; use adapter.init: continue"
-        )
     model = run.session.machine.model
     other = adapters.load(adapters.find(files.expanded(of)), model.revision, name=model.name)
     return run.policy.playing(adapters.grown(other, amplified(run.policy.adapter(), 0))), adapters.fingerprint(other)
@@ -142,7 +171,10 @@ def _check_finite(stage: Stage, logps: Sequence[Sequence[float]]) -> None:
 
 def watching(run: Run, objective: Objective, settings: Watched, groups: Sequence[Group]) -> Watch | None:
     """Held-out losses on the way, where the config asks for them."""
-    if not (settings.evaluate_every and groups):
+    if not settings.evaluate_every:
+        return None
+    if not groups:
+        log.warning("evaluate_every, patience and keep have no use: there are no held-out rows to look at")
         return None
 
     def measure() -> Losses:

@@ -20,7 +20,7 @@ from spinfast.packing import packed_length
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
-from spinfast.session import Session, choose_backend, look, open_session, plan_steps
+from spinfast.session import Session, check_rows, choose_backend, look, open_session, plan_steps
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
@@ -103,6 +103,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     examples = data["data"].examples
     work = loads(config, examples)
     heldout = data["heldout"].examples if "heldout" in data else []
+    check_rows(machine, work)
     generate = generates(config, work, heldout)
     plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])
     with open_session(config, machine, plan, generate) as session:

@@ -76,8 +76,9 @@ def pair(
 def train_policy(run: Run, stage: Stage, pairs: Sequence[Pair]) -> None:
     """Learn to tell real from generated. Before the first step the margin is 0 and the loss l(0), or it is a bug."""
     c, t = run.config.spin, stage.number
-    steps, cut = with_reference(run, stage, epochs(run, [pair.group for pair in pairs], c, t + 1))
-    fit(run, stage, steps, game(run.config, t), c, at(c.lr, t), cut)
+    objective = game(run.config, t)
+    steps, cut = with_reference(run, stage, epochs(run, [pair.group for pair in pairs], c, t + 1), objective)
+    fit(run, stage, steps, objective, c, at(c.lr, t), cut)
 
 
 def game(config: Config, t: int) -> Pairwise:

@@ -73,14 +73,18 @@ def read(path: Path, groups: Sequence[Group]) -> Reference:
         raise UserError(
             f"reference {path}: expected a reference.parquet of a run: {' '.join(str(error).split())[:200]}"
         ) from None
-    known = dict(zip(columns["tokens"], columns["logp"], strict=True))
+    asked = list(_answers(groups))
+    found = columns["logp"]
+    if columns["tokens"] != [answer for *_, answer in asked]:  # not this very list of groups
+        known = dict(zip(columns["tokens"], columns["logp"], strict=True))
+        found = [known.get(answer) for *_, answer in asked]
     logps: list[list[float]] = [[] for _ in groups]
-    for i, _, answer in _answers(groups):
-        logps[i].append(known.get(answer))
+    for (i, *_), logp in zip(asked, found, strict=True):
+        logps[i].append(logp)
     if missing := sum(None in found for found in logps):
         raise UserError(
-            f"reference {path}: {missing} of {len(groups)} groups are not in it, of {len(known)} answers; it must come "
-            "from the same model, data, template and limits"
+            f"reference {path}: {missing} of {len(groups)} groups are not in it, of {table.num_rows} answers; it must "
+            "come from the same model, data, template and limits"
         )
     return Reference(logps, **facts, microbatch_tokens=tokens)
 
