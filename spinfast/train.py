@@ -1,6 +1,6 @@
 """Scoring and training on packed batches: the forward, the loss, the step. Knows no files and no iterations.
 
-The opponent is the policy before its first step, so scoring runs the very batches that training runs first: same
+A reference is the policy before its first step, so scoring runs the very batches that training runs first: same
 kernels, same shapes, and the first loss is l(0) to rounding even in bf16. Gradients add up over microbatches, so
 where memory runs out the same step is made again of smaller ones.
 """

@@ -313,7 +313,7 @@ def test_data_that_a_method_cannot_learn_from_is_told_in_one_line(
 
 def test_a_row_longer_than_the_models_context_is_refused(tmp_path, tiny_model, capsys):
     long = {"prompt": {"max_answer_tokens": 2000}}
-    prepared(tmp_path, tiny_model("llama"), lambda first, count: [{"text": "a b " * 300}], "sft", **long)
+    prepared(tmp_path, tiny_model("llama"), lambda first, count: [{"text": "a b " * 400}], "sft", **long)
     assert play(tmp_path) == 2
     assert "has a context of 1024; lower" in capsys.readouterr().err
 

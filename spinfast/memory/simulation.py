@@ -44,7 +44,7 @@ class Phases:
             yield ledger
 
     def score(self, groups: Sequence[Group]) -> Usage:
-        """The opponent's log-probs of one packed batch."""
+        """A reference's log-probs of one packed batch."""
         with self.counting() as ledger:
             batch_sequence_logps(self.policy, pack(groups, range(len(groups)), self.profile.attention))
         return ledger.usage

@@ -83,7 +83,7 @@ def rollout(run: Run, stage: Stage, examples: Sequence[Example], sampling: Sampl
 
 
 def epochs(run: Run, groups: Sequence[Group], settings: Optimisation, round_number: int) -> Epochs:
-    """The groups of every step; `round_number` counts a run's stages of training, 0 for SFT."""
+    """The groups of every step; `round_number` sets a method's rounds apart: 0 but for SPIN's."""
     return Epochs(groups, settings.groups_per_step, settings.epochs, run.config.seed * 1009 + round_number)
 
 
@@ -164,7 +164,7 @@ def _check_finite(stage: Stage, logps: Sequence[Sequence[float]]) -> None:
     broken = [i for i, sums in enumerate(logps) if not all(map(math.isfinite, sums))]
     if broken:
         raise UserError(
-            f"{stage.name}: pair {broken[0]} has log-probs {list(logps[broken[0]])} under the reference, expected "
+            f"{stage.name}: group {broken[0]} has log-probs {list(logps[broken[0]])} under the reference, expected "
             f"finite ones; the adapter has diverged (lower {stage.method}.lr) or the base's weights are damaged"
         )
 
