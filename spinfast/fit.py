@@ -80,7 +80,7 @@ def fit(
                     save()
                 if watch and watch.stops(state.watched):
                     log.info(
-                        "%s: stopped after step %d of %d: no held-out gain in the last %d looks",
+                        "%s: stopped after step %d of %d: no significant held-out gain in %d looks",
                         *(stage.name, state.step, len(steps), watch.patience),
                     )
                     save()

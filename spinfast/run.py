@@ -79,7 +79,9 @@ def _main(argv: list[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
-    parser = Parser(prog="spinfast", description="SFT, self-play (SPIN) and preference optimisation (DPO) of small models.")
+    parser = Parser(
+        prog="spinfast", description="SFT, self-play (SPIN) and preference optimisation (DPO) of small models."
+    )
     parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")

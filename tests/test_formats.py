@@ -143,7 +143,7 @@ def test_equal_answers_and_equal_rows_are_counted(tmp_path):
         ({"prompt": "Translate:", "input": "Hallo", "completion": "Hello"}, ["input"]),
         ({"instruction": "In French.", "question": "?", "answer": "a"}, ["instruction"]),
         ({"prompt": [QUESTION], "history": [["a", "b"]], "completion": "c"}, ["history"]),
-        ({"prompt": "x", "chosen": [QUESTION, said("a")], "rejected": [QUESTION, said("b")]}, ["prompt"]),
+        ({"prompt": "?", "completion": "a", "reasoning": "Well.", "weight": 0.5}, ["reasoning", "weight"]),
     ],
 )
 def test_a_column_that_looks_like_one_to_learn_from_and_is_not_used_is_named(tmp_path, row, expected):
@@ -200,3 +200,38 @@ def test_any_value_in_any_column_is_parsed_or_refused(form, data):
         return
     assert parsed.text or all(message["role"] for message in parsed.conversation)
     json.dumps(parsed.conversation)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3", "prompt": "Add. 1 2 3"}, ["Add.\n\n1 2"]),
+        ({"instruction": "Who?", "context": "Ann came.", "response": "Ann"}, ["Who?\n\nAnn came."]),  # Dolly's
+        ({"system_prompt": "Brief.", "question": "?", "chosen": "a", "rejected": "b"}, ["Brief.", "?"]),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}, ["Hi"]),
+        ({"system": "S", "messages": [{"role": "system", "content": "S"}, QUESTION, said("a")]}, ["S", "How many?"]),
+        (
+            {
+                "prompt": [{"role": "system", "content": "S"}, QUESTION],
+                "chosen": [QUESTION, said("a")],
+                "rejected": [QUESTION, said("b")],
+            },
+            ["S", "How many?"],
+        ),
+    ],
+)
+def test_prompts_as_people_spread_them_over_columns(tmp_path, row, expected):
+    assert [message["content"] for message in one(tmp_path, row).examples[0].messages] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Another?", "chosen": [QUESTION, said("a")], "rejected": [QUESTION, said("b")]}, "differ"),
+        ({"system": "T", "messages": [{"role": "system", "content": "S"}, QUESTION, said("a")]}, "differ"),
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}, "chosen scores 1"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_told(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        one(tmp_path, row)

@@ -253,7 +253,7 @@ def test_a_stage_stops_and_keeps_the_adapter_of_the_least_heldout_loss(tmp_path,
     steps = steps_of(run_dir, method)
     losses = [row["heldout/loss"] for row in steps]
     assert len(steps) < 18
-    assert "no held-out gain in the last 3 looks" in (run_dir / "log.txt").read_text()
+    assert "no significant held-out gain in 3 looks" in (run_dir / "log.txt").read_text()
     assert ("heldout/perplexity" in steps[0]) == (method == "sft")
     name = {"sft": "heldout/nll", "dpo": "heldout/loss"}[method]
     assert results(run_dir)[method]["evaluation"][name]["value"] == pytest.approx(min(losses), rel=1e-4)
@@ -353,6 +353,37 @@ def test_rows_of_another_format_than_the_loss_takes_are_counted(tmp_path, tiny_m
     assert play(tmp_path, f"data.source=[{tmp_path / 'train.jsonl'}, {tmp_path / 'more.jsonl'}]") == 0
     said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
     assert "dpo leaves out 5 of 17 rows: they are not compared with another answer" in said
+
+
+def test_answers_of_one_label_are_told(tmp_path, tiny_model):
+    def wanted(first, count):
+        return [row | {"label": True} for row in labelled(first, count)]
+
+    prepared(tmp_path, tiny_model("llama"), wanted, dpo={"loss": "kto"})
+    assert play(tmp_path) == 0
+    assert "all answers are labelled True" in " ".join((tmp_path / "run" / "log.txt").read_text().split())
+
+
+@pytest.mark.parametrize(("method", "stage"), [("sft", "sft"), (["sft", "dpo"], "dpo")])
+def test_accuracy_that_says_nothing_does_not_choose_the_base(tmp_path, tiny_model, method, stage):
+    """A random model answers none of the held-out problems, before and after: the last stage is kept."""
+
+    def rows(first, count):
+        return [row | {"reference": "12345"} for row in pairs(first, count)]
+
+    prepared(tmp_path, tiny_model("llama"), rows, method, evaluate={"problems": 2, "max_tokens": 2})
+    assert play(tmp_path) == 0
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["stage"] == stage
+    assert f"best: {stage}/adapter" in " ".join((tmp_path / "run" / "log.txt").read_text().split())
+
+
+def test_what_cannot_be_held_out_is_said(tmp_path, tiny_model):
+    prepared(tmp_path, tiny_model("llama"), pairs, dpo={"evaluate_every": 2, "keep": "best"})
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations(50, 3)))
+    assert play(tmp_path) == 0
+    said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
+    assert "preferences are not held out" in said
+    assert "evaluate_every, patience and keep have no use" in said
 
 
 def test_a_reference_that_will_be_merged_away_is_refused_before_anything_is_trained(tmp_path, tiny_model, capsys):

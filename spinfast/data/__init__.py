@@ -69,8 +69,11 @@ def _left_out(config: Config, examples: Sequence[Example]) -> list[str]:
         kind, used = "neither labelled nor compared", [e for e in examples if e.others or e.desirable is not None]
     else:
         kind, used = "not compared with another answer", [example for example in examples if example.others]
-    count = len(examples) - len(used)
-    return [f"dpo leaves out {count} of {len(examples)} rows: they are {kind}"] if used and count else []
+    count, labels = len(examples) - len(used), {e.desirable for e in used if not e.others}
+    said = [f"dpo leaves out {count} of {len(examples)} rows: they are {kind}"] if used and count else []
+    if len(labels) == 1 and not any(e.others for e in used) and {*config.dpo.loss} & {*UNPAIRED}:
+        said.append(f"all answers are labelled {labels.pop()}: there is nothing to tell apart")
+    return said
 
 
 def _open(data: Data) -> tuple[list[Table], list[int | None]]:

@@ -51,6 +51,10 @@ class Format:
 PROMPTS = ("prompt", "question", "instruction")
 BEFORE = (*PROMPTS, "input", "system", "history")
 EVERYWHERE = (*EXPLICIT, *IMPLICIT, "tools", "chat_template_kwargs")
+OTHERS = (  # columns that mean something to other trainers
+    *("system_prompt", "context", "reasoning", "reasoning_content", "thinking", "weight", "kto_tag"),
+    *("rank", "ranks", "score_chosen", "score_rejected", "margin"),
+)
 IMAGES = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -59,12 +63,12 @@ def _text(row: RowOf) -> Row:
 
 
 def _conversation(column: str) -> Callable[[RowOf], Row]:
-    return lambda row: Row(_system(row) + turns(row.get(column)))
+    return lambda row: Row(_with_system(row, turns(row.get(column))))
 
 
-def _completion(column: str) -> Callable[[RowOf], Row]:
+def _completion(column: str, prompt: str = "prompt") -> Callable[[RowOf], Row]:
     def parse(row: RowOf) -> Row:
-        asked = _prompt(row)
+        asked = _prompt(row, prompt)
         return Row(asked + _answer(row.get(column), column), len(asked))
 
     return parse
@@ -98,7 +102,12 @@ def _compared(better: str, worse: str) -> Callable[[RowOf], Row]:
             while start and start[-1]["role"] == "assistant":  # equal answers, or one is the other's beginning
                 start.pop()
             sides = [side[len(start) :] for side in sides]
-            start = _system(row) + start
+            start = _with_system(row, start)
+            if row.get("prompt") and start:
+                start = _same(_prompt(row), start, better)
+        scores = [row.get(f"score_{column}") for column in (better, worse)]
+        if all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:
+            raise RowError("the rejected scores more", f"{better} scores {scores[0]:g}, {worse} {scores[1]:g}")
         if not start or not all(sides):
             raise RowError("no shared prompt", f"{better} and {worse} share no prompt, and the row has none")
         if any(len(side) != 1 for side in sides):
@@ -139,11 +148,11 @@ FORMATS = (  # the first whose columns are all there
     Format(("messages",), _conversation("messages")),
     Format(("conversations",), _conversation("conversations")),
     *(Format(("prompt", column), _completion(column)) for column in ("completion", "response")),
-    *(Format(("instruction", column), _completion(column)) for column in ("output", "response")),
-    Format(("question", "answer"), _completion("answer")),
+    *(Format(("instruction", column), _completion(column, "instruction")) for column in ("output", "response")),
+    Format(("question", "answer"), _completion("answer", "question")),
     Format(("text",), _text),
 )
-KNOWN = {*BEFORE, *EVERYWHERE, *IMAGES, *(column for form in FORMATS for column in form.needs), "scores"}
+KNOWN = {*BEFORE, *EVERYWHERE, *OTHERS, *IMAGES, *(column for form in FORMATS for column in form.needs), "scores"}
 
 
 def recognise(source: str, columns: set[str]) -> Format:
@@ -177,30 +186,54 @@ class Noting(dict):
         return [column for column, value in self.items() if column in KNOWN - self.read and value not in (None, "", [])]
 
 
-def _system(row: RowOf) -> Messages:
-    """The row's own system text as a turn."""
-    return [turn("system", row["system"], "system")] if row.get("system") else []
-
-
-def _prompt(row: RowOf) -> Messages:
-    """The turns that a prompt column stands for, the row's system text and history before it."""
-    column = next((name for name in PROMPTS if row.get(name)), None)
+def _with_system(row: RowOf, conversation: Messages) -> Messages:
+    """The conversation, the row's own system text before it."""
+    column = next((name for name in SYSTEMS if row.get(name)), None)
     if column is None:
-        column = next((name for name in PROMPTS if name in row), "prompt")
+        return conversation
+    own = turn("system", row[column], column)
+    if conversation and conversation[0]["role"] in ("system", "developer"):
+        if conversation[0]["content"] != own["content"]:
+            raise RowError("two system texts", f"{column} and the conversation's own system turn differ")
+        return conversation
+    return [own, *conversation]
+
+
+def _prompt(row: RowOf, first: str = "prompt") -> Messages:
+    """The turns that a prompt column stands for, the row's system text and history before it."""
+    columns = (first, *(name for name in PROMPTS if name != first))
+    column = next((name for name in columns if row.get(name)), None)
+    if column is None:
+        column = next((name for name in columns if name in row), first)
     value = row.get(column)
     if isinstance(value, list):
-        return _system(row) + turns(value)
+        return _with_system(row, turns(value))
+    if isinstance(value, str) and TRANSCRIPT.match(value):
+        return _with_system(row, _transcript(value, column))
     asked = text(value, column)
-    if column == "instruction" and row.get("input"):
-        asked += "\n\n" + text(row["input"], "input")
+    for more in BESIDE if column == "instruction" else ():
+        if row.get(more):
+            asked += "\n\n" + text(row[more], more)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError("not a history", f"history: expected pairs of a question and an answer, got {history!r:.60}")
     before = [turn(role, part, "history") for pair in history for role, part in zip(ASKING, pair, strict=True)]
-    return [*_system(row), *before, {"role": "user", "content": asked}]
+    return _with_system(row, [*before, {"role": "user", "content": asked}])
+
+
+def _same(asked: Messages, start: Messages, better: str) -> Messages:
+    """The prompt of a row that says it twice: in a column and at the start of its conversations."""
+    contents = [[m["content"] for m in turns if m["role"] != "system"] for turns in (asked, start)]
+    if contents[0] != contents[1] and contents[0] != contents[1][:1] and contents[0] != contents[1][-1:]:
+        raise RowError(
+            "two prompts", f"prompt and the start of {better} differ: {contents[0]!r:.40}, {contents[1]!r:.40}"
+        )
+    return asked if len(asked) > len(start) else start
 
 
 ASKING = ("user", "assistant")
+SYSTEMS = ("system", "system_prompt")
+BESIDE = ("input", "context")  # of an instruction: Alpaca's, Dolly's
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # hh-rlhf
 
 
@@ -214,10 +247,18 @@ def _answer(value: Any, what: str) -> Messages:
 def _side(value: Any, what: str) -> Messages:
     """One side of a comparison: an answer, or a conversation with it; an hh-rlhf transcript is one."""
     if isinstance(value, str) and TRANSCRIPT.match(value):
-        _, *parts = TRANSCRIPT.split(value)
-        roles = {"Human": "user", "Assistant": "assistant"}
-        return [turn(roles[who], said, what) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+        return _transcript(value, what)
     side = _answer(value, what)
     if not side:
         raise RowError("no answer", f"{what}: no turns")
     return side
+
+
+def _transcript(value: str, what: str) -> Messages:
+    """hh-rlhf's "\\n\\nHuman: ...\\n\\nAssistant: ..." as turns; an open last one is where the answer goes."""
+    _, *parts = TRANSCRIPT.split(value)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    said = list(zip(parts[::2], parts[1::2], strict=True))
+    if not said[-1][1].strip() and len(said) > 1:
+        said.pop()
+    return [turn(roles[who], words, what) for who, words in said]

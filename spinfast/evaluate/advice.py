@@ -38,11 +38,11 @@ def _real_falls(row: Row, previous: Row) -> str | None:
 
 def _chosen_falls(row: Row, previous: Row) -> str | None:
     change = row["evaluation"].get("heldout/chosen_logp_change")
-    if change and _below(change, 0.0):
+    if change and change["value"] < -0.1 and _below(change, 0.0):
         return (
-            f"log p(chosen) fell by {-change['value']:.2f} nats per answer on held-out pairs. The margin grows because "
-            "rejected answers are pushed down, not because chosen ones are learnt. Try a smaller learning rate, a "
-            "larger beta, a likelihood term (dpo.loss {sigmoid: 1, sft: 1}), or SFT on the chosen answers first."
+            f"log p(chosen) is {-change['value']:.2f} nats per answer below the reference's on held-out rows: what is "
+            "preferred became less likely too, however the margin grew. Try a smaller learning rate, a larger beta, "
+            "SFT on such answers first or, of pairs, a likelihood term (dpo.loss {sigmoid: 1, sft: 1})."
         )
     return None
 
@@ -53,7 +53,7 @@ def _longer_wins(row: Row, previous: Row) -> str | None:
         share, word = max((longer["value"], "longer"), (1 - longer["value"], "shorter"))
         return (
             f"the chosen answer is the {word} one in {share:.0%} of the held-out comparisons: a policy can win by "
-            "length alone. Look at lengths before and after; a loss per token (simpo, ipo) is less drawn to it."
+            "length alone. Look at the lengths of answers before and after."
         )
     return None
 

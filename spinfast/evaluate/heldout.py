@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -36,6 +37,7 @@ from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget, logps_in_cut, sequence_logps, with_room, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
+log = logging.getLogger("spinfast")
 LOGPS = "heldout_logps.safetensors"
 OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", LOGPS, "eval.json")
 
@@ -102,8 +104,8 @@ def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
 
 
 def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
-    """Preferences on as many held-out groups as pairs are played."""
-    groups = objective.apart(groups[: run.config.evaluate.pairs])[0]
+    """Held-out preferences."""
+    objective, groups = objective.for_step(groups, partial(sequence_logps, run.policy, budget=run.budget))
     logps = sequence_logps(run.policy, groups, run.budget)
     return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
@@ -258,9 +260,10 @@ def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
     """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
     results = [verdicts(stage) for stage in played]
-    position = stopping.best(results) if results[0] else len(played) - 1
+    position = stopping.kept(results) if results[0] else len(played) - 1
     best = {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
     files.write_json(run.path / "best.json", best | {"of": [stage.name for stage in played]})
+    log.info("best: %s, %s", best["adapter"], "by held-out accuracy" if results[0] else "the last stage")
 
 
 def read_samples(stage: Stage) -> list[Completion]:

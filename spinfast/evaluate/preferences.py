@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from spinfast.evaluate.selfplay import Metrics, log_ratios, perplexity
-from spinfast.evaluate.statistics import auc, estimate
+from spinfast.evaluate.statistics import Estimate, auc, estimate
 from spinfast.objectives import DESIRABLE, REFERENCE, Preference, Unpaired
 from spinfast.types import Group
 from spinfast.watch import ratio
@@ -48,8 +48,6 @@ def ranking_metrics(groups: Sequence[Group], logps: Logps) -> Metrics:
 
 def preference_metrics(objective: Preference, groups: Sequence[Group], logps: Logps) -> Metrics:
     """By the reward that the loss compares (objectives.Preference.rewards), of every answer."""
-    objective, _ = objective.for_step(groups, lambda parts: [])
-    loss, stderr = ratio(objective.units(groups, logps))
     changes = [
         log_ratios(sums, group.given[REFERENCE]) if objective.reference else np.array(sums)
         for group, sums in zip(groups, logps, strict=True)
@@ -58,7 +56,7 @@ def preference_metrics(objective: Preference, groups: Sequence[Group], logps: Lo
         objective.rewards(values, np.array(group.lengths)) for group, values in zip(groups, changes, strict=True)
     ]
     metrics = {
-        "heldout/loss": {"value": loss, "stderr": stderr or None, "n": len(groups)},
+        "heldout/loss": _loss(objective, groups, logps),
         "heldout/preference_accuracy": estimate([_won(values) for values in rewards]),
         "heldout/margin": estimate([_gap(values) for values in rewards]),
     }
@@ -77,11 +75,17 @@ def unpaired_metrics(objective: Unpaired, groups: Sequence[Group], logps: Logps)
     lengths = np.array([group.lengths[0] for group in groups])
     wanted = np.array([bool(group.given[DESIRABLE][0]) for group in groups])
     sides = {"chosen": changes[wanted], "rejected": changes[~wanted]}
-    metrics = {f"heldout/{side}_logp_change": estimate(values) for side, values in sides.items() if len(values)}
+    metrics = {"heldout/loss": _loss(objective, groups, logps)}
+    metrics |= {f"heldout/{side}_logp_change": estimate(values) for side, values in sides.items() if len(values)}
     if all(map(len, sides.values())):
         metrics["heldout/preference_accuracy"] = auc(*sides.values())
         metrics["heldout/chosen_longer"] = auc(lengths[wanted], lengths[~wanted])
     return metrics
+
+
+def _loss(objective: Preference | Unpaired, groups: Sequence[Group], logps: Logps) -> Estimate:
+    value, stderr = ratio(objective.units(groups, logps))
+    return {"value": value, "stderr": stderr or None, "n": len(groups)}
 
 
 def _won(values: Sequence[float]) -> float:

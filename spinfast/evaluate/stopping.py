@@ -18,6 +18,11 @@ def best(results: Sequence[Sequence[float]]) -> int:
     return int(np.argmax([np.mean(items) for items in results]))
 
 
+def kept(results: Sequence[Sequence[float]]) -> int:
+    """The position to keep: the best, or the last where all are equal and so say nothing."""
+    return best(results) if len({float(np.mean(items)) for items in results}) > 1 else len(results) - 1
+
+
 def stop_reason(
     results: Sequence[Sequence[float]],
     patience: int,

@@ -10,6 +10,7 @@ orpo) nothing is scored. Answers that are labelled one by one go by kto or apo_z
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -25,12 +26,17 @@ from spinfast.store.record import Stage
 from spinfast.train import Epochs
 from spinfast.types import Example, Group
 
+log = logging.getLogger("spinfast")
+
 
 def dpo(run: Run, last: Stage) -> Iterator[dict]:
     c, stage, loss = run.config.dpo, run.stage("dpo", last, "dpo"), objective(run.config.dpo)
     start, cut = run.become(last), None
     training = epochs(run, groups(c, run.examples), c, 0)
-    heldout = Epochs(groups(c, run.heldout), c.groups_per_step, 1, run.config.seed)
+    judges = groups(c, run.heldout)[: run.config.evaluate.pairs]
+    if run.heldout and run.config.evaluate.pairs and not judges:
+        log.warning("dpo: no held-out rows are as the loss takes them, so preferences are not held out")
+    heldout = Epochs(judges, c.groups_per_step, 1, run.config.seed)
     if loss.reference:
         training, cut = with_reference(run, stage, training, loss, c.reference)
         if heldout.groups:

@@ -22,7 +22,7 @@ from spinfast.types import Example, Group
 def sft(run: Run, last: Stage) -> Iterator[dict]:
     c, stage = run.config.sft, run.stage("sft", last, "sft")
     start = run.become(last)
-    watch = watching(run, Nll(), c, learnt(run.heldout))
+    watch = watching(run, Nll(), c, learnt(run.heldout)[: run.config.evaluate.pairs])
     fit(run, stage, epochs(run, learnt(run.examples), c, 0), Nll(), c, at(c.lr, 0), watch=watch)
     yield conclude(run, stage, last, start)
 

@@ -20,6 +20,7 @@ SHOWN = {  # metric -> (name, digits, factor)
     "heldout/pair_accuracy": ("pair accuracy against its opponent", 3, 1),
     "heldout/real_logp_vs_base": ("log p(real) − base's (nats per answer)", 2, 1),
     "heldout/perplexity": ("perplexity of real answers", 2, 1),
+    "heldout/preference_accuracy": ("preference accuracy, %", 1, 100),
     "heldout/kl_k1": ("KL to the base (nats per answer)", 2, 1),
     "heldout/length": ("tokens of a sampled answer", 0, 1),
     "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
@@ -57,6 +58,7 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
         "base model": f"{base}, revision {revision}",
         "training data": _data(c["data"]),
         "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
+        "started from": c["adapter"]["start"],
         "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
         "made by": _settings(run, stage),
         "pairs": _pairs(row),
@@ -68,7 +70,7 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
 ---
 # {Path(base).name}: {run.label(stage)} of spinfast run {run.name}
 
-A low-rank adapter made by {MADE_BY.get(made, made)}. No human preference labels were used.
+A low-rank adapter made by {MADE_BY.get(made, made)}.
 
 | | |
 |---|---|
@@ -120,6 +122,7 @@ def _settings(run: Run, stage: str) -> str:
     elif method == "dpo":
         losses = " + ".join(f"{weight:g} {loss}" for loss, weight in used["loss"].items())
         game = [f"loss {losses}", f"beta {used['beta']}"]
+        game += [f"reference {used['reference']}"] * (used["reference"] != "start")
     steps = [f"{used['epochs']} epoch(s)", f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"]
     return ", ".join([name, *game, f"learning rate {_list(used['lr'])}", *steps])
 

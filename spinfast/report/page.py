@@ -40,8 +40,8 @@ COLUMNS = {  # metric -> (heading, digits, factor)
 SECTIONS = {
     "training": (
         "Training",
-        "What the optimizer saw in the run's last method. Where there is a reference the first loss is that of margin "
-        "0 (ln 2 if it is logistic), or something is wrong.",
+        "What the optimizer saw in the run's last method. Where the stage starts from its reference the first loss is "
+        "that of margin 0 (ln 2 if it is logistic), or something is wrong.",
     ),
     "heldout": ("Held-out problems", "Never trained on; whiskers are 95 % intervals."),
     "ratios": (

@@ -17,7 +17,7 @@ import numpy as np
 
 from spinfast.evaluate.references import ACCURACY, STRICT
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
-from spinfast.evaluate.stopping import best
+from spinfast.evaluate.stopping import kept
 from spinfast.names import label, source_name
 from spinfast.objectives import loss_at_zero_margin
 from spinfast.report.plots import Plot, Series
@@ -29,8 +29,8 @@ TRAINING = {  # metric -> (title, level)
     "train/pair_accuracy": ("Training pair accuracy", (0.5, "chance")),
     "train/real_logp_change": ("log p(real), change since the round began", (0.0, "")),
     "train/generated_logp_change": ("log p(generated), change since the round began", (0.0, "")),
-    "train/chosen_logp_change": ("log p(chosen), change since the stage began", (0.0, "")),
-    "train/rejected_logp_change": ("log p(rejected), change since the stage began", (0.0, "")),
+    "train/chosen_logp_change": ("log p(chosen) against the reference", (0.0, "")),
+    "train/rejected_logp_change": ("log p(rejected) against the reference", (0.0, "")),
     "heldout/loss": ("Held-out loss on the way", None),
     "train/grad_norm": ("Gradient norm before clipping", None),
     "train/lr": ("Learning rate", None),
@@ -68,7 +68,7 @@ MEASURES = {  # what two runs are compared by -> (run, stage) -> value by held-o
 }
 SHARES = (  # of 0/1 items: Wilson's interval, which holds at 0 % and 100 % too
     *("heldout/accuracy_strict", "heldout/accuracy_flexible"),
-    *("heldout/pair_accuracy", "heldout/eos_rate"),
+    *("heldout/pair_accuracy", "heldout/eos_rate", "heldout/preference_accuracy", "heldout/chosen_likelier"),
 )
 
 
@@ -288,7 +288,7 @@ def best_row(run: Run) -> dict | None:
     scored = [row for row in run.rows if metric in row["evaluation"]]
     if not scored:
         return None
-    return scored[best([[row["evaluation"][metric]["value"]] for row in scored])]
+    return scored[kept([[row["evaluation"][metric]["value"]] for row in scored])]
 
 
 CONTROLS = {  # what each control of controls.py tells its reader

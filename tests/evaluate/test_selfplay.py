@@ -203,7 +203,7 @@ def test_a_healthy_run_has_no_warnings():
         ({"fresh__auc_length": (0.95, 0.01)}, r"their length alone \(AUC 0.95\)"),
         ({"fresh__auc_eos": (0.97, 0.01)}, "end with the end token"),
         ({"fresh__auc_log_ratio": (0.52, 0.03)}, "the game is over"),
-        ({"heldout__chosen_logp_change": (-2.0, 0.4)}, r"log p\(chosen\) fell by 2.00 nats"),
+        ({"heldout__chosen_logp_change": (-2.0, 0.4)}, r"log p\(chosen\) is 2.00 nats per answer below"),
     ],
 )
 def test_each_fault_is_named_once(change, said):
