@@ -302,7 +302,8 @@ class Config(Section):
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         strangers = [name for name in names if name not in cls.methods()]
         if strangers:
-            raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them")
+            hint = "; it is a dpo.loss" if strangers[0] in (*PAIRED, *UNPAIRED) else ""
+            raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them{hint}")
         if len({*names}) < len(names):
             raise ValueError("expected each method once")
         return names
