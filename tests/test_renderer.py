@@ -38,7 +38,8 @@ TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 NO_SYSTEM = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 
-ordinary = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda s: s.strip() == s)
+spells_no_token = st.characters(codec="utf-8", exclude_characters="<[")  # which the generator would pick up from here
+ordinary = st.text(spells_no_token, min_size=1).filter(lambda s: s.strip() == s)
 hostile = st.lists(
     st.sampled_from([*SPECIAL, "<|im_", "end|>", "q7SPINFAST", "1p", "\n", " ", "user", "é"]), min_size=1
 ).map("".join)

@@ -83,7 +83,7 @@ def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_pat
     assert main(words) == 0
     printed = sys.stdout.buffer.getvalue().decode(encoding)
     if command == "run":
-        assert ("loss first→last" if encoding == "utf-8" else "loss first->last") in printed
+        assert ("first→last" if encoding == "utf-8" else "first->last") in printed
         assert (" ± " if encoding != "ascii" else " +- ") in printed
     if command == "report":
         assert printed.endswith("α.html\n" if encoding == "utf-8" else "?.html\n")
