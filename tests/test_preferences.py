@@ -355,6 +355,20 @@ def test_rows_of_another_format_than_the_loss_takes_are_counted(tmp_path, tiny_m
     assert "dpo leaves out 5 of 17 rows: they are not compared with another answer" in said
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (pairs, {"data": {"turns": "all"}}, "data.turns: all has no use"),
+        (texts, {"prompt": {"system": "Be brief."}}, "prompt.system has no use"),
+        (pairs, {"generation": {"temperature": 0.5}}, "generation.max_tokens has no use"),
+    ],
+)
+def test_settings_that_the_data_or_the_method_cannot_use_are_named(tmp_path, tiny_model, rows, changes, said):
+    prepared(tmp_path, tiny_model("llama"), rows, "sft", **changes)
+    assert play(tmp_path) == 0
+    assert said in " ".join((tmp_path / "run" / "log.txt").read_text().split())
+
+
 def test_answers_of_one_label_are_told(tmp_path, tiny_model):
     def wanted(first, count):
         return [row | {"label": True} for row in labelled(first, count)]

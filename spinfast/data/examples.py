@@ -70,6 +70,7 @@ def load_examples(
     examples: list[Example] = []
     rejected: Counter[str] = Counter()  # rows
     noted: Counter[str] = Counter()  # rows that are used, but not whole
+    kinds: set[str] = set()
     ignored: dict[str, None] = {}  # columns of used rows that nobody asked for, in their order
     seen: set[tuple] = set()
     for index in chosen:
@@ -97,6 +98,7 @@ def load_examples(
             seen.add(known)
             noted.update([*also, *cut])
             ignored |= dict.fromkeys(given.unused())
+            kinds.add("text" if row.text is not None else "conversation" if row.answer is None else "answer")
             examples.append(example)
     if not examples:
         raise UserError(
@@ -109,6 +111,10 @@ def load_examples(
     if rejected:
         warnings.append(f"data {source}: {rejected.total()} of {len(chosen)} rows rejected ({_counts(rejected)})")
     warnings += [f"data {source}: {count} rows {what}" for what, count in noted.items()]
+    if turns != "first" and "conversation" not in kinds:
+        warnings.append(f"data {source}: data.turns: {turns} has no use, its rows say what is learnt themselves")
+    if system is not None and kinds == {"text"}:
+        warnings.append(f"data {source}: prompt.system has no use, plain text has no system turn")
     if ignored:
         verb = "is" if len(ignored) == 1 else "are"
         warnings.append(f"data {source}: read as {' + '.join(form.needs)}; {', '.join(ignored)} {verb} not used")

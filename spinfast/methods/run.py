@@ -5,6 +5,7 @@ A method is a generator function (run, last stage) -> rows of results.json; phas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,8 @@ from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
 from spinfast.types import Adapter, Example
+
+log = logging.getLogger("spinfast")
 
 
 @dataclass
@@ -105,6 +108,9 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     heldout = data["heldout"].examples if "heldout" in data else []
     check_rows(machine, work)
     generate = generates(config, work, heldout)
+    sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
+    if sampled and not any(load.generates for load in work):
+        log.warning("generation.%s has no use: no method of the run samples answers", sampled[0])
     plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])
     with open_session(config, machine, plan, generate) as session:
         needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
