@@ -201,6 +201,11 @@ class Dpo(Watched):
     undesirable_weight: float = Field(1.0, ge=0, le=1e6, description="of undesirable answers (kto, apo_zero_unpaired)")
     lr: PerRound = Field((1e-5,), max_length=1, description="peak learning rate")
 
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss takes labelled answers one by one, not pairs."""
+        return not {*self.loss}.isdisjoint(UNPAIRED)
+
     @model_validator(mode="after")
     def _fits(self):
         names, known = [*self.loss], (*PAIRED, *UNPAIRED)
@@ -208,7 +213,7 @@ class Dpo(Watched):
             near = difflib.get_close_matches(strangers[0], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
             raise ValueError(f"loss: {strangers[0]!r} is none there is; {hint}")
-        if len(names) > 1 and {*names} & {*UNPAIRED}:
+        if len(names) > 1 and self.unpaired:
             raise ValueError(f"loss: {' and '.join(UNPAIRED)} take no pairs, so they stand alone")
         for option, losses in USED_BY.items():
             if getattr(self, option) != type(self).model_fields[option].default and not losses & {*names}:

@@ -243,12 +243,11 @@ class Unpaired(Plain):
 
     def for_step(self, groups, measure):
         share = sum(group.given[DESIRABLE][0] for group in groups) / len(groups)
-        kl = 0.0
+        kl, (own, *strangers) = 0.0, self.apart(groups)
         if self.kind == "kto":
-            strangers = self.apart(groups)[1]
-            ratios = _flat(measure(strangers)) - _flat([group.given[REFERENCE] for group in strangers])
+            ratios = _flat(measure(strangers[0])) - _flat([group.given[REFERENCE] for group in strangers[0]])
             kl = max(0.0, ratios.mean().item())
-        return replace(self, kl=kl, desirable_share=share), self.apart(groups)[0]
+        return replace(self, kl=kl, desirable_share=share), own
 
     def apart(self, groups):
         return [[_only(group, answer) for group in groups] for answer in range(len(groups[0].answers))]

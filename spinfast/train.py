@@ -148,6 +148,14 @@ def sequence_logps(policy: Policy, groups: Sequence[Group], budget: Budget) -> l
     return within_memory(budget, groups, partial(logps_in_cut, policy, groups))[0] if groups else []
 
 
+def as_step(
+    policy: Policy, objective: Objective, groups: Sequence[Group], budget: Budget
+) -> tuple[Objective, Sequence[Group], list[list[float]]]:
+    """Groups that are only scored, as a step of them: the objective for it, its groups, their log-prob sums."""
+    objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
+    return objective, groups, sequence_logps(policy, groups, budget)
+
+
 def with_room(budget: Budget, groups: Sequence[Group]) -> Budget:
     """The budget, larger where a group that is only scored is longer than any that is trained on."""
     return replace(budget, microbatch_tokens=max(budget.microbatch_tokens, *map(packed_length, groups), 0))

@@ -32,6 +32,11 @@ class Example:
         return self.desirable is not False
 
     @property
+    def content(self) -> tuple:
+        """What there is to learn from it: equal examples have one."""
+        return self.prompt_ids, self.real_ids, self.scored, self.others, self.desirable
+
+    @property
     def group(self) -> Group:
         """Prompt and real answer, as SFT learns them."""
         return Group(self.prompt_ids, (self.real_ids,), scored=() if self.scored is None else (self.scored,))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from spinfast.config import UNPAIRED, Config, Data
+from spinfast.config import Config, Data
 from spinfast.data.examples import LoadedData, check_overlap, load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.data.sources import Table, draw, open_table, shares
@@ -65,13 +65,13 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
 
 def _left_out(config: Config, examples: Sequence[Example]) -> list[str]:
     """What the losses of dpo do not learn from in a mixture of formats."""
-    if {*config.dpo.loss} & {*UNPAIRED}:
+    if config.dpo.unpaired:
         kind, used = "neither labelled nor compared", [e for e in examples if e.others or e.desirable is not None]
     else:
         kind, used = "not compared with another answer", [example for example in examples if example.others]
     count, labels = len(examples) - len(used), {e.desirable for e in used if not e.others}
     said = [f"dpo leaves out {count} of {len(examples)} rows: they are {kind}"] if used and count else []
-    if len(labels) == 1 and not any(e.others for e in used) and {*config.dpo.loss} & {*UNPAIRED}:
+    if len(labels) == 1 and not any(e.others for e in used) and config.dpo.unpaired:
         said.append(f"all answers are labelled {labels.pop()}: there is nothing to tell apart")
     return said
 
@@ -96,7 +96,7 @@ def _open(data: Data) -> tuple[list[Table], list[int | None]]:
         weights = weights if weighted else lengths
         total = min(length * sum(weights) / weight for length, weight in zip(lengths, weights, strict=True))
         sizes = list(map(min, lengths, shares(weights, data.size or total)))
-    if weighted and 0 in sizes:
+    if 0 in sizes:
         raise UserError(
             f"data: {data.size or sum(sizes)} rows by weight leave none for source {sizes.index(0) + 1}; raise its "
             "weight or data.size"
@@ -110,8 +110,7 @@ def _mixed(name: str, tables: Sequence[Table], loaded: Sequence[LoadedData], see
     kept = {}
     for start, part in zip(starts, loaded, strict=True):
         for example in part.examples:
-            content = (example.prompt_ids, example.real_ids, example.others, example.desirable)
-            kept.setdefault(content, replace(example, index=start + example.index))
+            kept.setdefault(example.content, replace(example, index=start + example.index))
     examples = sorted(kept.values(), key=lambda example: draw(seed, example.index))
     rejected = sum((Counter(part.rejected) for part in loaded), Counter())
     if twice := sum(len(part.examples) for part in loaded) - len(examples):

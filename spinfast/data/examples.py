@@ -89,13 +89,12 @@ def load_examples(
                 raise UserError(f"{table.where(index)}: {error}") from None
             rejected[error.reason] += 1
             continue
-        known = (example.prompt_ids, example.real_ids, example.scored, example.others, example.desirable)
         if row.worse and not example.others:
             rejected["chosen equals rejected"] += 1
-        elif known in seen:
+        elif example.content in seen:
             rejected["duplicate"] += 1
         else:
-            seen.add(known)
+            seen.add(example.content)
             noted.update([*also, *cut])
             ignored |= dict.fromkeys(given.unused())
             kinds.add("text" if row.text is not None else "conversation" if row.answer is None else "answer")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from spinfast.data.conversations import RowError, text, turn, turns
+from spinfast.data.conversations import RowError, text, turn, turns, with_system
 from spinfast.errors import UserError
 from spinfast.evaluate.references import EXPLICIT, IMPLICIT
 
@@ -191,12 +191,11 @@ def _with_system(row: RowOf, conversation: Messages) -> Messages:
     column = next((name for name in SYSTEMS if row.get(name)), None)
     if column is None:
         return conversation
-    own = turn("system", row[column], column)
-    if conversation and conversation[0]["role"] in ("system", "developer"):
-        if conversation[0]["content"] != own["content"]:
-            raise RowError("two system texts", f"{column} and the conversation's own system turn differ")
-        return conversation
-    return [own, *conversation]
+    own = text(row[column], column)
+    spoken = with_system(conversation, own)
+    if spoken[0]["content"] != own:
+        raise RowError("two system texts", f"{column} and the conversation's own system turn differ")
+    return spoken
 
 
 def _prompt(row: RowOf, first: str = "prompt") -> Messages:

@@ -34,7 +34,7 @@ from spinfast.objectives import Pairwise, Preference, Unpaired
 from spinfast.policy import Policy
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import Budget, logps_in_cut, sequence_logps, with_room, within_memory
+from spinfast.train import Budget, as_step, logps_in_cut, sequence_logps, with_room, within_memory
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 log = logging.getLogger("spinfast")
@@ -105,8 +105,7 @@ def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
 
 def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
     """Held-out preferences."""
-    objective, groups = objective.for_step(groups, partial(sequence_logps, run.policy, budget=run.budget))
-    logps = sequence_logps(run.policy, groups, run.budget)
+    objective, groups, logps = as_step(run.policy, objective, groups, run.budget)
     return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
 

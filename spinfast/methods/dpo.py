@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from spinfast.config import UNPAIRED, Config, Dpo, at
+from spinfast.config import Config, Dpo, at
 from spinfast.errors import UserError
 from spinfast.fit import fit
 from spinfast.memory.planner import Load, limits, steps
@@ -46,14 +46,14 @@ def dpo(run: Run, last: Stage) -> Iterator[dict]:
 
 
 def objective(c: Dpo) -> Preference | Unpaired:
-    if {*c.loss} & {*UNPAIRED}:
+    if c.unpaired:
         return Unpaired(*c.loss, c.beta, c.desirable_weight, c.undesirable_weight)
     return Preference(tuple(c.loss.items()), c.beta, c.label_smoothing, c.discopop_tau, c.simpo_gamma, c.cpo_alpha)
 
 
 def groups(c: Dpo, examples: Sequence[Example]) -> list[Group]:
     """Ranked answers; or labelled ones, for kto each beside an answer that was given to another prompt."""
-    if not {*c.loss} & {*UNPAIRED}:
+    if not c.unpaired:
         return [example.ranked for example in examples if example.others]
     found = [(e.prompt_ids, answer, label) for e in examples for answer, label in _labels(e)]
     if "kto" not in c.loss:
@@ -86,7 +86,7 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
         everything = groups(c, examples)
         check(config, everything, examples)
     else:
-        labels = {DESIRABLE: (1.0, 0.0)} if {*c.loss} & {*UNPAIRED} else {}
+        labels = {DESIRABLE: (1.0, 0.0)} if c.unpaired else {}
         everything = [replace(group, given=labels) for group in limits(config, 2, c.groups_per_step)]
     return Load("dpo", everything, objective(c), c, (steps(c, len(everything)),))
 
@@ -101,7 +101,7 @@ def check(config: Config, found: Sequence[Group], examples: Sequence[Example]) -
             "cannot be played any more; use start, or a reference.parquet"
         )
     if not found:
-        expected = "prompt, completion and label" if {*c.loss} & {*UNPAIRED} else "prompt, chosen and rejected"
+        expected = "prompt, completion and label" if c.unpaired else "prompt, chosen and rejected"
         if "kto" in c.loss:
             expected += ", of two prompts or more"
         hint = "" if all(e.desirable is None for e in examples) else "; dpo.loss kto takes labelled answers"

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 from spinfast import objectives
@@ -26,7 +25,7 @@ from spinfast.store import checkpoint, files
 from spinfast.store import reference as references
 from spinfast.store.record import Stage
 from spinfast.store.reference import Reference
-from spinfast.train import Epochs, score, sequence_logps, with_room
+from spinfast.train import Epochs, as_step, score, with_room
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 from spinfast.watch import Losses, Watch
 
@@ -178,8 +177,8 @@ def watching(run: Run, objective: Objective, settings: Watched, groups: Sequence
         return None
 
     def measure() -> Losses:
-        there, parts = objective.for_step(groups, partial(sequence_logps, run.policy, budget=run.budget))
-        return there.units(parts, sequence_logps(run.policy, parts, run.budget))
+        there, parts, logps = as_step(run.policy, objective, groups, run.budget)
+        return there.units(parts, logps)
 
     keeps_best, likelihood = settings.keep == "best", isinstance(objective, Nll)
     return Watch(measure, settings.evaluate_every, settings.patience, keeps_best, likelihood)
