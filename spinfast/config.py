@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,6 +46,11 @@ def _weighed(value: Any) -> Any:
     if isinstance(value, list) and len({*map(str, value)}) < len(value):
         raise ValueError("expected each name once")
     return value if isinstance(value, dict) else dict.fromkeys(map(str, _listed(value)), 1.0)
+
+
+def _plain(rewards: dict[str, Any]) -> dict[str, Any]:
+    """Rewards with options as plain values."""
+    return {name: each if isinstance(each, float) else each.model_dump() for name, each in rewards.items()}
 
 
 PerRound = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)]
@@ -148,26 +154,38 @@ class Optimisation(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up")
-    epochs: int = Field(1, gt=0, le=10_000, description="passes over the data of a round")
-    groups_per_step: int = Field(16, gt=0, description="groups (a prompt with its answers) of one optimizer step")
+    min_lr_rate: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
+    @model_validator(mode="after")
+    def _decays(self):
+        if self.min_lr_rate and self.schedule == "constant":
+            raise ValueError("min_lr_rate has no use with schedule constant")
+        return self
 
-class Watched(Optimisation):
-    """A method whose held-out loss can be taken at any step."""
 
-    evaluate_every: int = Field(0, ge=0, description="steps between held-out losses on the way; 0: none")
-    patience: int = Field(0, ge=0, description="stop after so many held-out losses without a significant gain; 0 never")
-    keep: Literal["last", "best"] = Field("last", description="the last adapter, or that of the least held-out loss")
+class Passes(Optimisation):
+    """A method that goes through groups that are there before it starts."""
+
+    epochs: int = Field(1, gt=0, le=10_000, description="passes over the data of a round")
+    groups_per_step: int = Field(16, gt=0, description="groups (a prompt with its answers) of one optimizer step")
+
+
+class Watched(Section):
+    """A method that can be looked at on held-out data at any step: by its loss, grpo by its reward."""
+
+    evaluate_every: int = Field(0, ge=0, description="steps between looks at held-out data on the way; 0: none")
+    patience: int = Field(0, ge=0, description="stop after so many looks without a significant gain; 0 never")
+    keep: Literal["last", "best"] = Field("last", description="the last adapter, or the best one that a look found")
 
     @model_validator(mode="after")
     def _looks(self):
         if not self.evaluate_every and (self.patience or self.keep == "best"):
-            raise ValueError("patience and keep: best need held-out losses on the way; set evaluate_every")
+            raise ValueError("patience and keep: best need looks on the way; set evaluate_every")
         return self
 
 
-class Sft(Watched):
+class Sft(Watched, Passes):
     lr: PerRound = Field((1e-4,), max_length=1, description="peak learning rate")
 
 
@@ -187,7 +205,7 @@ USED_BY = {  # option -> the losses that have it
 }
 
 
-class Dpo(Watched):
+class Dpo(Watched, Passes):
     loss: Weighed = Field({"sigmoid": 1.0}, description="a loss of losses.py, a list (their sum), or {name: weight}")
     beta: float = Field(0.1, gt=0, le=1e6, description="how far the policy may move from its reference")
     reference: str = Field(
@@ -227,7 +245,7 @@ class Dpo(Watched):
         return self
 
 
-class Spin(Optimisation):
+class Spin(Passes):
     iterations: int = Field(3, gt=0, description="rounds of self-play")
     beta: PositivePerRound = Field((0.1,), description="the paper's lambda; a list gives one value per iteration")
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
@@ -237,9 +255,91 @@ class Spin(Optimisation):
     )
 
 
+class WeighedReward(Section):
+    """A reward's weight and, by name, its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    weight: float = 1.0
+
+
+class Grpo(Watched, Optimisation):
+    rewards: Annotated[
+        dict[str, float | WeighedReward], BeforeValidator(_weighed), Field(min_length=1), AfterValidator(_plain)
+    ] = Field(
+        {"gsm8k": 1.0},
+        description="functions that rate answers (docs/rewards.md): ready ones by name, or FILE.py:function; a name, "
+        "a list, {name: weight}, or {name: {weight, options ...}}",
+    )
+    reward_timeout: float = Field(60.0, gt=0, le=1e6, description="seconds that a call of a reward may take")
+    completions: Literal["auto", "text", "messages"] = Field(
+        "auto", description="how rewards get prompts and answers; auto: as text where the data's prompt is text"
+    )
+    prompts_per_step: int = Field(8, gt=0, description="prompts of one optimizer step")
+    samples: int = Field(8, gt=0, description="answers to each prompt, its group")
+    steps: int = Field(200, gt=0, description="optimizer steps")
+    steps_per_generation: int = Field(1, gt=0, description="optimizer steps on one rollout, each on its own prompts")
+    num_iterations: int = Field(1, gt=0, description="times that a rollout is gone through")
+    refill: int = Field(0, ge=0, description="rounds in which fresh prompts replace groups whose rewards are all equal")
+    loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"] = Field(
+        "dapo", description="surrogates.py has them all"
+    )
+    epsilon: float = Field(0.2, gt=0, le=1e6, description="the ratio to the sampling policy is clipped at 1 - epsilon")
+    epsilon_high: float | None = Field(None, gt=0, le=1e6, description="and at 1 + this; null: epsilon, cispo 5")
+    delta: float | None = Field(None, gt=0, le=1e6, description="greatest ratio where the advantage is negative")
+    sapo_temperature_pos: float = Field(1.0, gt=0, le=1e6, description="sapo: of answers with a positive advantage")
+    sapo_temperature_neg: float = Field(1.05, gt=0, le=1e6, description="sapo: of the others")
+    beta: float = Field(0.0, ge=0, le=1e6, description="weight of the KL divergence (k3) from the reference; 0: none")
+    reference: Literal["start", "base"] = Field("start", description="the stage's start, or the model without adapter")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="whose standard deviation the advantage is divided by"
+    )
+    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="of the group's rewards: all, or the others")
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="normalize_then_sum: every function's rewards for themselves (GDPO)"
+    )
+    mask_truncated: bool = Field(False, description="leave answers out that were cut at generation.max_tokens")
+    correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = Field(
+        "token_truncate", description="of the ratio between trainer and sampler, which weighs every token or answer"
+    )
+    correction_max: float = Field(2.0, gt=0, le=1e6, description="where that ratio is truncated or masked")
+    old_logps: Literal["policy", "sampler"] = Field(
+        "policy", description="sampler: its log-probs are the sampling policy's, nothing is corrected"
+    )
+    lr: PerRound = Field((1e-5,), max_length=1, description="peak learning rate")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations
+
+    @model_validator(mode="after")
+    def _fits(self):
+        defaults = {name: type(self).model_fields[name].default for name in GRPO_USED_BY}
+        for option, (key, values) in GRPO_USED_BY.items():
+            if getattr(self, option) != defaults[option] and getattr(self, key) not in values:
+                raise ValueError(f"{option} has no use with {key} {getattr(self, key)}; only {', '.join(values)}")
+        if self.reference != "start" and not self.beta:
+            raise ValueError("reference has no use with beta 0")
+        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+            raise ValueError(f"delta: expected more than 1 + epsilon_high, got {self.delta:g}")
+        if self.samples == 1 and self.scale_rewards != "batch":
+            raise ValueError("samples: one answer has nothing to be compared with; expected 2 or more")
+        return self
+
+
+GRPO_USED_BY = {  # option -> (key, its values that have a use for it)
+    "epsilon": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
+    "epsilon_high": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")),
+    "delta": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
+    "sapo_temperature_pos": ("loss", ("sapo",)),
+    "sapo_temperature_neg": ("loss", ("sapo",)),
+    "correction": ("old_logps", ("policy",)),
+    "correction_max": ("correction", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
+}
+
+
 class Generation(Section):
     backend: Literal["auto", "transformers", "vllm"] = Field("auto", description="auto: vLLM where it can run")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature of the opponent")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 is off")
     max_tokens: int = Field(256, gt=0, description="answers are cut here, without an end-of-turn token")
     batch_size: int = Field(64, gt=0, description="answers written at once")
@@ -274,7 +374,7 @@ class Device(Section):
 
 class Config(Section):
     method: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        ("spin",), description="what is played, stage after stage: sft, spin, dpo"
+        ("spin",), description="what is played, stage after stage: sft, spin, dpo, grpo"
     )
     model: Model
     data: Data
@@ -284,6 +384,7 @@ class Config(Section):
     sft: Sft = Sft()
     spin: Spin = Spin()
     dpo: Dpo = Dpo()
+    grpo: Grpo = Grpo()
     generation: Generation = Generation()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -316,7 +417,7 @@ class Config(Section):
     def longest_generated(self) -> int:
         """Tokens of the longest answer that is written, 0 if none is."""
         heldout = self.evaluate.max_tokens if self.heldout and self.evaluate.problems else 0
-        return max(heldout, self.generation.max_tokens if "spin" in self.method else 0)
+        return max(heldout, self.generation.max_tokens if {"spin", "grpo"} & {*self.method} else 0)
 
     def identity(self) -> dict:
         """What a run's results depend on, defaults left out: a key that is added later with one changes nothing."""

@@ -91,17 +91,17 @@ def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, load
         one_pass = planner.seconds(
             device, shape, load.everything, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
         )
-        scoring = 0.5 if load.objective.reference else 0.0  # the forward with half of the head
-        epochs, first, *later = load.settings.epochs, *load.rounds
-        seconds += to_rate * one_pass * (epochs + scoring) * sum(load.rounds) / first
+        first, *later = load.rounds
+        passes = load.groups_per_step * sum(load.rounds) / len(load.everything)
+        seconds += to_rate * one_pass * passes * (1 + 0.5 * load.scoring)  # a forward with half of the head
         tokens = sum(map(packed_length, load.everything)) / len(load.everything)
         rounds = f", {later[0]} in each of {len(later)} later rounds" if later else ""
         lines.append(
             f"{load.method}: {len(load.everything)} groups of {tokens:.0f} packed tokens on average, "
-            f"{load.settings.groups_per_step} a step: {first} steps{rounds}"
+            f"{load.groups_per_step} a step: {first} steps{rounds}"
         )
     limit = config.generation.max_tokens
-    generated = f" if every generated answer had {limit} tokens" if any(load.generates for load in loads) else ""
+    generated = f" if every generated answer had {limit} tokens" if any(load.answers for load in loads) else ""
     return [
         *lines,
         f"about {seconds / 3600:.2f} h of scoring and training{generated}, generation and evaluation not counted "

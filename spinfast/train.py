@@ -326,7 +326,7 @@ def _update_loss_scale(state: TrainState, skipped: bool) -> None:
 
 
 def learning_rate(settings: Optimisation, peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over warmup_ratio of the steps, then linear or cosine decay to zero, or constant."""
+    """Linear warm-up over warmup_ratio of the steps, then linear or cosine decay to min_lr_rate, or constant."""
     warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -336,4 +336,4 @@ def learning_rate(settings: Optimisation, peak: float, step: int, steps: int) ->
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
     }[settings.schedule]
-    return peak * factor
+    return peak * (settings.min_lr_rate + (1 - settings.min_lr_rate) * factor)

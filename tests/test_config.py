@@ -45,7 +45,7 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("spin.epochs=many", ["spin.epochs", "integer", "'many'"]),
         ("spin.epochs=0", ["spin.epochs", "greater than 0", "0"]),
         ("iterations=2", ["unknown key 'iterations'", "did you mean 'spin.iterations'?"]),
-        ("lr=1", ["did you mean 'sft.lr' or 'spin.lr' or 'dpo.lr'?"]),
+        ("lr=1", ["did you mean 'sft.lr' or 'spin.lr' or 'dpo.lr' or 'grpo.lr'?"]),
         ("adapter.init=restart", ["adapter.init", "'continue' or 'merge'", "'restart'"]),
         ("adapter.kind=tiny_lora", ["adapter.kind", "'lora'", "'tiny_lora'"]),
         ("lora.r=8", ["lora: is now adapter"]),

@@ -17,7 +17,7 @@ from test_run import fingerprints, train_rows, write_config
 from transformers import AutoModelForCausalLM
 
 from spinfast import methods
-from spinfast.config import Config, Optimisation, at, parse_config
+from spinfast.config import Config, Passes, at, parse_config
 from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
 from spinfast.fit import fit
@@ -41,7 +41,7 @@ from spinfast.types import Example, Group
 # A method: a section, a generator function, its fullest step ------------------------------------------------------
 
 
-class Echo(Optimisation):
+class Echo(Passes):
     tokens: int = Field(4, gt=0, description="the prompt's first tokens, to be said again")
 
 
@@ -60,7 +60,7 @@ def echo(run: Run, last) -> Iterator[dict]:
 def echo_load(config: EchoConfig, examples: Sequence[Example]) -> Load:
     c = config.echo
     groups = [Group(e.prompt_ids, ((0,) * c.tokens,)) for e in examples]
-    return Load("echo", groups, Nll(), c, (steps(c, len(groups)),))
+    return Load("echo", groups, Nll(), c, c.groups_per_step, (steps(c, len(groups)),))
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def weighed(run: Run, last) -> Iterator[dict]:
 def weighed_load(config: EchoConfig, examples: Sequence[Example]) -> Load:
     c = config.echo
     groups = [Group(e.prompt_ids, ((0,) * c.tokens, e.real_ids), {"advantage": (0.0, 0.0)}) for e in examples]
-    return Load("echo", groups, Weighted(), c, (steps(c, len(groups)),))
+    return Load("echo", groups, Weighted(), c, c.groups_per_step, (steps(c, len(groups)),))
 
 
 @pytest.mark.parametrize("microbatch_tokens", [256, "auto"])
@@ -260,7 +260,7 @@ def test_methods_are_played_in_order(tmp_path, tiny_model, names, stages):
         ),
         ({"sft": {"epochs": 1}}, "section sft has no use, method is [spin]; name sft there too"),
         ({"method": ["sft"]}, "section spin has no use, method is [sft]; name spin there too"),
-        ({"method": ["sft", "ppo"]}, "method: expected sft, spin, dpo, 'ppo' is none of them"),
+        ({"method": ["sft", "ppo"]}, "method: expected sft, spin, dpo, grpo, 'ppo' is none of them"),
         ({"method": ["sft", "sft"]}, "method: expected each method once"),
     ],
 )

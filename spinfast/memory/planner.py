@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig
 
-from spinfast.config import Config, Optimisation
+from spinfast.config import Config, Optimisation, Passes
 from spinfast.device import CONTEXT, GIB, GPUS, DeviceProfile
 from spinfast.errors import UserError
 from spinfast.memory.ledger import Usage, apply_checkpointing, apply_head_chunk
@@ -39,20 +39,23 @@ HEAD_CHUNKS = (1024, 512, 256, 128)  # tokens; beyond, no GEMM gets faster
 class Load:
     """What a method asks of machine and disk: all groups of its first round, and what is done with them.
 
-    rounds: optimizer steps of each of its stages.
+    rounds: optimizer steps of each of its stages. scoring: passes without a gradient beside each pass of training.
+    answers: how many are generated in all.
     """
 
     method: str
     everything: Sequence[Group]
     objective: Objective
     settings: Optimisation
+    groups_per_step: int
     rounds: tuple[int, ...]
-    generates: bool = False
+    scoring: float = 0.0
+    answers: int = 0
 
     @property
     def groups(self) -> list[Group]:
         """Those of the fullest step that a shuffle could bring."""
-        return sorted(self.everything, key=_content, reverse=True)[: self.settings.groups_per_step]
+        return sorted(self.everything, key=_content, reverse=True)[: self.groups_per_step]
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def limits(config: Config, answers: int, groups: int) -> list[Group]:
     return [Group(prompt, (answer,) * answers)] * groups
 
 
-def steps(settings: Optimisation, groups: int) -> int:
+def steps(settings: Passes, groups: int) -> int:
     """Optimizer steps over so many groups."""
     return settings.epochs * math.ceil(groups / settings.groups_per_step)
 

@@ -88,7 +88,8 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     else:
         labels = {DESIRABLE: (1.0, 0.0)} if c.unpaired else {}
         everything = [replace(group, given=labels) for group in limits(config, 2, c.groups_per_step)]
-    return Load("dpo", everything, objective(c), c, (steps(c, len(everything)),))
+    loss, rounds = objective(c), (steps(c, len(everything)),)
+    return Load("dpo", everything, loss, c, c.groups_per_step, rounds, scoring=loss.reference / c.epochs)
 
 
 def check(config: Config, found: Sequence[Group], examples: Sequence[Example]) -> None:

@@ -109,7 +109,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     check_rows(machine, work)
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
-    if sampled and not any(load.generates for load in work):
+    if sampled and not any(load.answers for load in work):
         log.warning("generation.%s has no use: no method of the run samples answers", sampled[0])
     plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])
     with open_session(config, machine, plan, generate) as session:
@@ -144,7 +144,7 @@ def loads(config: Config, examples: Sequence[Example]) -> list[Load]:
 
 def generates(config: Config, work: Sequence[Load], heldout: Sequence[Example]) -> bool:
     """Whether the run writes answers at all: a method's, or those to held-out problems."""
-    return any(load.generates for load in work) or bool(config.evaluate.problems and asked(heldout))
+    return any(load.answers for load in work) or bool(config.evaluate.problems and asked(heldout))
 
 
 def plan_path(directory: RunDir) -> Path:

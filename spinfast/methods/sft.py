@@ -38,4 +38,4 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     groups = learnt(examples) if examples else limits(config, 1, c.groups_per_step)
     if not groups:
         raise UserError("method sft: no answer of the data is labelled desirable; expected at least one to learn from")
-    return Load("sft", groups, Nll(), c, (steps(c, len(groups)),))
+    return Load("sft", groups, Nll(), c, c.groups_per_step, (steps(c, len(groups)),))

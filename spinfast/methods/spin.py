@@ -95,4 +95,5 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     groups = [Group(group.prompt_ids, (*group.answers, generated)) for group in real]
     later = steps(c, len(groups) * (2 if c.mix_previous else 1))
     rounds = (steps(c, len(groups)), *[later] * (c.iterations - 1))
-    return Load("spin", groups, game(config, 0), c, rounds, generates=True)
+    answers = c.iterations * len(groups)
+    return Load("spin", groups, game(config, 0), c, c.groups_per_step, rounds, 1 / c.epochs, answers)

@@ -35,8 +35,7 @@ def of_run(config, loads, adapter_bytes: int) -> int:
     rounds = sum(len(load.rounds) for load in loads)
     grown = rounds * (rounds + 1) // 2 if config.adapter.init == "merge" else rounds
     moments = max({"adamw": 2, "rmsprop": 1}[load.settings.optimizer] for load in loads)
-    answers = sum(len(load.rounds) * len(load.everything) for load in loads if load.generates)
-    tokens = answers * (2 * config.generation.max_tokens + config.prompt.max_prompt_tokens)
+    tokens = sum(load.answers for load in loads) * (2 * config.generation.max_tokens + config.prompt.max_prompt_tokens)
     return adapter_bytes * (1 + grown + 3 * (1 + moments)) + tokens * TOKEN_BYTES
 
 
