@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from spinfast.config import Optimisation
-from spinfast.interrupt import finishing_steps, stop_if_asked
+from spinfast.interrupt import Stopped, finishing_steps, stop_if_asked
 from spinfast.objectives import Objective
 from spinfast.store import checkpoint, failed_step, files
 from spinfast.store.record import Stage
@@ -72,6 +72,8 @@ def fit(
                     check_first_loss(metrics, objective.at_start(groups), device.dtype, cut, objective.rounding(groups))
                 if watch and watch.due(state.step, len(steps)):
                     metrics |= watch.look(state.step, policy, state.watched)
+                metrics |= steps.figures(state.step - 1)
+                metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1]["num_tokens"] if rows else 0)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
                 run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
@@ -86,6 +88,9 @@ def fit(
                     save()
                     break
                 stop_if_asked(save)
+        except Stopped:  # where the groups of the next step were made
+            save()
+            raise
         except NonFinite as error:
             raise failed_step.keep(run, stage, objective, error) from None
         if watch and watch.keeps_best and state.watched.step not in (0, state.step):

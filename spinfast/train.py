@@ -46,14 +46,20 @@ class Steps(Protocol):
     """The groups of every optimizer step, asked for when it is their turn; a resumed run must get the same."""
 
     longest: int  # packed tokens of the longest group there can be
+    files: Sequence[str]  # what the stage keeps of them
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, step: int) -> Sequence[Group]: ...
 
+    def figures(self, step: int) -> dict[str, float]:
+        """What a metrics line says of a step's groups themselves."""
+
 
 class Epochs:
     """Steps over a list of groups: a seeded shuffle per epoch, cut into steps."""
+
+    files = ()
 
     def __init__(self, groups: Sequence[Group], per_step: int, epochs: int, seed: int):
         self.groups = groups
@@ -76,6 +82,9 @@ class Epochs:
 
     def __getitem__(self, step: int) -> list[Group]:
         return [self.groups[row] for row in self.rows[step]]
+
+    def figures(self, step: int) -> dict[str, float]:
+        return {}
 
 
 def batches(groups: Sequence[Group], budget: Budget) -> list[PackedBatch]:

@@ -74,8 +74,9 @@ class Completion:
     index: int
     token_ids: tuple[int, ...]  # the stop token included if finish_reason is "stop", none if "length"
     finish_reason: Literal["stop", "length"]
-    logps: tuple[float, ...] = ()  # the sampler's own, one per token, at temperature 1 over the whole vocabulary
+    logps: tuple[float, ...] = ()  # those each token was drawn by; of greedy answers at temperature 1
     sample: int = 0  # which of several answers to the prompt
+    cached: int = 0  # tokens of the prompt that were not computed for it: their keys and values were there
 
     @property
     def logp(self) -> float | None:

@@ -1,6 +1,7 @@
 """Held-out losses while a stage trains: when to stop, and which adapter to keep.
 
-A loss is the objective's own on held-out groups, unit by unit (an answer weighted by its tokens in SFT, a pair in DPO).
+A loss is the objective's own on held-out groups, unit by unit (an answer weighted by its tokens in SFT, a pair in DPO),
+in GRPO minus the reward of a greedy answer.
 A gain counts if it is more than two standard errors of the paired differences from the last loss that was one, so a
 slow descent adds up to one, and rounding never does.
 """
@@ -17,6 +18,7 @@ from spinfast.policy import Policy
 from spinfast.types import Adapter
 
 Losses = tuple[torch.Tensor, torch.Tensor]  # (U,) losses and weights, fp64; their ratio of sums is the loss
+Figures = dict[str, float]  # what a metrics line says of them
 ROUNDING = 1e-6  # relative; losses nearer than this are equal
 
 
@@ -44,16 +46,15 @@ class Watched:
 class Watch:
     """measure() -> the policy's held-out losses as it stands; every so many steps. patience 0: never stop."""
 
-    measure: Callable[[], Losses]
+    measure: Callable[[], tuple[Losses, Figures]]
     every: int
     patience: int
     keeps_best: bool = False
-    likelihood: bool = False  # the loss is per token, its exponential a perplexity
 
-    def look(self, step: int, policy: Policy, seen: Watched) -> dict[str, float]:
-        """Measure, note what was seen, and return the figures of a metrics line."""
-        values, weights = self.measure()
-        loss, stderr = ratio((values, weights))
+    def look(self, step: int, policy: Policy, seen: Watched) -> Figures:
+        """Measure, note what was seen, and return the figures."""
+        (values, weights), figures = self.measure()
+        loss, _ = ratio((values, weights))
         gained = seen.last_gain is None and math.isfinite(loss)
         if seen.last_gain is not None:
             gain, error = ratio((seen.last_gain - values, weights))
@@ -62,9 +63,6 @@ class Watch:
         seen.last_gain = values if gained else seen.last_gain
         if loss < seen.loss - ROUNDING * abs(loss):
             seen.step, seen.loss, seen.tensors = step, loss, policy.adapter().tensors
-        figures = {"heldout/loss": loss, "heldout/loss_stderr": stderr}
-        if self.likelihood:
-            figures |= {"heldout/perplexity": math.exp(loss), "heldout/perplexity_stderr": math.exp(loss) * stderr}
         return figures
 
     def due(self, step: int, last: int) -> bool:
@@ -72,6 +70,15 @@ class Watch:
 
     def stops(self, seen: Watched) -> bool:
         return bool(self.patience) and seen.stale >= self.patience
+
+
+def loss_figures(losses: Losses, likelihood: bool = False) -> Figures:
+    """The loss with its standard error; where it is per token, its exponential, a perplexity, too."""
+    loss, stderr = ratio(losses)
+    figures = {"heldout/loss": loss, "heldout/loss_stderr": stderr}
+    if likelihood:
+        figures |= {"heldout/perplexity": math.exp(loss), "heldout/perplexity_stderr": math.exp(loss) * stderr}
+    return figures
 
 
 def best_adapter(policy: Policy, seen: Watched) -> Adapter:

@@ -165,6 +165,7 @@ class _Answer:
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    shared: int = 0  # tokens of its prompt that another answer's computed
 
     @property
     def cached(self) -> int:
@@ -193,7 +194,7 @@ class _Answer:
     def completion(self, sampling: Sampling) -> Completion:
         reason = "stop" if self.token_ids[-1] in sampling.stop_ids else "length"
         request = self.request
-        return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample)
+        return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample, self.shared)
 
 
 def _admit(waiting: deque[Request], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
@@ -208,6 +209,7 @@ def _admit(waiting: deque[Request], active: list[_Answer], room: int) -> tuple[l
         tokens += 1 if known else len(answer.request.prompt_ids)
         if (again or fresh) and tokens > PREFILL_TOKENS:
             break
+        answer.shared = len(answer.request.prompt_ids) - 1 if known else 0
         (again if known else fresh).append(answer)
         waiting.popleft()
     return again, fresh
@@ -350,15 +352,15 @@ def _signed(word: int) -> int:
 
 
 def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature: float, top_p: float):
-    """(token ids, their log-probs at temperature 1), both (S,). Greedy at temperature 0, else the inverse CDF."""
-    probs_SV = torch.softmax(logits_SV, dim=-1)
+    """(token ids, log-probs they are drawn by), both (S,): the inverse CDF; greedy at temperature 0, scored at 1."""
+    probs_SV = torch.softmax(logits_SV if temperature in (0, 1) else logits_SV / temperature, dim=-1)
     if temperature == 0:
         token_S1 = logits_SV.argmax(-1, keepdim=True)
-    else:
-        drawn_SV = probs_SV if temperature == 1 else torch.softmax(logits_SV / temperature, dim=-1)
-        if top_p < 1:
-            drawn_SV = drawn_SV.where(drawn_SV >= _nucleus_floor(drawn_SV, top_p), 0.0)
-        token_S1 = _inverse_cdf(drawn_SV, uniform_S[:, None])
+        return token_S1[:, 0], probs_SV.gather(1, token_S1)[:, 0].log()
+    if top_p < 1:
+        probs_SV = probs_SV.where(probs_SV >= _nucleus_floor(probs_SV, top_p), 0.0)
+        probs_SV = probs_SV / probs_SV.sum(-1, keepdim=True)
+    token_S1 = _inverse_cdf(probs_SV, uniform_S[:, None])
     return token_S1[:, 0], probs_SV.gather(1, token_S1)[:, 0].log()
 
 

@@ -99,6 +99,7 @@ class VLLMGenerator:
             "max_lora_rank": _served_rank(self.max_lora_rank),
             "enable_prefix_caching": True,
             "disable_log_stats": True,
+            "logprobs_mode": "processed_logprobs",  # those that tokens are drawn by
             "use_tqdm_on_load": False,
         }
         with vllm_compat.undisturbed():
@@ -164,7 +165,8 @@ class VLLMGenerator:
             reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
             request, scored = requests[position], zip(answer.token_ids, answer.logprobs, strict=True)
             logps = tuple(float(logps[token].logprob) for token, logps in scored)
-            yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample)
+            cached = output.num_cached_tokens or 0
+            yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample, cached)
 
     def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
         """(position, vLLM's output) as the prompts finish; leaving early drops the rest."""

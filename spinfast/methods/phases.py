@@ -27,7 +27,7 @@ from spinfast.store.record import Stage
 from spinfast.store.reference import Reference
 from spinfast.train import Epochs, as_step, score, with_room
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
-from spinfast.watch import Losses, Watch
+from spinfast.watch import Figures, Losses, Watch, loss_figures
 
 log = logging.getLogger("spinfast")
 REFERENCE = "reference.parquet"
@@ -176,12 +176,12 @@ def watching(run: Run, objective: Objective, settings: Watched, groups: Sequence
         log.warning("evaluate_every, patience and keep have no use: there are no held-out rows to look at")
         return None
 
-    def measure() -> Losses:
+    def measure() -> tuple[Losses, Figures]:
         there, parts, logps = as_step(run.policy, objective, groups, run.budget)
-        return there.units(parts, logps)
+        losses = there.units(parts, logps)
+        return losses, loss_figures(losses, likelihood=isinstance(objective, Nll))
 
-    keeps_best, likelihood = settings.keep == "best", isinstance(objective, Nll)
-    return Watch(measure, settings.evaluate_every, settings.patience, keeps_best, likelihood)
+    return Watch(measure, settings.evaluate_every, settings.patience, settings.keep == "best")
 
 
 def conclude(

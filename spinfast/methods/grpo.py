@@ -1,0 +1,80 @@
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300) with reward functions, and the losses after it.
+
+    for every rollout (sampling.py):
+        x_1 .. x_n            ~ data                                     drawn
+        y_1 .. y_G            ~ p_theta(. | x_i), by the engine          answered
+        r                     = sum of weight * reward(x, y)             rewards/
+        A                     = (r - mean of its group) / their spread   advantages.py
+        for one or more steps:
+            theta            += gradient of A * ratio(p_theta, p_old)    surrogates.py, fit
+
+A rollout is kept in a file before it is trained on, and a resumed run reads it again. Groups whose rewards are all equal
+teach nothing: they are not computed, and with grpo.refill fresh prompts take their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+import torch
+
+from spinfast.config import Config, at
+from spinfast.errors import UserError
+from spinfast.evaluate import heldout
+from spinfast.evaluate.rewarded import reward_metrics
+from spinfast.fit import fit
+from spinfast.memory.planner import Load
+from spinfast.methods.phases import conclude
+from spinfast.methods.run import Run
+from spinfast.methods.sampling import Rollouts
+from spinfast.objectives import Surrogate
+from spinfast.store.record import Stage
+from spinfast.types import Example, Group
+from spinfast.watch import Figures, Losses, Watch
+
+
+def grpo(run: Run, last: Stage) -> Iterator[dict]:
+    c, stage = run.config.grpo, run.stage("grpo", last, "grpo")
+    start = run.become(last)
+    fit(run, stage, Rollouts(run, stage, start), surrogate(run.config), c, at(c.lr, 0), watch=looking(run))
+    yield conclude(run, stage, last, start)
+
+
+def surrogate(config: Config) -> Surrogate:
+    """What is optimised: grpo's keys of its names, and the limits of what is sampled."""
+    own = {field.name for field in fields(Surrogate)} & {*type(config.grpo).model_fields}
+    keys = {name: getattr(config.grpo, name) for name in own}
+    return Surrogate(**keys, max_tokens=config.generation.max_tokens, temperature=config.generation.temperature)
+
+
+def looking(run: Run) -> Watch | None:
+    """Held-out problems answered greedily on the way, where the config asks for it."""
+    c, settings = run.config.grpo, run.config.evaluate
+    problems = heldout.asked(run.heldout)[: settings.problems]
+    if not c.evaluate_every or not problems:
+        return None
+
+    def measure() -> tuple[Losses, Figures]:
+        run.session.check_generator(problems[0].prompt_ids, run.policy.adapter())
+        answers = heldout.greedy(run, problems, "look")
+        metrics, rewards = reward_metrics(run, problems, answers)
+        known = torch.tensor([reward for reward in rewards if reward is not None], dtype=torch.float64)
+        return (-known, torch.ones_like(known)), flat(metrics | heldout.accuracies(run, problems, answers))
+
+    return Watch(measure, c.evaluate_every, c.patience, c.keep == "best")
+
+
+def load(config: Config, examples: Sequence[Example]) -> Load:
+    """Every answer at its limit."""
+    c, answer = config.grpo, (0,) * config.generation.max_tokens
+    prompts = [e.prompt_ids for e in examples if e.messages] or [(0,) * config.prompt.max_prompt_tokens]
+    if examples and not any(e.messages for e in examples):
+        raise UserError("method grpo: needs prompts, and the data is plain text")
+    loss = surrogate(config)
+    groups = loss.filled([Group(prompt, (answer,) * c.samples) for prompt in prompts])
+    off_policy = c.steps_per_rollout > 1 and c.old_logps == "policy"
+    scoring = (bool(c.beta) + off_policy) / c.num_iterations
+    prompts = math.ceil(c.steps / c.steps_per_rollout) * c.steps_per_generation * c.prompts_per_step
+    return Load("grpo", groups, loss, c, c.prompts_per_step, (c.steps,), scoring, prompts * (1 + c.refill) * c.samples)
