@@ -16,6 +16,7 @@ from packed_cases import make_groups, plain_logps, plain_model, tiny_policy
 from test_packing import current
 
 from spinfast.config import PAIRED, UNPAIRED
+from spinfast.fit import summary
 from spinfast.losses import LOSSES
 from spinfast.objectives import (
     ACTIVE,
@@ -353,3 +354,10 @@ def test_log_probs_per_token_at_a_temperature(tiny_model, plain, ops):
             assert of_answer == pytest.approx(expected.tolist(), rel=2e-5, abs=1e-4)
     assert token_logps(policy, groups, Budget(16, "sdpa"))[1][0] != pytest.approx(found[1][0], rel=1e-2)
     assert token_logps(policy, [], WHOLE) == []
+
+
+def test_a_stage_of_dead_groups_alone_has_a_summary():
+    rows = [{"step": step, "train/loss": 0.0, "train/empty": 1.0} for step in (1, 2)]
+    assert summary(rows) == {"steps": 2, "first_loss": 0.0, "last_loss": 0.0, "last/empty": 1.0}
+    made = {"step": 3, "train/loss": 0.7}
+    assert summary([*rows, made, {**rows[0], "step": 4}])["last_loss"] == 0.7
