@@ -88,8 +88,9 @@ def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, load
         source = f"a matrix product measured here, {rate / 1e9:.0f} GFLOP/s"
     lines, seconds = [], 0.0
     for load in loads:
+        cut = load.objective.cut(load.everything, planned.microbatch_tokens)
         one_pass = planner.seconds(
-            device, shape, load.everything, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
+            device, shape, cut, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
         )
         first, *later = load.rounds
         passes = load.groups_per_step * sum(load.rounds) / len(load.everything)

@@ -126,7 +126,8 @@ def check_first_loss(
 
 def summary(rows: Sequence[dict]) -> dict[str, float]:
     """The training phase in a few figures, from its metrics lines; losses are those of steps that were made."""
-    losses = [row["train/loss"] for row in rows if not isinstance(row["train/loss"], str)]  # "nan" was skipped
+    made = [row["train/loss"] for row in rows if "train/empty" not in row and not isinstance(row["train/loss"], str)]
+    losses = made or [0.0]  # "nan" was skipped
     last, early = rows[-1], rows[1 : len(rows) // 4]
     names = [name for name in last if name.startswith("train/")]
     accuracies = [row["rewards/accuracies"] for row in early if "rewards/accuracies" in row]

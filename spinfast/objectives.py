@@ -9,10 +9,10 @@ Shapes: N scored tokens, S answers, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, combinations
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, combinations, pairwise
+from typing import Literal, Protocol, Self
 
 import torch
 from spinfast_kernels.reference import LOSSES as WHOLE_ANSWERS
@@ -21,11 +21,17 @@ from torch.nn.functional import sigmoid
 from spinfast.config import REFERENCE_FREE
 from spinfast.losses import LOSSES, Pairs
 from spinfast.ops import Ops
+from spinfast.packing import packed_length
 from spinfast.sums import segment_sums, take_rows
+from spinfast.surrogates import SURROGATES, Correction, Tokens, bounded, correction, k3, ratios
 from spinfast.types import Group, PackedBatch
 
 REFERENCE = "reference_logps"  # given per answer: its log-prob under the reference
 DESIRABLE = "desirable"  # given per answer: 1 or 0; of an answer that belongs to another prompt, 0
+ADVANTAGE = "advantage"  # given per answer
+ACTIVE = "active"  # given per answer: 1, or 0 of an answer that is in no loss and no mean
+SAMPLER_LOGPS = "sampler_logps"  # given per token, as REFERENCE too may be: by who sampled it; NaN where not known
+OLD_LOGPS = "old_logps"  # given per token: under the policy before the first update that the answer is used for
 Measure = Callable[[Sequence[Group]], list[list[float]]]  # log-prob sums per answer under the policy as it stands
 
 
@@ -36,17 +42,29 @@ def with_reference(group: Group, logps: Sequence[float]) -> Group:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: the differentiable sum over groups; metrics: detached sums by name, divided by the weight later."""
+    """total: the differentiable sum over groups. The rest is detached, by name.
+
+    metrics: sums, divided by the weight later, but for names that end in /max or /min: what they say.
+    means: (sum, count), a mean of its own, over what is computed of a step.
+    """
 
     total: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    means: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    reference: bool  # whether groups must be given a reference's log-probs
+    reference: bool  # whether groups must be given the log-probs of the reference that the policy starts as
+    temperature: float  # the policy is softmax(logits / temperature)
+
+    def filled(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The groups, given constants that stand for those they will have: for a plan."""
 
     def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
-        """The objective with what it must know of the whole step, and the groups that are trained on."""
+        """The objective with what it must know of the whole step, and what of the groups is trained on."""
+
+    def cut(self, groups: Sequence[Group], tokens: int) -> Sequence[Group]:
+        """The groups, in parts of at most so many packed tokens where its loss can be taken apart; 0: the smallest."""
 
     def apart(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
         """The groups as they are computed, by which a reference is scored too: parts that share no batch."""
@@ -70,6 +88,14 @@ class Plain:
     """What most objectives need not say."""
 
     reference = False
+    temperature = 1.0
+
+    def filled(self, groups: Sequence[Group]) -> Sequence[Group]:
+        zeros = [(0.0,) * len(group.answers) for group in groups]
+        return [*map(with_reference, groups, zeros)] if self.reference else groups
+
+    def cut(self, groups: Sequence[Group], tokens: int) -> Sequence[Group]:
+        return groups
 
     def for_step(self, groups: Sequence[Group], measure: Measure) -> tuple[Self, Sequence[Group]]:
         return self, groups
@@ -250,7 +276,7 @@ class Unpaired(Plain):
         return replace(self, kl=kl, desirable_share=share), own
 
     def apart(self, groups):
-        return [[_only(group, answer) for group in groups] for answer in range(len(groups[0].answers))]
+        return [[group.part([answer]) for group in groups] for answer in range(len(groups[0].answers))]
 
     def units(self, groups, logps):
         reference, desirable = ([group.given[name][0] for group in groups] for name in (REFERENCE, DESIRABLE))
@@ -279,6 +305,118 @@ class Unpaired(Plain):
         return Loss(total, {name: value.sum() for name, value in metrics.items()})
 
 
+@dataclass(frozen=True)
+class Surrogate(Plain):
+    """Policy gradients from rewarded answers (surrogates.py), each answer for itself.
+
+    Groups are given ADVANTAGE, ACTIVE and SAMPLER_LOGPS, and may be given OLD_LOGPS. Without these the old policy is
+    the one being trained, as it is at an answer's first update (ratio 1), or, `old_logps` "sampler", the sampler.
+    Else the sampler's difference from the old policy is corrected for: its ratio (surrogates.correction) weighs the
+    policy's loss, not the KL. With `beta` they are given REFERENCE per token; the KL of a token is weighed by its ratio
+    to the old policy, which makes its gradient that of KL(p || p_ref) (DeepSeek-V3.2, arXiv 2512.02556; TRL's
+    default).
+
+    An answer that is not active counts nowhere. (In TRL it adds 0 to a mean over answers and counts as one of them.)
+    One whose advantage is 0 counts in the mean and is not computed, unless there is a KL.
+    """
+
+    loss: str = "dapo"  # a name of surrogates.SURROGATES
+    epsilon: float = 0.2
+    epsilon_high: float | None = None  # None: epsilon; cispo: 5
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    beta: float = 0.0
+    correction: Correction = "token_truncate"
+    correction_max: float = 2.0
+    old_logps: Literal["policy", "sampler"] = "policy"
+    max_tokens: int = 1  # the longest answer that could be sampled, which dr_grpo divides by
+    temperature: float = 1.0
+
+    @property
+    def high(self) -> float:
+        if self.epsilon_high is None:
+            return 5.0 if self.loss == "cispo" else self.epsilon
+        return self.epsilon_high
+
+    @property
+    def kind(self):
+        return SURROGATES[self.loss]
+
+    def filled(self, groups):
+        names = [SAMPLER_LOGPS, *([REFERENCE] if self.beta else [])]
+        return [
+            replace(
+                group,
+                given={ADVANTAGE: (1.0,) * len(group.answers), ACTIVE: (1.0,) * len(group.answers)}
+                | {name: tuple((0.0,) * length for length in group.lengths) for name in names},
+            )
+            for group in groups
+        ]
+
+    def for_step(self, groups, measure):
+        chosen = [
+            [i for i, a in enumerate(group.given[ADVANTAGE]) if group.given[ACTIVE][i] and (a or self.beta)]
+            for group in groups
+        ]
+        return self, [group.part(answers) for group, answers in zip(groups, chosen, strict=True) if answers]
+
+    def cut(self, groups, tokens):
+        return [part for group in groups for part in split(group, tokens)]
+
+    def weight(self, group: Group) -> float:
+        lengths = [length for length, active in zip(group.lengths, group.given[ACTIVE], strict=True) if active]
+        counts = {"answer": len(lengths), "token": sum(lengths), "limit": len(lengths) * self.max_tokens}
+        return float(counts[self.kind.mean])
+
+    def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
+        ids_N, lengths_S, sampler_N = batch.sequence_ids_N, batch.lengths_S, batch.given[SAMPLER_LOGPS]
+        own_N = batch.given.get(OLD_LOGPS, logps_N.detach())
+        old_N = torch.where(sampler_N.isnan(), own_N, sampler_N) if self.old_logps == "sampler" else own_N
+        ratios_N = ratios(logps_N - old_N, ids_N, lengths_S, self.kind.sequence)
+        tokens = Tokens(logps_N, ratios_N, batch.given[ADVANTAGE][ids_N])
+        loss_N = self.kind.loss(tokens, self)
+        each_N, of_answer_N = torch.ones_like(ratios_N), 1 / lengths_S[ids_N]  # what a token counts in a mean
+        gap_N = (own_N - sampler_N).abs()
+        means = {name: (value, of_answer_N if self.kind.sequence else each_N) for name, value in self.clips(tokens)}
+        means["entropy"] = -logps_N, each_N
+        means["sampling/sampling_logp_difference/mean"] = gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float()
+        metrics = {"sampling/sampling_logp_difference/max": gap_N.nan_to_num(nan=0.0).amax()}
+        if self.correction != "none" and self.old_logps == "policy":
+            weights_N = correction(self.correction, own_N - sampler_N, ids_N, batch.sequences, self.correction_max)
+            loss_N = loss_N * weights_N
+            name, whole = "sampling/importance_sampling_ratio", self.correction.startswith("sequence")
+            means[f"{name}/mean"] = weights_N, of_answer_N if whole else each_N
+            metrics |= {f"{name}/min": weights_N.amin(), f"{name}/max": weights_N.amax()}
+        if self.beta:
+            kl_N = k3(batch.given[REFERENCE] - logps_N) * ratios_N
+            loss_N = loss_N + self.beta * kl_N
+            means["kl"] = kl_N, each_N
+        total = (loss_N * of_answer_N if self.kind.mean == "answer" else loss_N).sum()
+        return Loss(total, metrics, {name: ((x.detach() * w).sum(), w.sum()) for name, (x, w) in means.items()})
+
+    def clips(self, tokens: Tokens) -> Iterator[tuple[str, torch.Tensor]]:
+        """Which tokens' ratios are beyond the bound, where a clipped loss has no gradient and cispo holds the ratio."""
+        if self.loss == "cispo":
+            yield "cispo_clip_ratio", (tokens.ratios > self.high) & (tokens.advantages > 0)
+        elif self.loss != "sapo":
+            low_N = (bounded(tokens, self) < 1 - self.epsilon) & (tokens.advantages < 0)
+            high_N = (bounded(tokens, self) > 1 + self.high) & (tokens.advantages > 0)
+            for side, clipped_N in {"low": low_N, "high": high_N, "region": low_N | high_N}.items():
+                yield f"clip_ratio/{side}_mean", clipped_N
+
+
+def split(group: Group, tokens: int) -> list[Group]:
+    """The group in as few parts of nearly equally many answers as have at most so many packed tokens, or one each."""
+    count = len(group.answers)
+    for parts in range(1, count + 1):
+        ends = [round(count * i / parts) for i in range(parts + 1)]
+        found = [group.part(range(start, end)) for start, end in pairwise(ends)]
+        if max(map(packed_length, found)) <= tokens:
+            break
+    return found
+
+
 def loss_at_zero_margin(kind: str, beta: float) -> float:
     """l(0): ln 2 for the logistic loss."""
     return 1 / (4 * beta**2) if kind == "ipo" else {"logistic": 0.6931471805599453}.get(kind, 1.0)
@@ -288,17 +426,11 @@ def _pairs(answers: int) -> list[tuple[int, int]]:
     return list(combinations(range(answers), 2))
 
 
-def _only(group: Group, answer: int) -> Group:
-    """The group with one of its answers."""
-    given = {name: values[answer : answer + 1] for name, values in group.given.items()}
-    return replace(group, answers=group.answers[answer : answer + 1], given=given)
-
-
 def _flat(rows: Sequence[Sequence[float]]) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in row], dtype=torch.float64)
 
 
-OBJECTIVES = {"nll": Nll, "pairwise": Pairwise, "preference": Preference, "unpaired": Unpaired}
+OBJECTIVES = {"nll": Nll, "pairwise": Pairwise, "preference": Preference, "unpaired": Unpaired, "surrogate": Surrogate}
 
 
 def described(objective: Objective) -> dict:
@@ -310,6 +442,6 @@ def described(objective: Objective) -> dict:
 def restored(description: dict) -> Objective:
     """The objective that was `described`."""
     options = {key: value for key, value in description.items() if key != "name"}
-    if "loss" in options:
+    if isinstance(options.get("loss"), list):
         options["loss"] = tuple((name, weight) for name, weight in options["loss"])
     return OBJECTIVES[description["name"]](**options)

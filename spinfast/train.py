@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import torch
 
 from spinfast.config import Optimisation
 from spinfast.errors import UserError
-from spinfast.objectives import Objective
+from spinfast.objectives import Objective, split
 from spinfast.packing import bins, pack, packed_length
 from spinfast.policy import Policy
 from spinfast.sums import segment_sums, take_rows
@@ -38,14 +39,14 @@ class Budget:
 
     microbatch_tokens: int
     attention: str
-    longest: int = 0  # packed tokens of the longest group to come; microbatches never get smaller
+    longest: int = 0  # packed tokens of the longest group to come, see Steps; microbatches never get smaller
     shrunk: Callable[[int], None] = lambda tokens: None  # told the new microbatch_tokens when memory ran out
 
 
 class Steps(Protocol):
     """The groups of every optimizer step, asked for when it is their turn; a resumed run must get the same."""
 
-    longest: int  # packed tokens of the longest group there can be
+    longest: int  # packed tokens of the longest group there can be, cut as small as the objective allows
     files: Sequence[str]  # what the stage keeps of them
 
     def __len__(self) -> int: ...
@@ -115,10 +116,11 @@ def within_memory(
         budget.shrunk(tokens)
 
 
-def answer_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
+def answer_logps(policy: Policy, batch: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
     """Log-probs (N,) fp32 of the answers' tokens; the prompt's tokens never reach the head."""
     hidden_ND = take_rows(policy.hidden(batch), batch.scored_N)
-    return policy.ops.linear_logps(hidden_ND, policy.head_VD, batch.targets_N, bias=policy.head_bias_V)
+    head = {"bias": policy.head_bias_V, "temperature": temperature}
+    return policy.ops.linear_logps(hidden_ND, policy.head_VD, batch.targets_N, **head)
 
 
 @torch.no_grad()
@@ -184,6 +186,28 @@ def _scored(policy, groups, budget) -> tuple[list[list[float]], int]:
         for row in batch.rows:
             scores[row] = [next(sums) for _ in groups[row].answers]
     return scores, sum(batch.tokens for batch in packed)
+
+
+@torch.no_grad()
+def token_logps(
+    policy: Policy, groups: Sequence[Group], budget: Budget, temperature: float = 1.0
+) -> list[tuple[tuple[float, ...], ...]]:
+    """Per group and answer the log-prob of every scored token, cut as a step of a Surrogate on these groups is."""
+    if not groups:
+        return []
+
+    def attempt(budget: Budget) -> list[tuple[float, ...]]:
+        parts = [part for group in groups for part in split(group, budget.microbatch_tokens)]
+        found: list[list[tuple[float, ...]]] = [[] for _ in parts]
+        for batch in batches(parts, budget):
+            logps = iter(answer_logps(policy, batch.to(policy.device), temperature).tolist())
+            for row in batch.rows:
+                found[row] = [tuple(islice(logps, length)) for length in parts[row].lengths]
+        return [answer for part in found for answer in part]
+
+    smallest = [part for group in groups for part in split(group, 0)]
+    answers = iter(within_memory(with_room(budget, smallest), smallest, attempt)[0])
+    return [tuple(islice(answers, len(group.answers))) for group in groups]
 
 
 # Optimisation --------------------------------------------------------------------------------------------------
@@ -271,20 +295,27 @@ def train_step(
     budget: Budget,
     state: TrainState,
 ) -> tuple[dict[str, float], Budget]:
-    """Accumulate, clip, update; the budget comes back, smaller if it did not fit. A non-finite step is skipped."""
+    """Accumulate, clip, update; the budget comes back, smaller if it did not fit. A non-finite step is skipped.
+
+    Where the objective leaves no group to train on, nothing moves: not the adapter, nor the optimizer's moments.
+    """
 
     def measure(parts: Sequence[Group]) -> list[list[float]]:
         nonlocal budget
         logps, budget = within_memory(budget, parts, partial(logps_in_cut, policy, parts))
         return logps
 
+    weight = sum(map(objective.weight, groups))  # those that need no training count too
     objective, groups = objective.for_step(groups, measure)
-    weight = sum(map(objective.weight, groups))
 
     def attempt(budget: Budget) -> tuple[dict[str, float], int]:
-        return accumulate(policy, batches(groups, budget), objective, weight, state)
+        parts = objective.cut(groups, budget.microbatch_tokens)
+        return accumulate(policy, batches(parts, budget), objective, weight, state)
 
-    (metrics, tokens), budget = within_memory(budget, groups, attempt)
+    if not groups:
+        still = {"train/empty": 1.0, **dict.fromkeys(("train/loss", "train/grad_norm", "train/grad_spike"), 0.0)}
+        return still | _counters(state, state.loss_scale, 0, budget), budget
+    (metrics, tokens), budget = within_memory(budget, objective.cut(groups, 0), attempt)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
@@ -302,22 +333,38 @@ def train_step(
     scale = state.loss_scale
     _update_loss_scale(state, skipped)
     metrics |= {"train/grad_norm": norm, "train/grad_spike": spike}
-    metrics |= {"train/loss_scale": scale, "train/overflows": state.overflows}
-    return metrics | {"train/tokens": tokens, "train/microbatch_tokens": budget.microbatch_tokens}, budget
+    return metrics | _counters(state, scale, tokens, budget), budget
+
+
+def _counters(state: TrainState, scale: float, tokens: int, budget: Budget) -> dict[str, float]:
+    made = {"train/loss_scale": scale, "train/overflows": state.overflows}
+    return made | {"train/tokens": tokens, "train/microbatch_tokens": budget.microbatch_tokens}
+
+
+EXTREMES = {"max": torch.maximum, "min": torch.minimum}  # how metrics of such a last name combine
 
 
 def accumulate(policy, packed, objective, weight, state) -> tuple[dict[str, float], int]:
     """The step's scaled gradients, from zero; the means of its metrics and its tokens."""
     state.optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+    means: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for batch in packed:
         batch = batch.to(policy.device)
-        loss = objective(batch, answer_logps(policy, batch), policy.ops)
+        loss = objective(batch, answer_logps(policy, batch, objective.temperature), policy.ops)
         (loss.total * (state.loss_scale / weight)).backward()
         for name, value in {"train/loss": loss.total.detach(), **loss.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value
-    metrics = {name: (value / weight).item() for name, value in sums.items()}
+            found[name] = _combine(name)(found[name], value) if name in found else value
+        for name, (value, count) in loss.means.items():
+            before, counted = means.get(name, (0.0, 0))
+            means[name] = before + value, counted + count
+    metrics = {name: (value / (weight if _combine(name) is torch.add else 1)).item() for name, value in found.items()}
+    metrics |= {name: (value / count.clamp(min=1e-9)).item() for name, (value, count) in means.items()}
     return metrics, sum(batch.tokens for batch in packed)
+
+
+def _combine(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return EXTREMES.get(name.rsplit("/", 1)[-1], torch.add)
 
 
 def _update_loss_scale(state: TrainState, skipped: bool) -> None:

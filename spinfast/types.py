@@ -5,7 +5,7 @@ Shape suffixes: T packed tokens, N scored tokens, S sequences (answers), K gathe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
@@ -118,6 +118,13 @@ class Group:
     def lengths(self) -> tuple[int, ...]:
         """Scored tokens of each answer."""
         return tuple(map(sum, self.scored)) if self.scored else tuple(map(len, self.answers))
+
+    def part(self, answers: Iterable[int]) -> Group:
+        """The group with these of its answers, by their positions."""
+        rows = list(answers)
+        given = {name: tuple(values[row] for row in rows) for name, values in self.given.items()}
+        scored = tuple(self.scored[row] for row in rows) if self.scored else ()
+        return Group(self.prompt_ids, tuple(self.answers[row] for row in rows), given, scored)
 
 
 @dataclass(frozen=True)

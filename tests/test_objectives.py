@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from itertools import combinations
 
 import pytest
@@ -15,18 +16,28 @@ from packed_cases import make_groups, plain_logps, plain_model, tiny_policy
 from test_packing import current
 
 from spinfast.config import PAIRED, UNPAIRED
+from spinfast.fit import summary
 from spinfast.losses import LOSSES
 from spinfast.objectives import (
+    ACTIVE,
+    ADVANTAGE,
     DESIRABLE,
+    OLD_LOGPS,
     REFERENCE,
+    SAMPLER_LOGPS,
     Nll,
     Preference,
+    Surrogate,
     Unpaired,
     described,
     restored,
+    split,
     with_reference,
 )
-from spinfast.train import Budget, sequence_logps, start_training, train_step
+from spinfast.ops import choose
+from spinfast.packing import packed_length
+from spinfast.surrogates import SURROGATES
+from spinfast.train import Budget, answer_logps, batches, sequence_logps, start_training, token_logps, train_step
 from spinfast.types import Group
 
 WHOLE = Budget(4096, "sdpa")
@@ -73,7 +84,7 @@ def step(policy, groups, objective, budget=WHOLE):
     handle = state.optimizer.register_step_pre_hook(lambda *_: gradients.update(current(policy)))
     metrics, _ = train_step(policy, groups, objective, 1e9, budget, state)
     handle.remove()
-    return metrics, torch.cat([gradient.flatten() for gradient in gradients.values()])
+    return metrics, torch.cat([torch.zeros(0), *(gradient.flatten() for gradient in gradients.values())])
 
 
 def test_every_name_of_the_config_is_a_loss():
@@ -145,7 +156,7 @@ def test_kto_weighs_against_answers_of_other_prompts(policy):
     assert step(policy, lowered, Unpaired())[0]["kl"] == 0
 
 
-@pytest.mark.parametrize("objective", [Nll(), *OBJECTIVES], ids=["nll", *NAMES])
+@pytest.mark.parametrize("objective", [Nll(), *OBJECTIVES, Surrogate("gspo", delta=3.0)], ids=["nll", *NAMES, "gspo"])
 def test_a_kept_objective_comes_back(objective):
     assert restored(json.loads(json.dumps(described(objective)))) == objective
 
@@ -186,3 +197,167 @@ def test_a_conversation_of_several_spans_is_learnt_as_one_sequence(policy, plain
     names = policy.trainable_parameters()
     for name, gradient in zip(names, gradients.split([p.numel() for p in names.values()]), strict=True):
         assert torch.allclose(gradient, expected[name].flatten(), rtol=1e-3, atol=1e-5), name
+
+
+# Policy gradients ----------------------------------------------------------------------------------------------------
+
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none")
+ADVANTAGES = st.sampled_from((0.0, 1.5, -0.7, 0.3))
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model):
+    return tiny_policy(tiny_model("llama"), torch.float64)
+
+
+def rewarded(shape, seed: int = 0, drawn=None) -> list[Group]:
+    """Groups with all that a Surrogate may be given: log-probs that are near no policy's, the sampler's partly NaN."""
+    draw = random.Random(seed)
+    drawn = drawn or (lambda: (draw.choice((1.5, -0.7, 0.3)), 1.0))
+
+    def filled(group: Group) -> Group:
+        advantages, active = zip(*(drawn() for _ in group.answers), strict=True)
+        near = {name: tuple(tuple(draw.gauss(-5.5, 0.5) for _ in answer) for answer in group.answers)
+                for name in (REFERENCE, OLD_LOGPS)}  # fmt: skip
+        sampler = tuple(
+            tuple(math.nan if draw.random() < 0.1 else logp + draw.gauss(0, 0.5) for logp in logps)
+            for logps in near[OLD_LOGPS]
+        )
+        return dataclasses.replace(group, given={ADVANTAGE: advantages, ACTIVE: active, SAMPLER_LOGPS: sampler, **near})
+
+    return [*map(filled, make_groups(shape, seed))]
+
+
+answers = st.lists(st.integers(1, 12), min_size=1, max_size=6).map(tuple)
+shapes = st.lists(st.tuples(st.integers(1, 12), answers), min_size=1, max_size=3)
+surrogates = st.builds(
+    Surrogate,
+    st.sampled_from([*SURROGATES]),
+    delta=st.sampled_from((None, 1.5)),
+    beta=st.sampled_from((0.0, 0.1)),
+    correction=st.sampled_from(CORRECTIONS),
+    old_logps=st.sampled_from(("policy", "sampler")),
+    max_tokens=st.just(12),
+    temperature=st.sampled_from((1.0, 0.7)),
+)
+
+
+@settings(max_examples=40)
+@given(surrogates, shapes, st.data())
+def test_a_policy_gradient_is_the_same_however_its_groups_are_cut(exact, objective, shape, data):
+    """Groups cut to single answers, each with its prompt again, make the step of whole ones: to fp64's rounding."""
+    drawn = lambda: (data.draw(ADVANTAGES), data.draw(st.sampled_from((0.0, 1.0, 1.0))))  # noqa: E731
+    groups = rewarded(shape, drawn=drawn)
+    singles = [group.part([i]) for group in groups for i in range(len(group.answers))]
+    longest = max(map(packed_length, singles))
+    whole, gradients = step(exact, groups, objective)
+    for cut, budget in ((groups, Budget(longest, "sdpa")), (groups, Budget(longest + 9, "sdpa")), (singles, WHOLE)):
+        metrics, others = step(exact, cut, objective, budget)
+        assert torch.allclose(others, gradients, rtol=1e-7, atol=1e-12)
+        assert metrics.keys() == whole.keys()
+        for name in whole.keys() - {"train/microbatch_tokens", "train/tokens"}:
+            assert metrics[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7), name
+
+
+@given(shapes, st.integers(0, 60))
+def test_groups_are_cut_into_as_few_parts_as_fit(shape, tokens):
+    for group in rewarded(shape):
+        parts = split(group, tokens)
+        for name, values in {"answers": group.answers, **group.given}.items():
+            rows = [part.answers if name == "answers" else part.given[name] for part in parts]
+            assert [value for row in rows for value in row] == [*values], name
+        counts = [len(part.answers) for part in parts]
+        assert max(counts) - min(counts) <= 1
+        assert max(map(packed_length, parts)) <= tokens or max(counts) == 1
+        assert len(parts) == 1 or packed_length(group) > tokens
+
+
+def moving(policy):
+    """A training state that has made a step, and what an empty one may not move: adapter, moments, counters."""
+    state = start_training(policy, "adamw", 0.1, scaled=True)
+    state.optimizer.param_groups[0]["lr"] = 1e-3
+    train_step(policy, rewarded([(4, (3, 5))]), Surrogate(), 1.0, WHOLE, state)
+
+    def seen():
+        tensors = {f"{i}.{k}": v for i, e in enumerate(state.optimizer.state.values()) for k, v in e.items()}
+        counters = (state.loss_scale, state.good_steps, state.overflows, state.overflows_in_a_row, *state.recent_norms)
+        return {k: v.clone() for k, v in (policy.trainable_parameters() | tensors).items()}, counters
+
+    return state, seen
+
+
+def test_a_step_of_dead_groups_moves_nothing(tiny_model):
+    policy = tiny_policy(tiny_model("llama"))
+    state, seen = moving(policy)
+    before, counters = seen()
+    state.overflows_in_a_row = 1
+    dead = rewarded([(4, (3, 5)), (2, (6, 1))], drawn=iter([(0.0, 1.0)] * 3 + [(1.0, 0.0)]).__next__)
+    metrics, _ = train_step(policy, dead, Surrogate(), 1.0, WHOLE, state)
+    assert (metrics["train/empty"], metrics["train/loss"], metrics["train/grad_norm"]) == (1.0, 0.0, 0.0)
+    assert metrics["train/tokens"] == 0
+    assert state.overflows_in_a_row == 1
+    state.overflows_in_a_row = 0
+    after, same = seen()
+    assert same == counters
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    metrics, _ = train_step(policy, dead, Surrogate(beta=0.1), 1.0, WHOLE, state)  # the KL has a gradient
+    assert "train/empty" not in metrics
+    assert metrics["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("loss", SURROGATES)
+def test_dead_groups_count_in_the_mean_and_are_not_computed(exact, loss):
+    """Beside as many again whose advantages are 0, the gradient is half; an inactive answer counts nowhere."""
+    live = rewarded([(4, (3, 5)), (2, (6, 1, 4))])
+    dead = rewarded([(4, (3, 5)), (2, (6, 1, 4))], drawn=lambda: (0.0, 1.0))
+    cut = rewarded([(4, (3, 5))], drawn=lambda: (1.0, 0.0))
+    objective = Surrogate(loss, max_tokens=10)
+    metrics, gradient = step(exact, live, objective)
+    halved, half = step(exact, [*live, *dead, *cut], objective)
+    assert torch.allclose(gradient, 2 * half, rtol=1e-9, atol=1e-12)
+    assert halved["train/loss"] == pytest.approx(metrics["train/loss"] / 2)
+    for name in metrics.keys() - {"train/loss", "train/grad_norm"}:
+        assert metrics[name] == halved[name], name  # tokens too
+
+
+@pytest.mark.parametrize("loss", SURROGATES)
+def test_on_policy_all_losses_have_the_gradient_of_the_policys_log_prob(exact, loss):
+    """Without old log-probs the ratio is 1: -A d log p, averaged as the loss is."""
+    groups = [
+        dataclasses.replace(g, given={k: v for k, v in g.given.items() if k != OLD_LOGPS})
+        for g in rewarded([(4, (3, 5)), (2, (6, 1, 4))])
+    ]
+    objective = Surrogate(loss, correction="none", max_tokens=10)
+    metrics, gradient = step(exact, groups, objective)
+    by_length = SURROGATES[loss].mean == "answer"
+    total = sum(map(objective.weight, groups))
+    for batch in batches(groups, WHOLE):
+        scale_S = batch.given[ADVANTAGE] / (batch.lengths_S if by_length else 1)
+        (-(answer_logps(exact, batch) * scale_S[batch.sequence_ids_N]).sum() / total).backward()
+    expected = torch.cat([found.flatten() for found in current(exact).values()])
+    assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-8)  # 1 / length is fp32
+    assert metrics["sampling/sampling_logp_difference/mean"] > 0
+    assert metrics.get("clip_ratio/region_mean", 0.0) == 0
+
+
+@pytest.mark.parametrize("ops", ["eager", "numba"])
+def test_log_probs_per_token_at_a_temperature(tiny_model, plain, ops):
+    """The policy that is sampled at temperature T is softmax(logits / T); groups longer than a microbatch are cut."""
+    policy = tiny_policy(tiny_model("llama"), table=choose(ops, "cpu")[0])
+    groups = make_groups([(5, (7, 1, 4, 9)), (2, (3,))])
+    found = token_logps(policy, groups, Budget(16, "sdpa"), temperature=0.6)
+    for group, logps in zip(groups, found, strict=True):
+        for answer, of_answer in zip(group.answers, logps, strict=True):
+            ids = torch.tensor([[*group.prompt_ids, *answer]])
+            logits = plain(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1]
+            expected = (logits / 0.6).log_softmax(-1).gather(1, ids[0, len(group.prompt_ids) :, None])[:, 0]
+            assert of_answer == pytest.approx(expected.tolist(), rel=2e-5, abs=1e-4)
+    assert token_logps(policy, groups, Budget(16, "sdpa"))[1][0] != pytest.approx(found[1][0], rel=1e-2)
+    assert token_logps(policy, [], WHOLE) == []
+
+
+def test_a_stage_of_dead_groups_alone_has_a_summary():
+    rows = [{"step": step, "train/loss": 0.0, "train/empty": 1.0} for step in (1, 2)]
+    assert summary(rows) == {"steps": 2, "first_loss": 0.0, "last_loss": 0.0, "last/empty": 1.0}
+    made = {"step": 3, "train/loss": 0.7}
+    assert summary([*rows, made, {**rows[0], "step": 4}])["last_loss"] == 0.7

@@ -57,6 +57,11 @@ class Load:
         """Those of the fullest step that a shuffle could bring."""
         return sorted(self.everything, key=_content, reverse=True)[: self.groups_per_step]
 
+    @property
+    def longest(self) -> int:
+        """Packed tokens of the longest group, cut as small as the objective allows."""
+        return max(map(packed_length, self.objective.cut(self.groups, 0)))
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -124,7 +129,7 @@ def plan(
     Raises UserError if nothing fits, saying what would.
     """
     heaviest = max(loads, key=lambda load: sum(map(packed_length, load.groups)))
-    groups = heaviest.groups
+    groups, cut = heaviest.groups, heaviest.objective.cut
     simulation = Simulation(model, profile, config.adapter, ops, config.model.load_in_4bit)
     kv_cache = engine_cache(config, model, profile) if engine == "vllm" else 0
     several = sum(map(packed_length, groups))
@@ -137,9 +142,9 @@ def plan(
     def room(peak):
         return profile.memory - kv_cache - reserve(profile, peak) - peak
 
-    longest = max(map(packed_length, groups))
+    longest = heaviest.longest
     options = [
-        Candidate(tokens, layers, offload, seconds(profile, model, groups, tokens, layers, offload))
+        Candidate(tokens, layers, offload, seconds(profile, model, cut(groups, tokens), tokens, layers, offload))
         for tokens in microbatches(config, longest, several)
         for layers in checkpointed(config, model.num_hidden_layers)
         for offload in ([False, True] if layers and profile.device.type == "cuda" else [False])
@@ -249,8 +254,9 @@ def estimated(option: Candidate, anchors: dict, probe: int, layers: int) -> Cand
 
 def training(load: Load, phases: Phases, tokens: int) -> Usage:
     """A step's fullest microbatch."""
-    batch = worst_batch(load.groups, tokens)
-    more = sum(map(packed_length, load.groups)) > sum(map(packed_length, batch))
+    groups = load.objective.cut(load.groups, tokens)
+    batch = worst_batch(groups, tokens)
+    more = sum(map(packed_length, groups)) > sum(map(packed_length, batch))
     return phases.train(batch, load.objective, load.settings.optimizer, more).usage
 
 
@@ -262,7 +268,8 @@ def other_phases(
     if heaviest.objective.reference:
         phases["score"] = run.score(worst_batch(heaviest.groups, tokens))
     for load in others:
-        batch = max(([load.groups[i] for i in rows] for rows in bins(load.groups, tokens)), key=len)
+        groups = load.objective.cut(load.groups, tokens)
+        batch = max(([groups[i] for i in rows] for rows in bins(groups, tokens)), key=len)
         phases[load.method] = run.train(batch, load.objective, load.settings.optimizer, True).usage
     if engine == "transformers":
         longest = config.prompt.max_prompt_tokens + config.longest_generated()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from spinfast import attention
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import META, Ledger, Usage, counting
-from spinfast.objectives import Objective, with_reference
+from spinfast.objectives import Objective
 from spinfast.ops import Ops
 from spinfast.packing import pack, packed_length
 from spinfast.policy import Policy
@@ -68,8 +68,7 @@ class Phases:
         self, groups: Sequence[Group], objective: Objective, optimizer: str, more_microbatches: bool, timeline=False
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
-        if objective.reference:
-            groups = [with_reference(group, (0.0,) * len(group.answers)) for group in groups]
+        groups = objective.filled(groups)
         budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
         state = settled(self.policy, optimizer, self.profile.scaled_loss)
         with self.counting(state, timeline) as ledger:

@@ -17,7 +17,6 @@ from spinfast.evaluate.heldout import asked
 from spinfast.generation import Generator, prompt_seed
 from spinfast.memory.planner import Load, StepPlan
 from spinfast.objectives import Pairwise
-from spinfast.packing import packed_length
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
@@ -39,7 +38,7 @@ class Run:
     display: Display
     examples: Sequence[Example]
     heldout: Sequence[Example]
-    longest: int  # packed tokens of the longest group that there can be
+    longest: int  # packed tokens of the longest group that there can be, cut as small as its objective allows
     game: Pairwise  # what stages that are no game themselves are held out against
     budget: Budget = field(init=False)
     base: str | None = None
@@ -130,7 +129,7 @@ def begin(
     if not plan_path(directory).exists():
         files.write_sealed(plan_path(directory), asdict(session.plan), "plan")
     work = loads(session.config, examples)
-    longest = max(packed_length(group) for load in work for group in load.groups)
+    longest = max(load.longest for load in work)
     game = next((load.objective for load in work if isinstance(load.objective, Pairwise)), Pairwise())
     return Run(session, directory, display, examples, heldout, longest, game)
 

@@ -94,7 +94,9 @@ def replay(directory: Path) -> list[str]:
 def _diagnosis(session, step: dict, groups: Sequence[Group]):
     policy, objective, device = session.policy, restored(step["objective"]), session.machine.device
     budget = Budget(step["plan"]["microbatch_tokens"], device.attention)
+    weight = sum(map(objective.weight, groups))
     objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
+    groups = objective.cut(groups, budget.microbatch_tokens)
     packed = batches(groups, budget)
     for batch in packed:
         logps_S = batch_sequence_logps(policy, batch)
@@ -105,7 +107,7 @@ def _diagnosis(session, step: dict, groups: Sequence[Group]):
     state.loss_scale = step["loss_scale"]
     broken: list[str] = []
     hooks = [module.register_forward_hook(_watch(name, broken)) for name, module in policy.model.named_modules()]
-    metrics, _ = accumulate(policy, packed, objective, sum(map(objective.weight, groups)), state)
+    metrics, _ = accumulate(policy, packed, objective, weight, state)
     for hook in hooks:
         hook.remove()
     if broken:
