@@ -112,7 +112,7 @@ FORMATS: dict[str, tuple[str, list[dict]]] = {  # what it is -> (who learns from
         "grpo; sft, spin learn the result as the answer",
         [{"question": "Five and seven?", "answer": "12", "metadata": {"difficulty": 1}}],
     ),
-    "verl's rows": (
+    "the rows of verl": (
         "grpo",
         [
             {
