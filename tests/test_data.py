@@ -477,6 +477,8 @@ def test_answers_that_nobody_can_learn_are_counted_and_asked(tmp_path):
         assert f"1 rows have no answer to learn from ({words}); they are prompts alone" in told
     assert "1 rows have answers longer than 200 tokens; they are prompts alone" in told
     assert loaded.rejected == {}
+    compared = load_for_rewards(write(tmp_path / "b.jsonl", [{"prompt": Q, "chosen": "x" * 300, "rejected": "y"}]))
+    assert (compared.examples[0].real_ids, compared.rejected) == ((), {})
 
 
 @pytest.mark.parametrize(

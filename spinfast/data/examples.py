@@ -103,7 +103,7 @@ def load_examples(
             kept = {name: value for name, value in (found | given).items() if name not in IMAGES and _light(value)}
             heavy |= found.keys() - kept
             example = replace(example, columns=kept)
-        if row.worse and not example.others:
+        if row.worse and example.real_ids and not example.others:
             rejected["chosen equals rejected"] += 1
         elif example.content in seen:
             rejected["duplicate"] += 1
@@ -251,5 +251,5 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for e in examples:
         seen = (e.index, e.prompt_ids, e.real_ids, e.reference, e.scored, e.others, e.desirable)
-        digest.update(repr((*seen, sorted(e.columns.items())) if e.columns else seen).encode("utf-8", "surrogatepass"))
+        digest.update(repr((*seen, sorted(e.columns.items())) if e.columns else seen).encode())
     return digest.hexdigest()
