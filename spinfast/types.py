@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of the data, rendered: a prompt, its real answer, answers that are worse, the reference of a task."""
+    """One row of the data, rendered: a prompt, its real answer, answers that are worse, the reference of a task.
+
+    A prompt alone has no real answer: `answer` is "" and `real_ids` is ().
+    """
 
     index: int  # row number in its data set; names the prompt in every file of the run
     messages: tuple[dict, ...]  # the prompt's turns, [{"role", "content"}]; none where the row is plain text
@@ -25,16 +28,21 @@ class Example:
     scored: tuple[bool, ...] | None = None  # which tokens of the answer are learnt from; None: all
     others: tuple[tuple[int, ...], ...] = ()  # answers that are ranked below the real one, best first
     desirable: bool | None = None  # the label of an answer that is not compared with another
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the row itself, where rewards read it
 
     @property
     def wanted(self) -> bool:
-        """Whether the real answer is one to learn: it is not labelled undesirable."""
-        return self.desirable is not False
+        """Whether there is a real answer to learn: one that is not labelled undesirable."""
+        return self.desirable is not False and bool(self.real_ids)
 
     @property
     def content(self) -> tuple:
-        """What there is to learn from it: equal examples have one."""
-        return self.prompt_ids, self.real_ids, self.scored, self.others, self.desirable
+        """What there is to learn from it: equal examples have one.
+
+        Where rewards read the columns, rows of one prompt are told apart by their reference, else by any column.
+        """
+        told = (self.reference or repr(sorted(self.columns.items()))) if self.columns else None
+        return self.prompt_ids, self.real_ids, self.scored, self.others, self.desirable, told
 
     @property
     def group(self) -> Group:

@@ -96,6 +96,34 @@ FORMATS: dict[str, tuple[str, list[dict]]] = {  # what it is -> (who learns from
             {"prompt": "How many eggs?", "completion": "Ten.", "label": False},
         ],
     ),
+    "a prompt alone, any columns beside it": (
+        "grpo",
+        [
+            {"prompt": "How many eggs?", "target": 12, "tests": ["is_number"]},
+            {"prompt": [ASKED], "solution": "$12$"},
+            {"messages": [ASKED, TWELVE, SURE], "ground_truth": 12},
+        ],
+    ),
+    "a problem and its solution": (
+        "grpo; sft, spin with columns: {question: problem, answer: solution}",
+        [{"problem": "Five and seven?", "solution": "It is \\boxed{12}.", "answer": "12", "source": "olympiads"}],
+    ),
+    "a question and its result": (
+        "grpo; sft, spin learn the result as the answer",
+        [{"question": "Five and seven?", "answer": "12", "metadata": {"difficulty": 1}}],
+    ),
+    "the rows of verl": (
+        "grpo",
+        [
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [ASKED],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": "12"},
+                "extra_info": {"index": 0, "split": "train"},
+            }
+        ],
+    ),
 }
 TOOLS = (  # a ChatML template that writes tools, calls and reasoning
     "{% if tools %}<|im_start|>system\n{{ tools | map(attribute='function.name') | join }}<|im_end|>\n{% endif %}"
@@ -108,9 +136,9 @@ INTRODUCTION = """# Data: every format with a real row
 
 Rows are recognised by their columns, in the order of `spinfast/data/formats.py`; `data.columns` gives a column
 another name (`data.columns={question: problem, answer: solution}`). A prompt stands in `prompt`, `question` or
-`instruction`, with `system` and `history` before it where there are. `tools` and `chat_template_kwargs` go to the
-chat template, `reference` is what a held-out answer is compared with. A column that looks like one of these and is
-not used is named in a warning.
+`instruction` (for `grpo` in `problem` too), with `system` and `history` before it where there are. `tools` and
+`chat_template_kwargs` go to the chat template, `reference` is what a held-out answer is compared with. A column that
+looks like one of these and is not used is named in a warning.
 
 Below, what is learnt from is **bold**; what stands before it is the prompt, as the model's own template writes it
 (here ChatML; `⏎` is a line end). The page is made by the tests (`python tests/data_rows.py`), from these very rows.
@@ -121,6 +149,12 @@ Below, what is learnt from is **bold**; what stands before it is the prompt, as 
 - `prompt.max_prompt_tokens`, `prompt.max_answer_tokens`: longer rows are left out and counted; `prompt.overlong: cut`
   keeps the start of such answers, without an end-of-turn token.
 - A string prompt is a user's turn and gets the chat template (TRL writes strings without one); for none use `text`.
+- `grpo` writes the answers itself. Where it is among the methods, a row may be a prompt alone: it has no answer, or
+  turns that end in a user's; an answer that is no text, or too long, is left out and counted, its prompt is used. `sft`
+  and `spin` leave prompts alone out and count them. Held-out prompts are answered and compared with their reference.
+- Reward functions get every column of the row under its own name, and under that which `data.columns` gives it; only
+  pictures, sound and bytes are left out, by name. Rows of one prompt and one reference are equal, whatever their other
+  columns (an id); without a reference any column tells two rows apart.
 - Equal rows, and pairs whose two answers are equal, are dropped and counted. Faulty rows stop the run with their file
   and line; `data.bad_rows: skip` counts them.
 
@@ -157,12 +191,12 @@ def page() -> str:
         parts.append(f"## {name[0].upper()}{name[1:]}\n\nFor: {who}.")
         for row in rows:
             parts.append(f"```json\n{json.dumps(row, ensure_ascii=False)}\n```")
-            parts.append("\n".join(f"- {line}" for line in shown(row)))
+            parts.append("\n".join(f"- {line}" for line in shown(row, "grpo" in who)))
     return "\n\n".join(parts) + "\n"
 
 
-def shown(row: dict) -> list[str]:
-    """The row as it is learnt: answers best first, scored tokens bold."""
+def shown(row: dict, alone: bool) -> list[str]:
+    """The row as it is learnt: answers best first, scored tokens bold; with `alone` it may be a prompt alone."""
     from fixtures import tiny_tokenizer
 
     from spinfast.data.examples import load_examples
@@ -172,8 +206,8 @@ def shown(row: dict) -> list[str]:
     with TemporaryDirectory() as directory:
         path = Path(directory) / "row.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        limits = {"max_prompt_tokens": 999, "max_answer_tokens": 999}
-        (example,) = load_examples(str(path), renderer=renderer, turns="all", **limits).examples
+        options = {"max_prompt_tokens": 999, "max_answer_tokens": 999, "turns": "all", "prompts_alone": alone}
+        (example,) = load_examples(str(path), renderer=renderer, **options).examples
     lines = []
     labels = {True: "desirable: ", False: "undesirable: "}
     for number, answer in enumerate((example.real_ids, *example.others), 1):

@@ -328,6 +328,183 @@ def test_gsm_symbolic_has_worked_solutions_and_disjoint_splits():
         assert check_overlap(train.examples, other.examples) <= 1  # two may be drawn alike by chance
 
 
+PROBLEM, TRACE = "Find $x$ if $x + 1 = 3$.", "<think>" + "Well. " * 100 + "</think> So \\boxed{2}."
+ASKED = [{"role": "user", "content": PROBLEM}]
+TRACED = [*ASKED, {"role": "assistant", "content": TRACE}]
+GRPO = {  # data sets for rewards: a row with their columns, its reference, whether it has an answer
+    "openai/gsm8k": ({"question": PROBLEM, "answer": "3 - 1 = <<3-1=2>>2\n#### 2"}, "2", True),
+    "open-r1/OpenR1-Math-220k": (
+        {
+            "problem": PROBLEM,
+            "solution": "Subtract 1, so $x = 2$.",
+            "answer": "2",
+            "problem_type": "Algebra",
+            "question_type": "math-word-problem",
+            "source": "olympiads",
+            "uuid": "a1",
+            "is_reasoning_complete": [True, True],
+            "generations": [TRACE, TRACE],
+            "correctness_math_verify": [True, False],
+            "correctness_llama": None,
+            "finish_reasons": None,
+            "correctness_count": 1,
+            "messages": TRACED,
+        },
+        "2",
+        False,  # longer than max_answer_tokens
+    ),
+    "BytedTsinghua-SIA/DAPO-Math-17k": (
+        {
+            "data_source": "math_dapo",
+            "prompt": ASKED,
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "2", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b6eb4"},
+        },
+        "2",
+        False,
+    ),
+    "verl's gsm8k, several right results": (
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": ASKED,
+            "reward_model": {"style": "rule", "ground_truth": ["2", "two"]},
+        },
+        None,
+        False,
+    ),
+    "TinyZero's countdown": (
+        {
+            "target": 24,
+            "nums": [6, 4],
+            "data_source": "countdown",
+            "prompt": ASKED,
+            "reward_model": {"style": "rule", "ground_truth": {"target": 24, "numbers": [6, 4]}},
+            "extra_info": {"split": "train", "index": 0},
+        },
+        None,
+        False,
+    ),
+    "trl-lib/DeepMath-103K": ({"prompt": ASKED, "solution": "\\dfrac{1}{2}"}, "1/2", False),
+    "trl-lib/tldr": ({"prompt": PROBLEM, "completion": " Subtract one."}, None, True),
+    "AI-MO/NuminaMath-TIR": (
+        {"problem": PROBLEM, "solution": "Thus \\(\\boxed{2}\\).", "messages": [*ASKED, ASSISTANT]},
+        "2",
+        True,
+    ),
+    "SynthLabsAI/Big-Math-RL-Verified": (
+        {"problem": PROBLEM, "answer": "2", "source": "orca_math", "domain": ["Algebra"], "llama8b_solve_rate": 0.9},
+        "2",
+        False,
+    ),
+    "agentica-org/DeepScaleR-Preview-Dataset": ({"problem": PROBLEM, "answer": "2", "solution": "So..."}, "2", False),
+    "reasoning-gym": ({"question": PROBLEM, "answer": "2", "metadata": {"difficulty": {"n": 1}}}, "2", True),
+    "a number as the answer": ({"question": PROBLEM, "answer": 2.0}, "2", False),
+    "allenai's IFEval": (
+        {"messages": ASKED, "ground_truth": '{"func_name": "verify_case", "N": 3}', "constraint_type": "Case"},
+        None,
+        False,
+    ),
+    "code": ({"prompt": PROBLEM, "ground_truth": '["assert f(1) == 2"]', "info": {"tests": []}}, None, False),
+}
+
+
+def load_for_rewards(source, **kwargs):
+    return load(source, prompts_alone=True, keep_columns=True, **kwargs)
+
+
+@pytest.mark.parametrize(("row", "reference", "answered"), GRPO.values(), ids=GRPO)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_data_sets_of_prompts_and_what_rewards_read(tmp_path, suffix, row, reference, answered):
+    if suffix == ".parquet":  # an object of no keys has no type there
+        row = {name: {"tests": [""]} if name == "info" else value for name, value in row.items()}
+    source = write(tmp_path / f"data{suffix}", [row])
+    loaded = load_for_rewards(source)
+    (example,) = loaded.examples
+    assert (list(example.messages), example.prompt_ids) == (ASKED, RENDERER.prompt_ids(ASKED))
+    assert (example.reference, bool(example.answer), bool(example.real_ids)) == (reference, answered, answered)
+    assert dict(example.columns) == row
+    assert not any("not used" in warning for warning in loaded.warnings)
+    if not answered:
+        with pytest.raises(UserError):
+            load(source)
+    else:
+        assert load(source).examples[0].columns == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": ASKED, "solution": "2"}, "columns prompt, solution are no known format"),
+        ({"problem": PROBLEM, "answer": "2"}, "columns answer, problem are no known format"),
+        ({"messages": ASKED}, "no answer: the conversation has no assistant turn"),
+    ],
+)
+def test_who_takes_prompts_alone_is_told(tmp_path, row, said):
+    with pytest.raises(UserError, match=f"{said}.*; method grpo takes prompts alone"):
+        load(write(tmp_path / "data.jsonl", [row]))
+    with pytest.raises(UserError, match="no known format") as caught:
+        load(write(tmp_path / "data.jsonl", [{"target": 24, "nums": [6, 4]}]), prompts_alone=True)
+    assert "grpo" not in str(caught.value)
+
+
+def test_columns_have_their_own_and_the_recognised_names(tmp_path):
+    source = write(
+        tmp_path / "data.jsonl", [{"Problem": PROBLEM, "Answer": "2", "prompt": "x", "image": {"bytes": "x"}}]
+    )
+    loaded = load_for_rewards(source, columns={"prompt": "Problem", "reference": "Answer"})
+    (example,) = loaded.examples
+    assert example.messages[0]["content"] == PROBLEM
+    assert example.columns == {"Problem": PROBLEM, "Answer": "2", "prompt": PROBLEM, "reference": "2"}
+    assert any(warning.endswith("neither text nor numbers: image") for warning in loaded.warnings)
+    blobs = write(tmp_path / "data.parquet", [{"prompt": PROBLEM, "blob": b"x", "more": [{"sound": b"x"}], "n": 1}])
+    assert load_for_rewards(blobs).examples[0].columns == {"prompt": PROBLEM, "n": 1}
+
+
+def test_answers_that_nobody_can_learn_are_counted_and_asked(tmp_path):
+    rows = [
+        *qa(2),
+        {"question": "a", "answer": None},
+        {"question": "b", "answer": 3},
+        {"question": "c", "answer": "x" * 300},
+    ]
+    loaded = load_for_rewards(write(tmp_path / "data.jsonl", rows))
+    assert [(e.index, bool(e.real_ids)) for e in sorted(loaded.examples, key=lambda e: e.index)] == [
+        *((0, True), (1, True), (2, False), (3, False), (4, False))
+    ]
+    told = "\n".join(loaded.warnings)
+    for words in ("empty text", "not text"):
+        assert f"1 rows have no answer to learn from ({words}); they are prompts alone" in told
+    assert "1 rows have answers longer than 200 tokens; they are prompts alone" in told
+    assert loaded.rejected == {}
+    compared = load_for_rewards(write(tmp_path / "b.jsonl", [{"prompt": Q, "chosen": "x" * 300, "rejected": "y"}]))
+    assert (compared.examples[0].real_ids, compared.rejected) == ((), {})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        ({"reference": "2", "id": 1}, {"reference": "2", "id": 2}, 1),
+        ({"reference": "2"}, {"reference": "3"}, 2),
+        ({"target": 2}, {"target": 3}, 2),
+        ({"target": 2}, {"target": 2}, 1),
+        ({"completion": "2"}, {"completion": "3"}, 2),
+    ],
+)
+def test_one_prompt_twice_is_one_example_unless_its_result_differs(tmp_path, first, second, count):
+    rows = [{"prompt": PROBLEM, **more} for more in (first, second)]
+    source = write(tmp_path / "data.jsonl", rows)
+    loaded = load_for_rewards(source)
+    assert (len(loaded.examples), loaded.rejected.get("duplicate", 0)) == (count, 2 - count)
+
+
+def test_the_fingerprint_holds_what_rewards_read(tmp_path):
+    row = {"question": PROBLEM, "answer": "2"}
+    sources = [write(tmp_path / f"{level}.jsonl", [row | {"level": level}]) for level in "ab"]
+    assert len({load(source).fingerprint for source in sources}) == 1
+    assert len({load_for_rewards(source).fingerprint for source in sources}) == 2
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
@@ -349,14 +526,15 @@ COLUMNS = st.sampled_from(
         ),
     ),
     st.sampled_from(sources.FILE_SUFFIXES),
+    st.booleans(),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
-def test_any_file_loads_or_is_refused_in_one_line(tmp_path, content, suffix):
+def test_any_file_loads_or_is_refused_in_one_line(tmp_path, content, suffix, rewards):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
     refused = None
     try:
-        assert load(path).examples
+        assert load(path, prompts_alone=rewards, keep_columns=rewards).examples
     except UserError as error:
         refused = str(error)
     assert refused is None or (str(path) in refused and "\n" not in refused)

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import tiny_tokenizer
 from rich.console import Console
 from transformers import Qwen2Config
 
 from spinfast import ops
 from spinfast.config import Sft, parse_config
+from spinfast.data.renderer import Renderer
 from spinfast.device import GIB, profile
-from spinfast.dry_run import dry_run
+from spinfast.dry_run import dry_run, sample_text
 from spinfast.errors import UserError
 from spinfast.memory.planner import HEAD_CHUNKS, plan, worst_batch
 from spinfast.methods import METHODS
@@ -75,6 +77,13 @@ def test_the_heads_chunk_is_the_largest_that_fits():
     tight = planned_for(fixed, replace(device, memory=ample.peak - less), wide, ops.compiled("triton"))
     assert tight.head_chunk < ample.head_chunk
     assert tight.peak <= tight.budget
+
+
+def test_a_prompt_alone_is_shown_as_one():
+    renderer = Renderer(tiny_tokenizer())
+    ids = renderer.prompt_ids([{"role": "user", "content": "How many?"}])
+    shown = sample_text(renderer, Example(0, ({"role": "user", "content": "How many?"},), "", ids, ()))
+    assert shown.plain == renderer.tokenizer.decode(ids)
 
 
 def test_what_the_config_fixes_stays():

@@ -16,7 +16,6 @@ from spinfast.data.conversations import RowError
 from spinfast.data.formats import BEFORE, Noting, recognise
 from spinfast.errors import UserError
 
-ROWS = [row for _, rows in FORMATS.values() for row in rows]
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
 
 
@@ -25,10 +24,11 @@ def test_the_page_of_formats_is_what_the_rows_give():
 
 
 def test_every_format_there_is_has_a_row():
-    columns = [set(row) for row in ROWS]
-    shown = {formats.FORMATS.index(recognise("x", of)) for of in columns}
-    aliases = {form for form in formats.FORMATS if {"response", "answers"} & {*form.needs}}
-    assert {*range(len(formats.FORMATS))} - shown == {formats.FORMATS.index(form) for form in aliases}
+    known = (*formats.FORMATS, *formats.ALONE)
+    shown = {known.index(recognise("x", {*row}, alone="grpo" in who)) for who, rows in FORMATS.values() for row in rows}
+    aliases = {form for form in known if {"response", "answers"} & {*form.needs}}
+    aliases |= {form for form in formats.ALONE if form.needs[0] in ("question", "instruction")}
+    assert {*range(len(known))} - shown == {known.index(form) for form in aliases}
 
 
 def one(tmp_path, row, **kwargs):
@@ -181,6 +181,22 @@ def test_answers_that_are_too_long_are_counted_or_cut(tmp_path, overlong):
         assert any("1 rows have answers that are cut after 6 tokens" in warning for warning in loaded.warnings)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [QUESTION, said("12")], "target": 1}, "prompt: expected turns that end in a user's"),
+        ({"prompt": [], "target": 1}, "prompt: expected turns that end in a user's"),
+        ({"prompt": None, "target": 1}, "no prompt: it is null"),
+        ({"question": "", "answer": "12"}, "no question: it is empty"),
+        ({"messages": [said("12")]}, "no assistant turn after a user's"),
+        ({"messages": [QUESTION, {"role": "critic", "content": "x"}]}, "turn 2 has role 'critic'"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_no_prompt_either(tmp_path, row, message):
+    with pytest.raises(UserError, match=rf"line 1: .*{message}"):
+        one(tmp_path, row, prompts_alone=True)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "x", "\n\nHuman: a\n\nAssistant: b"]),
     lambda inner: (
@@ -191,11 +207,11 @@ VALUES = st.recursive(
 )
 
 
-@given(st.sampled_from(formats.FORMATS), st.data())
-def test_any_value_in_any_column_is_parsed_or_refused(form, data):
+@given(st.sampled_from((*formats.FORMATS, *formats.ALONE)), st.booleans(), st.data())
+def test_any_value_in_any_column_is_parsed_or_refused(form, alone, data):
     row = {column: data.draw(VALUES) for column in (*form.needs, *BEFORE, "scores")}
     try:
-        parsed = form.parse(Noting(row))
+        parsed, _ = formats.parsed(form, Noting(row), alone)
     except RowError:
         return
     assert parsed.text or all(message["role"] for message in parsed.conversation)

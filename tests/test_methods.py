@@ -217,6 +217,17 @@ def test_an_objective_of_a_few_lines_is_trained_on_what_groups_carry(tmp_path, t
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("name", ["sft", "spin", "dpo"])
+def test_what_learns_from_answers_leaves_prompts_alone_out_and_needs_an_answer(name):
+    config = parse_config({"model": {"name": "m"}, "data": {"source": "d"}, "method": name})
+    prompt = Example(0, ({"role": "user", "content": "q"},), "", (1, 2), (), "3")
+    answered = replace(prompt, answer="a", real_ids=(4, 5), others=((6,),))
+    (group,) = methods.METHODS[name].load(config, [prompt, answered]).everything
+    assert group.answers[0] == (4, 5)
+    with pytest.raises(UserError, match=rf"method {name}\b.*the data has no "):
+        methods.METHODS[name].load(config, [prompt])
+
+
 # Methods in order ------------------------------------------------------------------------------------------------
 
 

@@ -296,7 +296,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, tiny_model, monkeypatch
             lambda f, n: [r | {"label": False} for r in labelled(f, n)],
             "sft",
             {},
-            "no answer of the data is labelled desirable",
+            "all are missing or labelled undesirable",
         ),
     ],
 )

@@ -614,6 +614,32 @@ def test_sources_of_a_mixture_are_read_with_their_own_settings(tmp_path, caplog)
     assert loaded.rejected["duplicate"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (["grpo"], []),
+        (["sft", "grpo"], ["data: sft leaves out 3 of 7 rows: they are prompts alone"]),
+        (["sft", "spin", "grpo"], ["data: sft and spin leave out 3 of 7 rows: they are prompts alone"]),
+        (["sft"], None),
+    ],
+)
+def test_a_mixture_of_answers_and_prompts_alone(tmp_path, caplog, method, told):
+    prompts = [{"prompt": f"p{i}", "ground_truth": str(i), "level": i} for i in range(3)]
+    data = {"source": [str(write(tmp_path / "a.jsonl", qa(4))), str(write(tmp_path / "b.jsonl", prompts))]}
+    if told is None:
+        assert "b.jsonl: columns ground_truth, level, prompt are no known format" in refusal(
+            load_config, data, method=method
+        )
+        return
+    examples = load_config(data, method=method)["data"].examples
+    assert {(bool(e.real_ids), bool(e.columns), e.reference is not None) for e in examples} == {
+        (True, True, True),
+        (False, True, True),
+    }
+    assert [record.message for record in caplog.records if "leave" in record.message] == told
+    assert {e.columns["level"] for e in examples if not e.real_ids} == {0, 1, 2}
+
+
 def test_a_mixture_is_saved_and_read_again(tmp_path):
     paths = mixture(tmp_path, (6, 4))
     config = parse_config({"model": {"name": "x"}, "data": {"source": [paths[0], {"source": paths[1]}]}})

@@ -31,6 +31,7 @@ def load_data(config: Config, renderer: Renderer) -> dict[str, LoadedData]:
 
 def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedData:
     parts = [part for _, part in data.parts()]
+    rewarded = "grpo" in config.method
     tables, sizes = _open(data)
     loaded = [
         load_examples(
@@ -45,19 +46,26 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
             max_prompt_tokens=config.prompt.max_prompt_tokens,
             max_answer_tokens=config.prompt.max_answer_tokens,
             overlong=config.prompt.overlong,
+            prompts_alone=rewarded,
+            keep_columns=rewarded,
         )
         for part, table, size in zip(parts, tables, sizes, strict=True)
     ]
     for part, one in zip(parts, loaded, strict=True):
         log.info("%s: %d examples from %s", name, len(one.examples), part.source)
     whole = loaded[0] if len(parts) == 1 else _mixed(name, tables, loaded, data.seed)
+    learners = [method for method in config.method if method in ("sft", "spin")]
     if "dpo" in config.method:
         whole.warnings.extend(_left_out(config, whole.examples))
-    else:
+    elif learners:
         if any(example.others for example in whole.examples):
             whole.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
         if any(example.desirable is False for example in whole.examples):
             whole.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
+    if learners and (alone := sum(not example.real_ids for example in whole.examples)):
+        verb = "leaves" if len(learners) == 1 else "leave"
+        count = f"{alone} of {len(whole.examples)} rows"
+        whole.warnings.append(f"{' and '.join(learners)} {verb} out {count}: they are prompts alone")
     for warning in (*whole.warnings, *unmatched(whole.examples)):
         log.warning("%s: %s", name, warning)
     return whole

@@ -8,6 +8,7 @@
     real + generated                                SPIN's own pairs
     prompt + responses (+ scores)                   any number of answers, best first unless scores say otherwise
     prompt + completion + label                     an answer that is desirable or not
+    prompt | question | problem | instruction       a prompt alone, where the run's methods write the answers
 
 A prompt may stand in `prompt`, `question` or `instruction`, with a `system` text and a `history` of (question, answer)
 before it. References (evaluate/references.py), `tools` and `chat_template_kwargs` go with every format.
@@ -35,7 +36,7 @@ class Row:
     """A row in one form. The conversation ends in its real answer, or in turns after it that nobody answers."""
 
     conversation: Messages
-    answer: int | None = None  # where the row itself says which turns are the answer: those from here on
+    answer: int | None = None  # where the row itself says which turns are the answer: those from here on, if any
     worse: tuple[dict[str, Any], ...] = ()  # answers in place of the last turn, best first
     desirable: bool | None = None
     text: str | None = None  # plain text instead of a conversation
@@ -85,6 +86,16 @@ def _labelled(column: str) -> Callable[[RowOf], Row]:
         if len(found.conversation) != found.answer + 1:
             raise RowError("answers of several turns", f"{column}: expected one turn beside a label")
         return replace(found, desirable=bool(label))
+
+    return parse
+
+
+def _asked(prompt: str) -> Callable[[RowOf], Row]:
+    def parse(row: RowOf) -> Row:
+        asked = _prompt(row, prompt)
+        if not asked or asked[-1]["role"] not in ASKED:
+            raise RowError("no question", f"{prompt}: expected turns that end in a user's, for the answer to follow")
+        return Row(asked, len(asked))
 
     return parse
 
@@ -152,18 +163,35 @@ FORMATS = (  # the first whose columns are all there
     Format(("question", "answer"), _completion("answer", "question")),
     Format(("text",), _text),
 )
+ALONE = tuple(Format((column,), _asked(column)) for column in ("prompt", "question", "problem", "instruction"))
 KNOWN = {*BEFORE, *EVERYWHERE, *OTHERS, *IMAGES, *(column for form in FORMATS for column in form.needs), "scores"}
 
 
-def recognise(source: str, columns: set[str]) -> Format:
-    for form in FORMATS:
+def recognise(source: str, columns: set[str], alone: bool = False) -> Format:
+    """The row's format; with `alone` a prompt without an answer is one, before plain text, which asks nothing."""
+    forms = (*FORMATS[:-1], *ALONE, FORMATS[-1]) if alone else FORMATS
+    for form in forms:
         if columns.issuperset(form.needs):
             return form
-    known = "; ".join(" + ".join(form.needs) for form in FORMATS)
+    known = "; ".join(" + ".join(form.needs) for form in forms)
+    hint = HINT if any(columns.issuperset(form.needs) for form in ALONE) else ""
     raise UserError(
         f"data {source}: columns {', '.join(sorted(columns))} are no known format; expected one of: {known}; "
-        "data.columns gives a column another name"
+        f"data.columns gives a column another name{hint}"
     )
+
+
+def parsed(form: Format, row: RowOf, alone: bool) -> tuple[Row, list[str]]:
+    """The row, and what is worth telling of it; with `alone` its prompt where the answer is none to learn from.
+
+    Raises RowError.
+    """
+    try:
+        return form.parse(row), []
+    except RowError as error:
+        if not alone or form.needs[0] not in PROMPTS:
+            raise
+        return _asked(form.needs[0])(row), [f"have no answer to learn from ({error.reason}); they are prompts alone"]
 
 
 class Noting(dict):
@@ -231,6 +259,8 @@ def _same(asked: Messages, start: Messages, better: str) -> Messages:
 
 
 ASKING = ("user", "assistant")
+ASKED = ("user", "tool")  # whose turn an answer follows
+HINT = "; method grpo takes prompts alone"
 SYSTEMS = ("system", "system_prompt")
 BESIDE = ("input", "context")  # of an instruction: Alpaca's, Dolly's
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # hh-rlhf

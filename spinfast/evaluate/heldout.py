@@ -58,8 +58,8 @@ def evaluate(
     """
     settings, session, metrics = run.config.evaluate, run.session, {}
     text = session.machine.renderer.text
-    rows = [example for example in run.heldout if example.wanted]
-    problems, players = asked(rows)[: settings.problems], rows[: settings.pairs]
+    problems = [example for example in asked(run.heldout) if example.desirable is not False][: settings.problems]
+    players = [example for example in run.heldout if example.wanted][: settings.pairs]
     if problems:
         answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
         metrics |= greedy_metrics(stage, problems, answers, text)

@@ -1,9 +1,10 @@
 r"""What a row's correct result is, and whether an answer gives it: one parser for data, held-out problems and `eval`.
 
-A reference is what a column says, else what the real answer states: after #### at its end (GSM8K) or in \boxed{}
-(MATH, AIME). A level-4 Markdown heading is no reference. An answer is read twice: strict is the result stated as the
-problem's own real answer states it, flexible the result wherever it is, else GSM8K's last number. A reading that the
-real answer itself does not pass can be passed by none that imitates it: the problem is left out of that reading.
+A reference is what a column says (verl's reward_model.ground_truth is one), else what the real answer states: after
+#### at its end (GSM8K) or in \boxed{} (MATH, AIME). A level-4 Markdown heading is no reference. An answer is read
+twice: strict is the result stated as the problem's own real answer states it, flexible the result wherever it is, else
+GSM8K's last number. A reading that the real answer itself does not pass can be passed by none that imitates it: the
+problem is left out of that reading.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 ACCURACY = {STRICT: "heldout/accuracy_strict", FLEXIBLE: "heldout/accuracy_flexible"}  # the first there is decides
 EXPLICIT = ("reference", "expected_answer", "final_answer", "ground_truth")  # columns that hold a result
 IMPLICIT = ("answer", "solution")  # columns that hold one where they are not the real answer themselves
+JSON = ('{"', "[{", '["')  # how the tests and rules of a reward function begin, as text
 LONGEST = 60  # characters of a result after ####
 
 _TYPOGRAPHY = str.maketrans("−–‐‑﹣－\u00a0\u2009\u202f\u2007’", "------    '")
@@ -63,17 +65,21 @@ def reference_of(row: Mapping[str, Any], answer: str) -> str | None:
 
 def named(row: Mapping[str, Any]) -> str | None:
     """What a column that is there for it gives as the result, as it is written."""
-    return next((text for name in EXPLICIT if (text := _written(row.get(name))) is not None), None)
+    told = row.get("reward_model")
+    values = [*(row.get(name) for name in EXPLICIT), told.get("ground_truth") if isinstance(told, Mapping) else None]
+    return next((text for value in values if (text := _written(value)) is not None), None)
 
 
 def _written(value: Any) -> str | None:
-    """A column's value as text; None where there is none."""
+    """A column's value as text; None where there is none, or none that an answer could be compared with."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    missing = value is None or value != value or not str(value).strip()
-    return None if missing else str(value)
+    if value is None or isinstance(value, list | Mapping) or value != value:
+        return None
+    text = str(value)
+    return None if not text.strip() or text.lstrip().startswith(JSON) else text
 
 
 def stated(text: str) -> str | None:
@@ -187,7 +193,13 @@ def _flexibly(text: str, reference: str) -> bool:
 
 
 def score(text: str, reference: str, real: str) -> dict[str, float]:
-    """{STRICT, FLEXIBLE: 1 or 0}; without a reading that the real answer does not pass itself."""
+    r"""{STRICT, FLEXIBLE: 1 or 0}; without a reading that the real answer does not pass itself.
+
+    Without a real answer ("", a prompt alone) strict is the result after ####, in \boxed{}, or as all there is.
+    """
+    if not real:
+        strictly = same_result(stated(text) or whole(text), reference)
+        return {STRICT: float(strictly), FLEXIBLE: float(_flexibly(text, reference))}
     way, scores = _stated_as(real, reference), {}
     if way:
         scores[STRICT] = float(same_result(way(text), reference))
@@ -198,7 +210,7 @@ def score(text: str, reference: str, real: str) -> dict[str, float]:
 
 def unmatched(examples: Sequence[Example]) -> list[str]:
     """What to say of a data set whose real answers do not give their own references, with counts and a row each."""
-    referred = [e for e in examples if e.reference is not None]
+    referred = [e for e in examples if e.reference is not None and e.answer]
     scores = [(e, score(e.answer, e.reference, e.answer)) for e in referred]
     said = []
     for lacking, what in (

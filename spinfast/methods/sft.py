@@ -32,10 +32,18 @@ def learnt(examples: Sequence[Example]) -> list[Group]:
     return [example.group for example in examples if example.wanted]
 
 
+def answered(config: Config, method: str, examples: Sequence[Example]) -> list[Group]:
+    """What there is to learn from, which must be something; without examples the config's limits count."""
+    groups = learnt(examples) if examples else limits(config, 1, getattr(config, method).groups_per_step)
+    if not groups:
+        raise UserError(
+            f"method {method}: the data has no answer to learn from, all are missing or labelled undesirable; "
+            "use other data, or a method that learns from prompts alone (grpo) or from labels (dpo with loss kto)"
+        )
+    return groups
+
+
 def load(config: Config, examples: Sequence[Example]) -> Load:
     """Every example once an epoch."""
-    c = config.sft
-    groups = learnt(examples) if examples else limits(config, 1, c.groups_per_step)
-    if not groups:
-        raise UserError("method sft: no answer of the data is labelled desirable; expected at least one to learn from")
+    c, groups = config.sft, answered(config, "sft", examples)
     return Load("sft", groups, Nll(), c, c.groups_per_step, (steps(c, len(groups)),))

@@ -21,10 +21,10 @@ from spinfast.data.pairs import make_pairs, read_pairs, write_pairs
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.fit import fit
-from spinfast.memory.planner import Load, limits, steps
+from spinfast.memory.planner import Load, steps
 from spinfast.methods.phases import conclude, epochs, rollout, with_reference
 from spinfast.methods.run import Run
-from spinfast.methods.sft import learnt
+from spinfast.methods.sft import answered
 from spinfast.objectives import Pairwise
 from spinfast.store import files
 from spinfast.store.record import Stage
@@ -91,8 +91,7 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     if any(not example.messages or example.scored for example in examples):
         raise UserError("method spin: needs one prompt and one answer a row, not plain text nor data.turns: all")
     c, generated = config.spin, (0,) * config.generation.max_tokens
-    real = learnt(examples) if examples else limits(config, 1, c.groups_per_step)
-    groups = [Group(group.prompt_ids, (*group.answers, generated)) for group in real]
+    groups = [Group(g.prompt_ids, (*g.answers, generated)) for g in answered(config, "spin", examples)]
     later = steps(c, len(groups) * (2 if c.mix_previous else 1))
     rounds = (steps(c, len(groups)), *[later] * (c.iterations - 1))
     answers = c.iterations * len(groups)

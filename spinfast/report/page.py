@@ -284,7 +284,7 @@ def _problems(run: Run) -> list[dict]:
         {
             "index": index,
             "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]),
-            "real": row["real"],
+            "real": row["real"] or row["reference"] or "",
             "answers": [_answer(names[stage], rows[index]) for stage, rows in stages.items() if index in rows],
         }
         for index, row in list(first.items())[:MAX_TRANSCRIPTS]

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from fixtures import FailingCall
 from safetensors.torch import load_file
+from test_methods import configured, opened
 from test_run import SMALL, play
 
-from spinfast import train
+from spinfast import methods, train
+from spinfast.config import Data, Source
+from spinfast.data import load_data
 from spinfast.evaluate import heldout
 from spinfast.objectives import Pairwise
 from spinfast.report.read import read_run
@@ -58,6 +61,34 @@ def test_settings_of_the_game_that_cannot_have_an_effect_are_told(tmp_path, tiny
 def test_the_bases_loss_is_that_of_a_margin_of_0(tmp_path, tiny_model):
     run_dir = play(tmp_path, tiny_model("llama"), spin={"iterations": 1, "loss": "hinge"})
     assert evaluations(run_dir)["base"]["heldout/loss"] == {"value": 1.0, "stderr": 0.0, "n": 6}
+
+
+def test_prompts_alone_are_answered_and_compared_and_no_likelihood_is_taken(tmp_path, tiny_model):
+    config = configured(tmp_path, tiny_model("llama"), method="sft", spin=None, sft={"groups_per_step": 6})
+    prompts = [{"prompt": f"What is {i} plus 1?", "reward_model": {"ground_truth": str(i + 1)}} for i in range(3)]
+    for name in ("train", "heldout"):
+        rows = "".join(json.dumps(row | {"set": name}) + "\n" for row in prompts)
+        (tmp_path / f"{name}-prompts.jsonl").write_text(rows)
+    update = {
+        "method": ("sft", "grpo"),
+        "data": Data(source=[Source(source=str(tmp_path / name)) for name in ("train.jsonl", "train-prompts.jsonl")]),
+        "heldout": Data(source=str(tmp_path / "heldout-prompts.jsonl")),
+    }
+    with opened(config, tmp_path / "run") as run:
+        loaded = load_data(config.model_copy(update=update), run.session.machine.renderer)
+        run.examples, run.heldout = loaded["data"].examples, loaded["heldout"].examples
+        run.examples.sort(key=lambda example: len(example.real_ids))  # the canary reads the first
+        rows = list(methods.play(run))
+    assert len(run.examples) == 15
+    for row in rows:
+        assert {*row["evaluation"]} == {"heldout/accuracy_strict", "heldout/accuracy_flexible"}
+        assert {metric["n"] for metric in row["evaluation"].values()} == {3}
+    assert not list((tmp_path / "run").glob("*/heldout_logps*"))
+    assert json.loads((tmp_path / "run/sft/train.json").read_text())["steps"] == 2  # of the 12 answers
+    transcripts = read_run(tmp_path / "run").transcripts["sft"]
+    assert [(row["real"], row["reference"]) for row in sorted(transcripts, key=lambda row: row["index"])] == [
+        ("", str(i + 1)) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("fails_at", range(1, 12))

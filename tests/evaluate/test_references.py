@@ -103,6 +103,11 @@ def test_headings_and_prose_are_no_reference(answer):
         ({"solution": "As \\boxed{7} says."}, "Seven.", "7"),
         ({"answer": "Paris is nice."}, "Lyon is nice.", None),
         ({"answer": "42"}, "42", None),  # the real answer itself, which states no result
+        ({"reward_model": {"style": "rule", "ground_truth": "42"}}, "", "42"),
+        ({"reward_model": {"ground_truth": {"target": 42}}}, "", None),
+        ({"reward_model": "deberta"}, "", None),
+        ({"ground_truth": ["42", "forty-two"]}, "", None),
+        ({"ground_truth": '{"func_name": "verify"}', "answer": "42"}, "", "42"),
     ],
 )
 def test_columns(row, answer, reference):
@@ -135,6 +140,12 @@ def test_equality(answer, reference, same):
         ("The answer is (B).", "B", "#### B", 0, 1),
         ("A banana", "B", "#### B", 0, 0),
         ("B", "B", "B", 1, 1),
+        ("So 1,012.\n#### 1,012", "1012", "", 1, 1),  # a prompt alone: no answer shows how its result is stated
+        ("\\boxed{\\frac12}", "1/2", "", 1, 1),
+        ("18", "18", "", 1, 1),
+        ("It costs $18.00 then.", "18", "", 0, 1),
+        ("#### 17, not 18", "18", "", 0, 0),
+        ("No idea.", "18", "", 0, 0),
     ],
 )
 def test_readings(text, reference, real, strict, flexible):
