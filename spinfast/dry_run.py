@@ -21,6 +21,7 @@ from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile
+from spinfast.evaluate.rewarded import load_rewards
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS
 from spinfast.memory.planner import Load, Plan
@@ -40,6 +41,7 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     examples, heldout = (data[name].examples if name in data else [] for name in ("data", "heldout"))
     work = loads(config, examples)
     check_rows(machine, work)
+    load_rewards(config, examples, heldout)
     engine, why = choose_backend(config, generates(config, work, heldout))
 
     console.rule("config")

@@ -19,6 +19,7 @@ from spinfast.evaluate.preferences import (
     unpaired_metrics,
 )
 from spinfast.evaluate.references import ACCURACY, score
+from spinfast.evaluate.rewarded import reward_metrics
 from spinfast.evaluate.selfplay import (
     Metrics,
     fresh_opponent_metrics,
@@ -62,7 +63,11 @@ def evaluate(
     players = [example for example in run.heldout if example.wanted][: settings.pairs]
     if problems:
         answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
-        metrics |= greedy_metrics(stage, problems, answers, text)
+        scores = verdict(problems, answers, text)
+        write_transcripts(stage, problems, answers, scores, text)
+        metrics |= accuracies(scores)
+        if run.rewards:
+            metrics |= reward_metrics(run, problems, answers)[0]
     if "spin" in run.config.method and (players := playable(players)):
         generation = run.config.generation
         sampling = session.sampling(generation.temperature, generation.max_tokens)
@@ -109,30 +114,43 @@ def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Met
     return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
 
-def greedy_metrics(
-    stage: Stage, problems: Sequence[Example], answers: Sequence[Completion], text: Callable[[Sequence[int]], str]
-) -> Metrics:
-    """Write the transcripts of the greedy answers and score those that have a reference."""
-    transcripts, verdicts = [], {reading: [] for reading in ACCURACY}
-    for example, completion in zip(problems, answers, strict=True):
-        answer = text(completion.token_ids)
-        scores = {} if example.reference is None else score(answer, example.reference, example.answer)
-        for reading, value in scores.items():
-            verdicts[reading].append(value)
-        transcripts.append(
-            {
-                "index": example.index,
-                "prompt": list(example.messages),
-                "real": example.answer,
-                "reference": example.reference,
-                "text": answer,
-                "scores": scores,
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.token_ids),
-            }
-        )
+def verdict(
+    problems: Sequence[Example], answers: Sequence[Completion], text: Callable[[Sequence[int]], str]
+) -> list[dict[str, float]]:
+    """The scores of each answer by reading; none where its problem has no reference."""
+    return [
+        {} if e.reference is None else score(text(answer.token_ids), e.reference, e.answer)
+        for e, answer in zip(problems, answers, strict=True)
+    ]
+
+
+def accuracies(scores: Sequence[dict[str, float]]) -> Metrics:
+    """Their means."""
+    found = {name: [each[reading] for each in scores if reading in each] for reading, name in ACCURACY.items()}
+    return {name: estimate(np.array(values)) for name, values in found.items() if values}
+
+
+def write_transcripts(
+    stage: Stage,
+    problems: Sequence[Example],
+    answers: Sequence[Completion],
+    scores: Sequence[dict[str, float]],
+    text: Callable[[Sequence[int]], str],
+) -> None:
+    transcripts = [
+        {
+            "index": example.index,
+            "prompt": list(example.messages),
+            "real": example.answer,
+            "reference": example.reference,
+            "text": text(completion.token_ids),
+            "scores": found,
+            "finish_reason": completion.finish_reason,
+            "tokens": len(completion.token_ids),
+        }
+        for example, completion, found in zip(problems, answers, scores, strict=True)
+    ]
     files.write_text(stage.path("heldout.jsonl"), files.jsonl(transcripts))
-    return {ACCURACY[reading]: estimate(np.array(values)) for reading, values in verdicts.items() if values}
 
 
 def play(

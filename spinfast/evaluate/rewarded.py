@@ -8,10 +8,18 @@ import numpy as np
 
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
-from spinfast.rewards import Batch, Scores, TrainerState
+from spinfast.config import Config
+from spinfast.rewards import Batch, Rewards, Scores, TrainerState, load
 from spinfast.types import Completion, Example
 
-PASSED_ITSELF = {"prompt", "completion", "completion_ids"}
+def load_rewards(config: Config, *sets: Sequence[Example]) -> Rewards | None:
+    """The reward functions of grpo, which must be able to rate these examples; None without that method."""
+    if "grpo" not in config.method:
+        return None
+    rewards = load(config.grpo.rewards, timeout=config.grpo.reward_timeout, max_tokens=config.generation.max_tokens)
+    for examples in filter(None, sets):
+        rewards.check(column_names(examples))
+    return rewards
 
 
 def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state: TrainerState) -> Scores:
@@ -32,11 +40,14 @@ def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state
 
 def columns(examples: Sequence[Example]) -> dict[str, list]:
     """The data's other columns, and the reference that evaluation compares with, where the data has no such column."""
-    names = dict.fromkeys(name for example in examples for name in example.columns if name not in PASSED_ITSELF)
-    found = {name: [example.columns.get(name) for example in examples] for name in names}
-    if any(example.reference is not None for example in examples):
-        found.setdefault("reference", [example.reference for example in examples])
-    return found
+    own = {"reference": [example.reference for example in examples]}
+    return {name: own.get(name) or [e.columns.get(name) for e in examples] for name in column_names(examples)}
+
+
+def column_names(examples: Sequence[Example]) -> list[str]:
+    """Their names."""
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    return [*names, *(["reference"] if "reference" not in names and any(e.reference for e in examples) else [])]
 
 
 def totals(run, scores: Scores) -> list[float | None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from spinfast.evaluate import heldout
 from spinfast.memory.planner import Load
-from spinfast.methods import dpo, sft, spin
+from spinfast.methods import dpo, grpo, sft, spin
 from spinfast.methods.phases import base_stage, conclude
 from spinfast.methods.run import Run
 
@@ -25,6 +25,7 @@ METHODS = {
     "sft": Method(sft.sft, sft.load),
     "spin": Method(spin.spin, spin.load),
     "dpo": Method(dpo.dpo, dpo.load),
+    "grpo": Method(grpo.grpo, grpo.load),
 }
 
 

@@ -43,7 +43,7 @@ def play_controls(run: Run) -> Iterator[tuple[str, dict]]:
     for name in CONTROLS:
         with closing(RunDir(run.directory.path / "controls" / name, run.config)) as directory:
             shutil.copy(run.directory.path / "environment.json", directory.path)
-            control = begin(run.session, directory, run.display, run.examples, run.heldout)
+            control = begin(run.session, directory, run.display, run.examples, run.heldout, run.rewards)
             for row in play_control(control, run.played, name):
                 yield name, row
 

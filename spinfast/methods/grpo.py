@@ -24,6 +24,7 @@ from spinfast.config import Config, at
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
 from spinfast.evaluate.rewarded import reward_metrics
+from spinfast.evaluate.selfplay import Metrics
 from spinfast.fit import fit
 from spinfast.memory.planner import Load
 from spinfast.methods.phases import conclude
@@ -31,14 +32,15 @@ from spinfast.methods.run import Run
 from spinfast.methods.sampling import Rollouts
 from spinfast.objectives import Surrogate
 from spinfast.store.record import Stage
-from spinfast.types import Example, Group
+from spinfast.types import Example, Group, Request
 from spinfast.watch import Figures, Losses, Watch
 
 
 def grpo(run: Run, last: Stage) -> Iterator[dict]:
     c, stage = run.config.grpo, run.stage("grpo", last, "grpo")
     start = run.become(last)
-    fit(run, stage, Rollouts(run, stage, start), surrogate(run.config), c, at(c.lr, 0), watch=looking(run))
+    objective = surrogate(run.config)
+    fit(run, stage, Rollouts(run, stage, start, objective), objective, c, at(c.lr, 0), watch=looking(run))
     yield conclude(run, stage, last, start)
 
 
@@ -57,13 +59,23 @@ def looking(run: Run) -> Watch | None:
         return None
 
     def measure() -> tuple[Losses, Figures]:
-        run.session.check_generator(problems[0].prompt_ids, run.policy.adapter())
-        answers = heldout.greedy(run, problems, "look")
+        adapter = run.policy.adapter()
+        run.session.check_generator(problems[0].prompt_ids, adapter)
+        requests = [Request(i, example.prompt_ids, seed=i) for i, example in enumerate(problems)]
+        found = run.generator.generate(requests, run.session.sampling(0.0, settings.max_tokens), adapter)
+        answers = sorted(found, key=lambda answer: answer.index)
         metrics, rewards = reward_metrics(run, problems, answers)
+        scores = heldout.verdict(problems, answers, run.session.machine.renderer.text)
         known = torch.tensor([reward for reward in rewards if reward is not None], dtype=torch.float64)
-        return (-known, torch.ones_like(known)), flat(metrics | heldout.accuracies(run, problems, answers))
+        return (-known, torch.ones_like(known)), figures(metrics | heldout.accuracies(scores))
 
     return Watch(measure, c.evaluate_every, c.patience, c.keep == "best")
+
+
+def figures(metrics: Metrics) -> Figures:
+    """Estimates as a metrics line has them."""
+    errors = {f"{name}_stderr": each["stderr"] for name, each in metrics.items() if each["stderr"] is not None}
+    return {name: each["value"] for name, each in metrics.items()} | errors
 
 
 def load(config: Config, examples: Sequence[Example]) -> Load:
@@ -73,7 +85,7 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     if examples and not any(e.messages for e in examples):
         raise UserError("method grpo: needs prompts, and the data is plain text")
     loss = surrogate(config)
-    groups = loss.filled([Group(prompt, (answer,) * c.samples) for prompt in prompts])
+    groups = [Group(prompt, (answer,) * c.samples) for prompt in prompts]
     off_policy = c.steps_per_rollout > 1 and c.old_logps == "policy"
     scoring = (bool(c.beta) + off_policy) / c.num_iterations
     prompts = math.ceil(c.steps / c.steps_per_rollout) * c.steps_per_generation * c.prompts_per_step

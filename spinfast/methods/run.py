@@ -14,12 +14,14 @@ from pathlib import Path
 from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.evaluate.heldout import asked
+from spinfast.evaluate.rewarded import load_rewards
 from spinfast.generation import Generator, prompt_seed
 from spinfast.memory.planner import Load, StepPlan
 from spinfast.objectives import Pairwise
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
+from spinfast.rewards import Rewards
 from spinfast.session import Session, check_rows, choose_backend, look, open_session, plan_steps
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
@@ -40,6 +42,7 @@ class Run:
     heldout: Sequence[Example]
     longest: int  # packed tokens of the longest group that there can be, cut as small as its objective allows
     game: Pairwise  # what stages that are no game themselves are held out against
+    rewards: Rewards | None = None  # the functions that rate answers, where a method has them
     budget: Budget = field(init=False)
     base: str | None = None
     played: list[Stage] = field(default_factory=list)
@@ -106,6 +109,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     work = loads(config, examples)
     heldout = data["heldout"].examples if "heldout" in data else []
     check_rows(machine, work)
+    rewards = load_rewards(config, examples, heldout)
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
     if sampled and not any(load.answers for load in work):
@@ -114,7 +118,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     with open_session(config, machine, plan, generate) as session:
         needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
         room.check(directory.path, needed - room.taken(directory.path), "the run")
-        yield begin(session, directory, display, examples, heldout)
+        yield begin(session, directory, display, examples, heldout, rewards)
 
 
 def begin(
@@ -123,6 +127,7 @@ def begin(
     display: Display,
     examples: Sequence[Example],
     heldout: Sequence[Example],
+    rewards: Rewards | None,
 ) -> Run:
     """A run in an open session, from a fresh adapter."""
     session.fresh()
@@ -131,7 +136,7 @@ def begin(
     work = loads(session.config, examples)
     longest = max(load.longest for load in work)
     game = next((load.objective for load in work if isinstance(load.objective, Pairwise)), Pairwise())
-    return Run(session, directory, display, examples, heldout, longest, game)
+    return Run(session, directory, display, examples, heldout, longest, game, rewards)
 
 
 def loads(config: Config, examples: Sequence[Example]) -> list[Load]:
