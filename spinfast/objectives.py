@@ -317,7 +317,8 @@ class Surrogate(Plain):
     default).
 
     An answer that is not active counts nowhere. (In TRL it adds 0 to a mean over answers and counts as one of them.)
-    One whose advantage is 0 counts in the mean and is not computed, unless there is a KL.
+    One whose advantage is 0 counts in the mean and is not computed, unless there is a KL; so clip ratios are of all
+    tokens, entropy and the sampler's difference of those that are computed.
     """
 
     loss: str = "dapo"  # a name of surrogates.SURROGATES
@@ -332,6 +333,7 @@ class Surrogate(Plain):
     old_logps: Literal["policy", "sampler"] = "policy"
     max_tokens: int = 1  # the longest answer that could be sampled, which dr_grpo divides by
     temperature: float = 1.0
+    counted: float = 1.0  # tokens (gspo: answers) of a step for each of its weight
 
     @property
     def high(self) -> float:
@@ -359,15 +361,21 @@ class Surrogate(Plain):
             [i for i, a in enumerate(group.given[ADVANTAGE]) if group.given[ACTIVE][i] and (a or self.beta)]
             for group in groups
         ]
-        return self, [group.part(answers) for group, answers in zip(groups, chosen, strict=True) if answers]
+        live = [group.part(answers) for group, answers in zip(groups, chosen, strict=True) if answers]
+        unit = "answer" if self.kind.sequence else "token"
+        counted = sum(self.counts(group)[unit] for group in groups) / (sum(map(self.weight, groups)) or 1.0)
+        return replace(self, counted=counted), live
 
     def cut(self, groups, tokens):
         return [part for group in groups for part in split(group, tokens)]
 
-    def weight(self, group: Group) -> float:
+    def counts(self, group: Group) -> dict[str, int]:
+        """What a mean may be over: the group's active answers, their tokens, or how many these might have been."""
         lengths = [length for length, active in zip(group.lengths, group.given[ACTIVE], strict=True) if active]
-        counts = {"answer": len(lengths), "token": sum(lengths), "limit": len(lengths) * self.max_tokens}
-        return float(counts[self.kind.mean])
+        return {"answer": len(lengths), "token": sum(lengths), "limit": len(lengths) * self.max_tokens}
+
+    def weight(self, group: Group) -> float:
+        return float(self.counts(group)[self.kind.mean])
 
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
         ids_N, lengths_S, sampler_N = batch.sequence_ids_N, batch.lengths_S, batch.given[SAMPLER_LOGPS]
@@ -378,10 +386,11 @@ class Surrogate(Plain):
         loss_N = self.kind.loss(tokens, self)
         each_N, of_answer_N = torch.ones_like(ratios_N), 1 / lengths_S[ids_N]  # what a token counts in a mean
         gap_N = (own_N - sampler_N).abs()
-        means = {name: (value, of_answer_N if self.kind.sequence else each_N) for name, value in self.clips(tokens)}
+        unit_N = (of_answer_N if self.kind.sequence else each_N) / self.counted
+        metrics = {name: (clipped_N * unit_N).sum() for name, clipped_N in self.clips(tokens)}
+        metrics["sampling/sampling_logp_difference/max"] = gap_N.nan_to_num(nan=0.0).amax()
+        means = {"sampling/sampling_logp_difference/mean": (gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float())}
         means["entropy"] = -logps_N, each_N
-        means["sampling/sampling_logp_difference/mean"] = gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float()
-        metrics = {"sampling/sampling_logp_difference/max": gap_N.nan_to_num(nan=0.0).amax()}
         if self.correction != "none" and self.old_logps == "policy":
             weights_N = correction(self.correction, own_N - sampler_N, ids_N, batch.sequences, self.correction_max)
             loss_N = loss_N * weights_N
