@@ -2,7 +2,8 @@
 
     gsm_symbolic      word problems as in GSM8K
     chain_sum         sums of two or three one-digit numbers, a line per step
-    chain_sum/pairs   the same with a wrong solution beside the right one, to be compared
+    chain_sum/two     of two numbers only, of which there are 200; two fifths of them belong to "test"
+    chain_sum/pairs   sums with a wrong solution beside the right one, to be compared
 
 Problem i is drawn from seed + i in reasoning-gym: neighbouring seeds would share problems, so the seed is hashed with
 the split's name. There are few one-digit sums: its own text decides which split one belongs to, and none occurs twice.
@@ -39,6 +40,13 @@ def chain_sum(create: Callable, split: str, rows: int, seed: int) -> Rows:
     ]
 
 
+def chain_sum_two(create: Callable, split: str, rows: int, seed: int) -> Rows:
+    return [
+        {"question": problem["question"], "answer": worked(expression), "reference": problem["answer"]}
+        for problem, expression in itertools.islice(_sums(create, split, seed, terms=2, heldout=2), rows)
+    ]
+
+
 def chain_sum_pairs(create: Callable, split: str, rows: int, seed: int) -> Rows:
     return [
         {
@@ -51,7 +59,12 @@ def chain_sum_pairs(create: Callable, split: str, rows: int, seed: int) -> Rows:
     ]
 
 
-SOURCES = {"gsm_symbolic": gsm_symbolic, "chain_sum": chain_sum, "chain_sum/pairs": chain_sum_pairs}
+SOURCES = {
+    "gsm_symbolic": gsm_symbolic,
+    "chain_sum": chain_sum,
+    "chain_sum/two": chain_sum_two,
+    "chain_sum/pairs": chain_sum_pairs,
+}
 
 
 def worked(expression: str, wrong: Random | None = None) -> str:
@@ -69,13 +82,15 @@ def worked(expression: str, wrong: Random | None = None) -> str:
     return "\n".join([*lines, f"#### {total}"])
 
 
-def _sums(create: Callable, split: str, seed: int) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Problems of the split, each once: a fifth of all belongs to "test", the rest to every other name."""
-    options = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+def _sums(
+    create: Callable, split: str, seed: int, terms: int = 3, heldout: int = 1
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Problems of the split, each once: so many fifths of all belong to "test", the rest to every other name."""
+    options = {"min_terms": 2, "max_terms": terms, "min_digits": 1, "max_digits": 1}
     seen = set()
     for problem in create("chain_sum", size=DRAWN, seed=_key(split, seed), **options):
         expression = problem["metadata"]["expression"]
-        apart = hashlib.blake2b(expression.encode(), digest_size=1).digest()[0] % 5 == 0
+        apart = hashlib.blake2b(expression.encode(), digest_size=1).digest()[0] % 5 < heldout
         if expression not in seen and apart == (split == "test"):
             seen.add(expression)
             yield problem, expression

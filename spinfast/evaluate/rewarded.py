@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spinfast.config import Config
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
-from spinfast.config import Config
 from spinfast.rewards import Batch, Rewards, Scores, TrainerState, load
 from spinfast.types import Completion, Example
+
 
 def load_rewards(config: Config, *sets: Sequence[Example]) -> Rewards | None:
     """The reward functions of grpo, which must be able to rate these examples; None without that method."""
@@ -53,11 +54,15 @@ def column_names(examples: Sequence[Example]) -> list[str]:
 def totals(run, scores: Scores) -> list[float | None]:
     """The weighted sum of each answer's rewards; None where no function applies."""
     weights = dict(zip(run.rewards.names, run.rewards.weights, strict=True))
-    rows = zip(*([value and weights[name] * value for value in values] for name, values in scores.values.items()), strict=True)
+    rows = zip(
+        *([value and weights[name] * value for value in values] for name, values in scores.values.items()), strict=True
+    )
     return [sum(known) if (known := [value for value in row if value is not None]) else None for row in rows]
 
 
-def reward_metrics(run, problems: Sequence[Example], answers: Sequence[Completion], step: int = 0) -> tuple[Metrics, list]:
+def reward_metrics(
+    run, problems: Sequence[Example], answers: Sequence[Completion], step: int = 0
+) -> tuple[Metrics, list]:
     """Held-out rewards of greedy answers with their standard errors, and each answer's weighted sum."""
     scores = rated(run, problems, answers, TrainerState(step, run.config.grpo.steps, 0.0))
     sums = totals(run, scores)

@@ -8,8 +8,8 @@
         for one or more steps:
             theta            += gradient of A * ratio(p_theta, p_old)    surrogates.py, fit
 
-A rollout is kept in a file before it is trained on, and a resumed run reads it again. Groups whose rewards are all equal
-teach nothing: they are not computed, and with grpo.refill fresh prompts take their place.
+A rollout is kept in a file before it is trained on, and a resumed run reads it again. Groups whose rewards are all
+equal teach nothing: they are not computed, and with grpo.refill fresh prompts take their place.
 """
 
 from __future__ import annotations

@@ -7,11 +7,9 @@ import logging
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from itertools import islice
+from statistics import fmean
 
 from spinfast.advantages import Advantages, advantages, metrics
 from spinfast.evaluate.rewarded import rated
@@ -95,13 +93,15 @@ class Rollouts:
             refilled += len(live)
         found = compared(run, groups)
         for i, rows in enumerate(groups):
-            for row, reward, advantage in zip(rows, found.rewards[i].tolist(), found.advantages[i].tolist(), strict=True):
+            for row, reward, advantage in zip(
+                rows, found.rewards[i].tolist(), found.advantages[i].tolist(), strict=True
+            ):
                 left_out = c.mask_truncated and row["finish_reason"] == "length"
                 row |= {"group": i, "advantage": advantage, "active": 0.0 if left_out else 1.0}
                 row["reward"] = None if math.isnan(reward) else reward
         self.score(groups)
         figures = metrics(values(run, groups), found) | lengths(groups) | {"groups/refilled": refilled}
-        figures |= {name: mean(call[name] for call in told if name in call) for call in told for name in call}
+        figures |= {name: fmean(call[name] for call in told if name in call) for call in told for name in call}
         rollout = Rollout([row for rows in groups for row in rows], adapters.fingerprint(adapter), figures)
         rollout = rollouts.write(rollouts.path(self.stage.directory, number), rollout, self.owner(number))
         seconds, tokens = time.monotonic() - started, sum(len(row["completion_ids"]) for row in rollout.rows)
@@ -133,7 +133,9 @@ class Rollouts:
         for name, playing in columns:
             with playing:
                 for rows in batched(groups, self.c.prompts_per_step):
-                    _, live = objective.for_step([as_group(of_group, placed=i) for i, of_group in enumerate(rows)], None)
+                    _, live = objective.for_step(
+                        [as_group(of_group, placed=i) for i, of_group in enumerate(rows)], None
+                    )
                     scored = token_logps(run.policy, live, run.budget, objective.temperature)
                     for group, logps in zip(live, scored, strict=True):
                         for place, found in zip(group.given[PLACE], logps, strict=True):
@@ -162,7 +164,9 @@ def sampled(run: Run, asked: Sequence[Example], purpose: str, adapter: Adapter) 
         for sample in range(samples)
     ]
     found = {}
-    for answer in run.generator.generate(requests, run.session.sampling(settings.temperature, settings.max_tokens), adapter):
+    for answer in run.generator.generate(
+        requests, run.session.sampling(settings.temperature, settings.max_tokens), adapter
+    ):
         found[answer.index, answer.sample] = answer
         stop_if_asked()
     return [[found[i, sample] for sample in range(samples)] for i in range(len(asked))]
@@ -212,7 +216,7 @@ def lengths(groups: Sequence[Sequence[dict]]) -> dict[str, float]:
     ended = [len(row["completion_ids"]) for row in rows if row["finish_reason"] == "stop"]
     found = {"completions/clipped_ratio": 1 - len(ended) / len(every)}
     for name, sizes in {"length": every, "terminated_length": ended or [0]}.items():
-        figures = {"mean": mean(sizes), "min": min(sizes), "max": max(sizes)}
+        figures = {"mean": fmean(sizes), "min": min(sizes), "max": max(sizes)}
         found |= {f"completions/{which}_{name}": float(value) for which, value in figures.items()}
     return found
 

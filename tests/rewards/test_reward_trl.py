@@ -13,14 +13,27 @@ from transformers import TrainerState
 
 from spinfast.rewards import load
 
-TEXTS = ("2", " 12 def f(): ", r"so \boxed{2}", "", "<think>a</think><answer>2</answer>", "<think>a\nb</think><answer>2</answer>")
+TEXTS = (
+    "2",
+    " 12 def f(): ",
+    r"so \boxed{2}",
+    "",
+    "<think>a</think><answer>2</answer>",
+    "<think>a\nb</think><answer>2</answer>",
+)
 COLUMNS = {"ground_truth": ["2"] * 6, "task": ["math", "coding", "math", "none", "coding", "none"], "answer": ["2"] * 6}
 STRINGS = (
     *("reward_len", "longer_in_tokens", "boxed_is_ground_truth", "math_reward_func", "coding_reward_func"),
     *("async_reward_func", "logging_reward_func", "scheduled"),
 )
 MESSAGES = ("reward_num_unique_letters", "format_reward_func")
-WILD = ("correctness_reward_func", "int_reward_func", "strict_format_reward_func", "soft_format_reward_func", "xmlcount_reward_func")
+WILD = (
+    "correctness_reward_func",
+    "int_reward_func",
+    "strict_format_reward_func",
+    "soft_format_reward_func",
+    "xmlcount_reward_func",
+)
 
 
 @pytest.fixture(scope="module")
