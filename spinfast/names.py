@@ -10,7 +10,7 @@ def label(iteration: str | int) -> str:
     return (
         f"iteration {iteration}"
         if isinstance(iteration, int)
-        else {"sft": "SFT", "dpo": "DPO"}.get(iteration, iteration)
+        else {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}.get(iteration, iteration)
     )
 
 
