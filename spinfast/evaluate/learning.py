@@ -24,7 +24,8 @@ KEPT = (
 )
 BY_FUNCTION = re.compile(r"rewards/(?P<name>.+)/(mean|std)")
 LOOKS = ("heldout/reward", "heldout/accuracy_strict", "heldout/accuracy_flexible")
-FORM = re.compile(r"format|xml|tag|(^|_)int(eger)?($|_)|length|repet|overlong|think", re.IGNORECASE)  # not correctness
+PENALTY = re.compile(r"penal|repet|overlong|length", re.IGNORECASE)  # names whose constant 0 is no fault
+FORM = re.compile(rf"format|xml|tag|think|(^|_)int(eger)?($|_)|{PENALTY.pattern}", re.IGNORECASE)  # not correctness
 
 Summary = dict
 Rule = Callable[[Summary], str | None]
@@ -132,7 +133,7 @@ def _constant(seen: Summary) -> str | None:
         return max(*map(abs, spreads), abs(values[1] - values[0])) <= bound
 
     found = [(name, _value(seen, f"rewards/{name}/mean")) for name in functions(seen) if fixed(name)]
-    never = [(name, value) for name, value in found if value <= 0]
+    never = [(name, value) for name, value in found if value <= 0 and not PENALTY.search(name)]
     found = never or (found if len(found) == len(functions(seen)) else [])  # one that always pays may be learnt
     if not found:
         return None

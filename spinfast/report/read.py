@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from spinfast.config import parse_config
 from spinfast.errors import UserError
 from spinfast.names import control_of, label, run_name
-from spinfast.store import files
+from spinfast.store import files, rollouts
 from spinfast.store.record import KIND, whole_lines
 
 
@@ -60,9 +60,7 @@ class Run:
     def rollouts(self) -> dict[str, list[Path]]:
         """stage -> the files of its rollouts (store/rollouts.py), in their order; of stages under way too."""
         stages = dict.fromkeys([*self.stages, *(row["stage"] for row in self.steps)])
-        found = {
-            stage: sorted(path.glob("rollouts/*.parquet")) for stage, path in _directories(self.path, stages).items()
-        }
+        found = {stage: rollouts.kept(path) for stage, path in _directories(self.path, stages).items()}
         return {stage: paths for stage, paths in found.items() if paths}
 
     def _kind(self, stage: str) -> dict:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from spinfast.report.plots import number
 from spinfast.report.read import Run
+from spinfast.store.rollouts import by_group
 
 MAX_ROLLOUTS, MAX_GROUPS, MAX_ANSWERS = 12, 8, 16  # of all runs together; of a rollout; of a group
 MAX_TEXT = 2000  # characters of a text
@@ -67,13 +68,9 @@ def read(run: Run, stage: str, path: Path, several: bool) -> Shown:
     schema = pq.read_schema(path)
     functions = [name for name in schema.names if name.startswith("rewards/")]
     rows = pq.read_table(path, columns=[name for name in schema.names if name in (*SHOWN, *functions)]).to_pylist()
-    groups: dict[int, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    dead = sum(map(_dead, groups.values()))
-    return Shown(
-        _title(run, stage, path, several), [*groups.values()][:MAX_GROUPS], functions, len(rows), len(groups), dead
-    )
+    groups = by_group(rows)
+    dead = sum(map(_dead, groups))
+    return Shown(_title(run, stage, path, several), groups[:MAX_GROUPS], functions, len(rows), len(groups), dead)
 
 
 def _title(run: Run, stage: str, path: Path, several: bool) -> str:

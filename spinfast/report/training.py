@@ -28,7 +28,7 @@ TRAINING = {  # metric -> (title, level)
     "train/loss_scale": ("Loss scale", None),
 }
 ANSWERS = {  # of GRPO: metric -> (title, level)
-    "reward_std": ("Spread of rewards within a group", None),
+    "reward_std": ("Spread of rewards", None),
     "groups/dead": ("Dead groups: all rewards equal", None),
     "groups/refilled": ("Groups replaced by fresh prompts", None),
     "completions/mean_length": ("Tokens of an answer", None),

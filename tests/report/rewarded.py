@@ -6,11 +6,10 @@ import json
 import random
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from spinfast.fit import summary
+from spinfast.store import rollouts
 
 STEPS = 40
 FUNCTIONS = {"gsm8k": 2.0, "format": {"weight": 0.5, "strict": True}}
@@ -63,7 +62,8 @@ def rollout(number: int, prompts: int = 3, samples: int = 4) -> list[dict]:
             "advantage": 0.0 if group == prompts - 1 else 1.5 if sample == 0 else -0.5,
             "active": float(sample != 2),
             "extra": json.dumps({"seen": sample}) if sample == 3 else "{}",
-            "completion_ids": [1, 2, 3],
+            **{"prompt_ids": [1, 2], "completion_ids": [3, 4, 5], "sampler_logps": [-1.0, -0.5, -0.25]},
+            **{"old_logps": None, "reference_logps": None},
         }
         for group in range(prompts)
         for sample in range(samples)
@@ -71,6 +71,5 @@ def rollout(number: int, prompts: int = 3, samples: int = 4) -> list[dict]:
 
 
 def write_rollout(run: Path, number: int, rows: list[dict] | None = None) -> None:
-    path = run / "grpo" / "rollouts" / f"{number:06d}.parquet"
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows or rollout(number)), path)
+    path = rollouts.path(run / "grpo", number)
+    rollouts.write(path, rollouts.Rollout(rows or rollout(number), "fingerprint", {"reward": 0.5}), "a test")
