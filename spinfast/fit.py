@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from spinfast.config import Optimisation
+from spinfast.evaluate import learning
+from spinfast.evaluate.advice import on_the_way
 from spinfast.interrupt import Stopped, finishing_steps, stop_if_asked
 from spinfast.objectives import Objective
 from spinfast.store import checkpoint, failed_step, files
@@ -77,6 +79,8 @@ def fit(
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
                 run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
+                for sentence in on_the_way(rows):
+                    log.warning("%s: %s", stage.name, sentence)
                 due = state.step % config.train.save_every_steps == 0
                 if due or time.monotonic() - saved_at > config.train.save_every_seconds:
                     save()
@@ -125,7 +129,10 @@ def check_first_loss(
 
 
 def summary(rows: Sequence[dict]) -> dict[str, float]:
-    """The training phase in a few figures, from its metrics lines; losses are those of steps that were made."""
+    """The training phase in a few figures, from its metrics lines; losses are those of steps that were made.
+
+    Where answers have rewards, learning.summary is part of it.
+    """
     made = [row["train/loss"] for row in rows if "train/empty" not in row and not isinstance(row["train/loss"], str)]
     losses = made or [0.0]  # "nan" was skipped
     last, early = rows[-1], rows[1 : len(rows) // 4]
@@ -137,10 +144,20 @@ def summary(rows: Sequence[dict]) -> dict[str, float]:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         **{f"last/{name.removeprefix('train/')}": last[name] for name in names if name != "train/loss"},
+        **(learning.summary(rows) if "reward" in last else {}),
     }
 
 
+SHOWN = {  # of a step with rewards: metric -> (word, how it is written)
+    "reward": ("reward", ".3f"),
+    "completions/mean_length": ("length", ".0f"),
+    "groups/dead": ("dead", ".0%"),
+}
+
+
 def _shown(metrics: dict[str, float]) -> str:
+    if "reward" in metrics:
+        return "  ".join(f"{word} {metrics[name]:{look}}" for name, (word, look) in SHOWN.items() if name in metrics)
     parts = [f"loss {metrics['train/loss']:.4f}"]
     if "train/margin" in metrics:
         parts += [f"margin {metrics['train/margin']:.3f}", f"accuracy {metrics['train/pair_accuracy']:.2f}"]

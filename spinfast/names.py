@@ -10,7 +10,7 @@ def label(iteration: str | int) -> str:
     return (
         f"iteration {iteration}"
         if isinstance(iteration, int)
-        else {"sft": "SFT", "dpo": "DPO"}.get(iteration, iteration)
+        else {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}.get(iteration, iteration)
     )
 
 
@@ -21,6 +21,19 @@ def source_name(source: str | list[dict]) -> str:
     given = [{key: value for key, value in each.items() if value is not None} for each in source]
     words = [[each.pop("source"), *(f"{key} {value}" for key, value in each.items())] for each in given]
     return " + ".join(f"{name} ({', '.join(rest)})" if rest else name for name, *rest in words)
+
+
+def rewards_named(c: dict) -> str:
+    """A saved config's grpo section: its reward functions with their weights."""
+    weights = {name: of["weight"] if isinstance(of, dict) else of for name, of in c["rewards"].items()}
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+
+
+def amount(c: dict) -> str:
+    """A saved config's section of a method: how much it trains on."""
+    if "steps" in c:
+        return f"{c['steps']} steps of {c['prompts_per_step']} prompts"
+    return f"{c['epochs']} epochs, {c['groups_per_step']} groups per step"
 
 
 def control_of(run: Path) -> Path | None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from test_run import write_config
 
 from spinfast.evaluate.cli import parse as parse_eval
-from spinfast.progress import COLUMNS, Display, open_console, show
+from spinfast.progress import ANSWERS, COLUMNS, Display, open_console, show
 from spinfast.run import main, parse
 from spinfast.terminal import PLAIN, lasting_streams
 
@@ -234,6 +234,22 @@ def test_the_results_fit(width, name):
     text = " ".join(console.file.getvalue().split())
     assert text.count("0.123 ± 0.012") == 2 * len(COLUMNS)  # no value is cut or broken
     assert ("┃" in text) == (width >= 60)
+
+
+@pytest.mark.parametrize("width", [160, 80, 40])
+def test_what_answers_were_paid_for_fits(width):
+    early, late = {"value": 0.1234, "stderr": 0.012, "n": 10}, {"value": 0.5678, "stderr": None, "n": 1}
+    names = ("reward", "rewards/my_rewards.py:correct/mean", *ANSWERS)
+    train = {"first": dict.fromkeys(names, early), "last": dict.fromkeys(names, late), "window": 10, "steps": 100}
+    console = Console(file=io.StringIO(), width=width)
+    row = {"iteration": "grpo", "pairs": 0, "train": train | {"first_loss": 0.7777, "last_loss": 0.0}, "evaluation": {}}
+    Display(console).table([*rows("base"), row])
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("0.123 ± 0.012") == len(names) + len(COLUMNS)
+    assert text.count("0.568") == len(names)
+    assert "reward by my_rewards.py:correct" in " ".join(text.split())
+    assert "0.778" not in text  # a loss that says nothing
 
 
 @given(st.integers(60, 200), st.integers(1, 12), st.text("ab ", max_size=90), st.lists(st.text("12.±", max_size=25)))

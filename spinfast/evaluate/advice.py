@@ -1,7 +1,8 @@
 """Early warnings in plain words: what the rows of results.json show, and what to try.
 
-A rule sees one row beside the row before it and returns a sentence or None.
-Thresholds are judgement, not theory; those that compare two numbers ask for two standard errors between them.
+A rule sees one row beside the row before it and returns a sentence or None; those of a GRPO stage's steps are in
+learning.py. Thresholds are judgement, not theory; those that compare two numbers ask for two standard errors between
+them.
 """
 
 from __future__ import annotations
@@ -9,20 +10,41 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from spinfast.evaluate import learning
+from spinfast.evaluate.statistics import apart
 from spinfast.names import label
 
 Row = dict
 Rule = Callable[[Row, Row], str | None]
+LOOK = 10  # steps
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
     """Every rule over every row, in order. The first row, the base, stands beside itself."""
     found = []
     for previous, row in itertools.pairwise([*rows[:1], *rows]):
-        said = (rule(row, previous) for rule in RULES)
+        said = [rule(row, previous) for rule in RULES]
+        said += learning.advise(row["train"]).values() if "window" in row["train"] else ()
         name = label(row["iteration"])
         found += [f"{name[0].upper()}{name[1:]}: {sentence}" for sentence in said if sentence]
     return found
+
+
+def on_the_way(rows: Sequence[Row]) -> list[str]:
+    """What there is to say after the last of a stage's metrics lines, and was not said after an earlier one.
+
+    It is looked at every LOOK steps, later at every tenth of what was done.
+    """
+    if not rows or "reward" not in rows[-1] or not _due(len(rows)):
+        return []
+    looks = (learning.summary(rows[:n]) for n in range(LOOK, len(rows) + 1) if _due(n))
+    *before, now = (learning.advise(seen, patience=200) for seen in looks)
+    told = {"_constant", *(rule for said in before for rule in said)}  # rewards.ConstantWatch says that at once
+    return [sentence for rule, sentence in now.items() if rule not in told]
+
+
+def _due(steps: int) -> bool:
+    return steps % (LOOK * max(1, steps // (10 * LOOK))) == 0
 
 
 def _real_falls(row: Row, previous: Row) -> str | None:
@@ -70,7 +92,7 @@ def _told_apart_at_once(row: Row, previous: Row) -> str | None:
 
 def _forgets(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/nll") for r in (row, previous))
-    if row.get("method") == "sft" and now and before and now["value"] > before["value"] and _apart(now, before):
+    if row.get("method") == "sft" and now and before and now["value"] > before["value"] and apart(now, before):
         return (
             f"the held-out loss rose from {before['value']:.3f} to {now['value']:.3f} nats per token: the data is "
             "learnt by heart. Fewer epochs, a smaller learning rate, or sft.evaluate_every with keep: best."
@@ -80,7 +102,7 @@ def _forgets(row: Row, previous: Row) -> str | None:
 
 def _loss_at_zero(row: Row, previous: Row) -> str | None:
     loss = row["train"].get("last_loss")
-    if loss is not None and loss < 0.02 and row.get("method") != "sft":
+    if loss is not None and loss < 0.02 and row.get("method") not in ("sft", "grpo"):
         return (
             f"the training loss ended at {loss:.4f}: every pair is already told apart, and further steps only "
             "widen the gap. Look for a give-away (length, end token, formatting), lower the learning rate or "
@@ -91,7 +113,7 @@ def _loss_at_zero(row: Row, previous: Row) -> str | None:
 
 def _length(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/length") for r in (row, previous))
-    if now and before and not 0.67 < now["value"] / before["value"] < 1.5 and _apart(now, before):
+    if now and before and not 0.67 < now["value"] / before["value"] < 1.5 and apart(now, before):
         change = "grew" if now["value"] > before["value"] else "shrank"
         return (
             f"answers {change} from {before['value']:.0f} to {now['value']:.0f} tokens in one iteration. Length has "
@@ -116,7 +138,7 @@ def _shortcut(row: Row, previous: Row) -> str | None:
 
 def _never_ends(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/eos_rate") for r in (row, previous))
-    if now and before and now["value"] < 0.5 and _apart(now, before) and now["value"] < before["value"]:
+    if now and before and now["value"] < 0.5 and apart(now, before) and now["value"] < before["value"]:
         return (
             f"only {now['value']:.0%} of the answers end by themselves ({before['value']:.0%} before). Raise "
             "max_tokens or leave cut answers out of the pairs."
@@ -126,7 +148,7 @@ def _never_ends(row: Row, previous: Row) -> str | None:
 
 def _loops(row: Row, previous: Row) -> str | None:
     now, before = (r["evaluation"].get("heldout/repeated_4grams") for r in (row, previous))
-    if now and before and now["value"] > 0.25 and now["value"] > before["value"] and _apart(now, before):
+    if now and before and now["value"] > 0.25 and now["value"] > before["value"] and apart(now, before):
         return (
             f"{now['value']:.0%} of all 4-grams are repetitions ({before['value']:.0%} before): the model loops. Go "
             "back to the previous adapter and lower the learning rate."
@@ -137,11 +159,21 @@ def _loops(row: Row, previous: Row) -> str | None:
 def _worse(row: Row, previous: Row) -> str | None:
     for metric in ("heldout/accuracy_strict", "heldout/accuracy_flexible"):
         now, before = (r["evaluation"].get(metric) for r in (row, previous))
-        if now and before and now["value"] < before["value"] and _apart(now, before):
+        if now and before and now["value"] < before["value"] and apart(now, before):
             return (
                 f"{metric.split('/')[1].replace('_', ' (')}) fell from {before['value']:.1%} to {now['value']:.1%}, "
                 "more than noise explains. Keep the earlier adapter."
             )
+    return None
+
+
+def _paid_less(row: Row, previous: Row) -> str | None:
+    now, before = (r["evaluation"].get("heldout/reward") for r in (row, previous))
+    if now and before and now["value"] < before["value"] and apart(now, before):
+        return (
+            f"the held-out reward fell from {before['value']:.3g} to {now['value']:.3g}, more than noise explains. "
+            "Keep the earlier adapter; a smaller learning rate, fewer steps, or grpo.beta above 0."
+        )
     return None
 
 
@@ -167,13 +199,6 @@ def _below(of: dict, bound: float) -> bool:
     return of["stderr"] is not None and of["value"] + 2 * of["stderr"] < bound
 
 
-def _apart(a: dict, b: dict) -> bool:
-    """More than two standard errors between two estimates, taken as independent (the cautious side)."""
-    if a["stderr"] is None or b["stderr"] is None:
-        return False
-    return abs(a["value"] - b["value"]) > 2 * (a["stderr"] ** 2 + b["stderr"] ** 2) ** 0.5
-
-
 RULES: tuple[Rule, ...] = (
     _real_falls,
     _chosen_falls,
@@ -186,6 +211,7 @@ RULES: tuple[Rule, ...] = (
     _never_ends,
     _loops,
     _worse,
+    _paid_less,
     _game_over,
     _few_pairs,
 )

@@ -37,6 +37,13 @@ def interval(of: Estimate, confidence: float = 0.95) -> tuple[float, float]:
     return of["value"] - half, of["value"] + half
 
 
+def apart(a: Estimate, b: Estimate) -> bool:
+    """More than two standard errors between two estimates, taken as independent (the cautious side)."""
+    if a["stderr"] is None or b["stderr"] is None:
+        return False
+    return abs(a["value"] - b["value"]) > 2 * math.hypot(a["stderr"], b["stderr"])
+
+
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion that holds for small n and for 0 or n successes; a tie may count half."""
     z, p = _z(confidence), successes / n

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from spinfast.evaluate.advice import warnings
-from spinfast.names import source_name
+from spinfast.names import amount, rewards_named, source_name
 from spinfast.report import study
 from spinfast.report.read import Run, read_run
 from spinfast.store import files
@@ -17,6 +17,7 @@ from spinfast.store import files
 SHOWN = {  # metric -> (name, digits, factor)
     "heldout/accuracy_strict": ("accuracy, strict (%)", 1, 100),
     "heldout/accuracy_flexible": ("accuracy, flexible (%)", 1, 100),
+    "heldout/reward": ("reward of greedy answers", 3, 1),
     "heldout/pair_accuracy": ("pair accuracy against its opponent", 3, 1),
     "heldout/real_logp_vs_base": ("log p(real) − base's (nats per answer)", 2, 1),
     "heldout/perplexity": ("perplexity of real answers", 2, 1),
@@ -31,6 +32,8 @@ MADE_BY = {  # method, or control -> how its adapters were made
     "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
     "sft": "supervised fine-tuning on the real answers",
     "dpo": "direct preference optimisation (DPO, arXiv 2305.18290, or one of its family) on answers that were compared",
+    "grpo": "group relative policy optimisation (GRPO, arXiv 2402.03300, or a loss of its family) on answers that it "
+    "sampled itself and reward functions rated",
     "shuffled": "a control of self-play fine-tuning, not a model to use: generated answers belong to other prompts",
     "coin": "a control of self-play fine-tuning, not a model to use: a coin said which answer counts as real",
 }
@@ -61,6 +64,8 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
         "started from": c["adapter"]["start"],
         "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
         "made by": _settings(run, stage),
+        "rewards": rewards_named(c["grpo"]) if method == "grpo" and method in c["method"] else "",
+        "training reward": study.reward_change(row) if row else "",
         "pairs": _pairs(row),
         "software": ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items()),
     }
@@ -123,8 +128,10 @@ def _settings(run: Run, stage: str) -> str:
         losses = " + ".join(f"{weight:g} {loss}" for loss, weight in used["loss"].items())
         game = [f"loss {losses}", f"beta {used['beta']}"]
         game += [f"reference {used['reference']}"] * (used["reference"] != "start")
-    steps = [f"{used['epochs']} epoch(s)", f"{used['groups_per_step']} groups per step", f"seed {c['seed']}"]
-    return ", ".join([name, *game, f"learning rate {_list(used['lr'])}", *steps])
+    elif method == "grpo":
+        game = [f"{used['loss']} loss", f"{used['samples']} answers to each prompt", f"{used['scale_rewards']} scaling"]
+        game += [f"temperature {c['generation']['temperature']:g}", f"KL weight {used['beta']:g}"]
+    return ", ".join([name, *game, f"learning rate {_list(used['lr'])}", amount(used), f"seed {c['seed']}"])
 
 
 def _pairs(row: dict | None) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Values under the pointer on plots, and the searchable transcripts. No library, no request, no HTML from data.
+// Values under the pointer on plots, the searchable transcripts, and what is shown of the rollouts. No library, no request, no HTML from data.
 
 function make(tag, options, ...children) {
   const node = Object.assign(document.createElement(tag), options);
@@ -129,5 +129,38 @@ if (list) {
   which.addEventListener("change", again);
   if (chosen) chosen.addEventListener("change", again);
   more.addEventListener("click", () => { shown += PAGE; show(); });
+  show();
+}
+
+// Rollouts: they stand in the page; what was not asked for is hidden.
+
+const controls = document.getElementById("rollout-controls");
+if (controls) {
+  const [search, step, kind, count] = ["search", "step", "kind", "count"].map((name) => document.getElementById(`rollout-${name}`));
+  const rollouts = [...document.querySelectorAll("details.rollout")].map((node) => ({
+    node,
+    groups: [...node.querySelectorAll("article")].map((group) => ({ group, text: group.textContent.toLowerCase() })),
+  }));
+
+  const show = () => {
+    const words = search.value.trim().toLowerCase();
+    let found = 0;
+    for (const { node, groups } of rollouts) {
+      let here = 0;
+      for (const { group, text } of groups) {
+        group.hidden = !text.includes(words) || (kind.value !== "" && !group.dataset.kinds.split(" ").includes(kind.value));
+        here += group.hidden ? 0 : 1;
+      }
+      node.hidden = here === 0 || (step.value !== "" && node.dataset.rollout !== step.value);
+      found += node.hidden ? 0 : here;
+      if (words || step.value !== "") node.open = !node.hidden;
+    }
+    count.textContent = `${found} groups`;
+  };
+
+  search.addEventListener("input", show);
+  step.addEventListener("change", show);
+  kind.addEventListener("change", show);
+  controls.hidden = false;
   show();
 }

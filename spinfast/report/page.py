@@ -12,14 +12,15 @@ from importlib.resources import files as package_files
 import yaml
 
 from spinfast.evaluate.advice import warnings
-from spinfast.names import label, source_name
+from spinfast.names import amount, label, rewards_named, source_name
 from spinfast.report import plots as plotting
-from spinfast.report import study
+from spinfast.report import rollouts, study
 from spinfast.report.plots import Plot
 from spinfast.report.read import Run
 
 MAX_TRANSCRIPTS = 300  # problems shown per run, so that the file stays small
 COLUMNS = {  # metric -> (heading, digits, factor)
+    "heldout/reward": ("held-out reward", 3, 1),
     "heldout/accuracy_strict": ("accuracy strict, %", 1, 100),
     "heldout/accuracy_flexible": ("accuracy flexible, %", 1, 100),
     "heldout/preference_accuracy": ("preference accuracy", 2, 1),
@@ -38,10 +39,17 @@ COLUMNS = {  # metric -> (heading, digits, factor)
     "heldout/eos_rate": ("ended, %", 0, 100),
 }
 SECTIONS = {
+    "answers": (
+        "Rewards and answers",
+        "Of the answers that were sampled for training, step by step. Lines are running means over a twentieth of the "
+        "steps (at least 5), bands are ± 2 standard errors of these means; every step is in metrics.jsonl. Points are "
+        "looks at held-out problems, greedy answers with 95 % intervals.",
+    ),
     "training": (
         "Training",
         "What the optimizer saw in the run's last method. Where the stage starts from its reference the first loss is "
-        "that of margin 0 (ln 2 if it is logistic), or something is wrong.",
+        "that of margin 0 (ln 2 if it is logistic), or something is wrong. GRPO's loss hovers about 0, whatever is "
+        "learnt: its reward tells.",
     ),
     "heldout": ("Held-out problems", "Never trained on; whiskers are 95 % intervals."),
     "ratios": (
@@ -55,6 +63,10 @@ SECTIONS = {
 PLAYED = {  # method -> what it is told beside its optimizer
     "spin": lambda c: f"{c['iterations']} iterations, beta = {c['beta']}, {c['loss']} loss",
     "dpo": lambda c: f"loss {' + '.join(f'{w:g} {name}' for name, w in c['loss'].items())}, beta = {c['beta']}",
+    "grpo": lambda c: (
+        f"rewards {rewards_named(c)}, {c['samples']} answers to each prompt, {c['loss']} loss, "
+        f"{c['scale_rewards']} scaling, beta = {c['beta']}"
+    ),
 }
 VERDICTS = {"better": ("better", "▲"), "worse": ("worse", "▼"), "within noise": ("noise", "≈")}  # CSS class, sign
 NAMED = 3  # runs that the title names; of more it gives the number
@@ -68,6 +80,8 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
     groups = {key: [plot for plot in made if plot.group == key] for key in SECTIONS}
     contents = {"story": "Story", "iterations": "Iterations"}
     contents |= {key: SECTIONS[key][0] for key, members in groups.items() if members}
+    sampled = rollouts.section(runs)
+    contents |= {"rollouts": "Rollouts"} if sampled else {}
     contents |= {"transcripts": "Transcripts", "setup": "Setup"}
     links = "".join(f'<a href="#{key}">{name}</a>' for key, name in contents.items())
     body = [
@@ -76,6 +90,7 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
         _story(runs),
         _iterations(runs),
         *(_plots(key, members, runs) for key, members in groups.items() if members),
+        sampled,
         _transcripts(runs),
         _setup(runs),
     ]
@@ -164,7 +179,8 @@ def _iterations(runs: Sequence[Run]) -> str:
     )
     for run in runs:
         columns = {m: c for m, c in COLUMNS.items() if any(m in row["evaluation"] for row in run.rows)}
-        heads = ["iteration", "pairs", "loss", *(heading for heading, _, _ in columns.values())]
+        rewarded = any("window" in row["train"] for row in run.rows)
+        heads = ["iteration", "pairs", "loss", *["reward"] * rewarded, *(heading for heading, _, _ in columns.values())]
         parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
         parts.append(f"<div class='scroll'><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>")
         for row in run.rows:
@@ -173,6 +189,7 @@ def _iterations(runs: Sequence[Run]) -> str:
             rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
             note = f'<span class="interval">rejected: {escape(rejected)}</span>' if rejected else ""
             cells = [f"<td>{escape(label(row['iteration']))}</td><td>{row['pairs'] or ''}{note}</td><td>{loss}</td>"]
+            cells += [f"<td>{study.reward_change(row) or ''}</td>"] * rewarded
             cells += [_cell(run, row, metric, *look[1:]) for metric, look in columns.items()]
             parts.append(f"<tr>{''.join(cells)}</tr>")
         parts.append("</table></div>")
@@ -314,8 +331,7 @@ def _setup(runs: Sequence[Run]) -> str:
             "adapter": f"LoRA r = {a['r']}, alpha = {a['alpha']:g}, on {a['target_modules']}",
             **{name: fact(c[name]) for name, fact in PLAYED.items() if name in c["method"]},
             **{
-                f"optimizer, {method}": f"{c[method]['optimizer']}, lr = {c[method]['lr']}, "
-                f"{c[method]['epochs']} epochs, {c[method]['groups_per_step']} groups per step"
+                f"optimizer, {method}": f"{c[method]['optimizer']}, lr = {c[method]['lr']}, {amount(c[method])}"
                 for method in c["method"]
             },
             "seed": c["seed"],

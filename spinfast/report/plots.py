@@ -48,13 +48,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """kind: line; points (with intervals, joined); steps (histogram outlines); bars (stacked, one bar per x tick)."""
+    """kind: line; band (a line over its intervals); points (with intervals, joined); steps (histogram outlines);
+    bars (stacked, one bar per x tick).
+    """
 
     name: str  # of its files
     title: str
     x_label: str
     y_label: str
-    kind: Literal["line", "points", "steps", "bars"]
+    kind: Literal["line", "band", "points", "steps", "bars"]
     series: list[Series]
     x_ticks: tuple[tuple[float, str], ...] = ()
     marks: tuple[tuple[float, str], ...] = ()  # vertical lines, labelled at the top
@@ -163,6 +165,18 @@ def _line(series: Series, px, py, count, below) -> list[str]:
     ]
 
 
+def _band(series: Series, px, py, count, below) -> list[str]:
+    """A line over its interval."""
+    stride = max(1, math.ceil(len(series.x) / SVG_POINTS))
+    known = [
+        i for i in range(0, len(series.x), stride) if math.isfinite(series.low[i]) and math.isfinite(series.high[i])
+    ]
+    around = [(px(series.x[i]), py(series.low[i])) for i in known]
+    around += [(px(series.x[i]), py(series.high[i])) for i in reversed(known)]
+    area = [f'<path class="band {series.look}" d="{_path(around)}Z"/>'] if around else []
+    return area + _line(series, px, py, count, below)
+
+
 def _points(series: Series, px, py, count, below) -> list[str]:
     places = [(px(x), py(y)) for x, y in zip(series.x, series.y, strict=True)]
     parts = [f'<path class="line thin {series.look}" d="{_path(places)}"/>'] if len(places) > 1 else []
@@ -199,7 +213,7 @@ def _bars(series: Series, px, py, count, below: list[float]) -> list[str]:
     return parts
 
 
-DRAW = {"line": _line, "points": _points, "steps": _steps, "bars": _bars}
+DRAW = {"line": _line, "band": _band, "points": _points, "steps": _steps, "bars": _bars}
 
 
 def to_csv(plot: Plot) -> str:
@@ -233,6 +247,8 @@ def write_png(plot: Plot, path: Path) -> None:
             if series.low and series.high:
                 axes.vlines(series.x, series.low, series.high, color=series.colour, linewidth=1.5)
         else:
+            if plot.kind == "band":
+                axes.fill_between(series.x, series.low, series.high, color=series.colour, alpha=0.2, linewidth=0)
             axes.plot(series.x, series.y, marker="o" if len(series.x) == 1 else None, linewidth=1.5, **style)
     for x, text in plot.marks:
         axes.axvline(x, color="#999", linewidth=0.8, linestyle=":")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from spinfast.config import parse_config
 from spinfast.errors import UserError
 from spinfast.names import control_of, label, run_name
-from spinfast.store import files
+from spinfast.store import files, rollouts
 from spinfast.store.record import KIND, whole_lines
 
 
@@ -52,9 +52,16 @@ class Run:
         return label(self._kind(stage).get("label", stage))
 
     def _files(self, name: str) -> dict[str, Path]:
-        """stage -> its file of that name; a row's stage is a word out of a file and may lead anywhere."""
-        paths = {stage: self.path / stage / name for stage in self.stages if Path(stage).name == stage}
+        """stage -> its file of that name, for the stages that have a row."""
+        paths = {stage: path / name for stage, path in _directories(self.path, self.stages).items()}
         return {stage: path for stage, path in paths.items() if path.exists()}
+
+    @cached_property
+    def rollouts(self) -> dict[str, list[Path]]:
+        """stage -> the files of its rollouts (store/rollouts.py), in their order; of stages under way too."""
+        stages = dict.fromkeys([*self.stages, *(row["stage"] for row in self.steps)])
+        found = {stage: rollouts.kept(path) for stage, path in _directories(self.path, stages).items()}
+        return {stage: paths for stage, paths in found.items() if paths}
 
     def _kind(self, stage: str) -> dict:
         try:
@@ -135,6 +142,11 @@ def seeds_apart(runs: Iterable[Run]) -> list[list[Run]]:
     for run in runs:
         groups.setdefault((run.control, json.dumps(run.config | {"seed": None}, sort_keys=True)), []).append(run)
     return list(groups.values())
+
+
+def _directories(run: Path, stages: Iterable[str]) -> dict[str, Path]:
+    """stage -> its directory; a stage is a word out of a file and may lead anywhere."""
+    return {stage: run / stage for stage in stages if Path(stage).name == stage}
 
 
 def _json(path: Path, default):

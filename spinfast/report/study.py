@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 
 import numpy as np
 
@@ -19,24 +18,12 @@ from spinfast.evaluate.references import ACCURACY, STRICT
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
 from spinfast.evaluate.stopping import kept
 from spinfast.names import label, source_name
-from spinfast.objectives import loss_at_zero_margin
+from spinfast.report import training
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
-TRAINING = {  # metric -> (title, level)
-    "train/loss": ("Training loss", None),  # its level is _first_loss
-    "train/margin": ("Training margin", (0.0, "")),
-    "train/pair_accuracy": ("Training pair accuracy", (0.5, "chance")),
-    "train/real_logp_change": ("log p(real), change since the round began", (0.0, "")),
-    "train/generated_logp_change": ("log p(generated), change since the round began", (0.0, "")),
-    "train/chosen_logp_change": ("log p(chosen) against the reference", (0.0, "")),
-    "train/rejected_logp_change": ("log p(rejected) against the reference", (0.0, "")),
-    "heldout/loss": ("Held-out loss on the way", None),
-    "train/grad_norm": ("Gradient norm before clipping", None),
-    "train/lr": ("Learning rate", None),
-    "train/loss_scale": ("Loss scale", None),
-}
 HELDOUT = {
+    "heldout/reward": ("Reward of greedy answers", None),
     "heldout/accuracy_strict": ("Accuracy, strict", None),
     "heldout/accuracy_flexible": ("Accuracy, flexible", None),
     "heldout/preference_accuracy": ("Preference accuracy", (0.5, "chance")),
@@ -84,42 +71,11 @@ def bounds(metric: str, of: Estimate) -> tuple[float, float]:
 
 def plots(runs: Sequence[Run]) -> list[Plot]:
     """Every plot that has data, in the page's order."""
-    made = [_training(runs, metric, *look) for metric, look in TRAINING.items()]
+    made = training.plots(runs)
     made += [_heldout(runs, metric, *look) for metric, look in HELDOUT.items()]
     made += [plot for run in runs for plot in _log_ratios(run, len(runs) > 1)]
     made += [_memory(runs), *(_seconds(run, len(runs) > 1) for run in runs)]
     return [plot for plot in made if plot.series]
-
-
-def _training(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
-    """Steps of the run's last method end to end; those before it minimise something else and are left out."""
-    series, marks = [], {}
-    for position, run in enumerate(runs):
-        points = [row for row in run.steps if run.method(row["stage"]) == run.config["method"][-1] and metric in row]
-        offset = 0
-        for stage, rows in groupby(points, key=lambda row: row["stage"]):
-            rows = list(rows)
-            x = [float(offset + row["step"]) for row in rows]
-            marks.setdefault(x[0], run.label(stage))
-            series.append(Series(run.name, position, x, [row[metric] for row in rows]))
-            offset = int(x[-1])
-    if metric == "train/loss_scale" and all(y == 1.0 for s in series for y in s.y):
-        series = []  # there is none
-    shown = tuple(marks.items()) if len(runs) == 1 else ()
-    if metric == "train/loss":
-        level = _first_loss(runs)
-    name = metric.replace("/", "-")
-    return Plot(name, title, "step", metric, "line", series, marks=shown, level=level, group="training")
-
-
-def _first_loss(runs: Sequence[Run]) -> tuple[float, str] | None:
-    """What every iteration starts at, by the loss that was trained; None where iterations or runs differ in it."""
-    played = [run.config["spin"] for run in runs if run.config["method"][-1] == "spin"]
-    found = {loss_at_zero_margin(c["loss"], beta) for c in played for beta in c["beta"][: c["iterations"]]}
-    if len(found) != 1 or len(played) < len(runs):
-        return None
-    (value,) = found
-    return value, "ln 2" if value == math.log(2) else "l(0)"
 
 
 def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
@@ -291,6 +247,12 @@ def best_row(run: Run) -> dict | None:
     return scored[kept([[row["evaluation"][metric]["value"]] for row in scored])]
 
 
+def reward_change(row: dict) -> str | None:
+    """Of a row with rewards: the training reward at first and at last."""
+    ends = [row["train"].get(end, {}).get("reward") for end in ("first", "last")]
+    return " → ".join(f"{end['value']:.3f}" for end in ends) if all(ends) else None
+
+
 CONTROLS = {  # what each control of controls.py tells its reader
     "sft": "further SFT on the same real answers, as many steps: would it have done as well?",
     "shuffled": "generated answers dealt to other prompts: does it matter what they answered?",
@@ -313,6 +275,13 @@ def story(run: Run) -> list[str]:
         early = sum(run.method(stage) == "spin" for stage in run.stages) < planned
         state = f"finished{', early, for want of a held-out gain' if early else ''}"
     sentences = [f"{c['model']['name']} played {source_name(c['data']['source'])}; the run is {state}."]
+    for row in run.rows:
+        if rewards := reward_change(row):
+            n = row["train"]["window"]
+            sentences.append(
+                f"{label(row['iteration'])}: the training reward went {rewards}, the means of the first and the last "
+                f"{n} of {row['train']['steps']} steps."
+            )
     top = best_row(run)
     if top is None:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]

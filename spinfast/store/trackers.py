@@ -18,6 +18,7 @@ from spinfast.errors import UserError
 from spinfast.names import run_name
 
 PROJECT = "spinfast"
+PLACE = ("stage", "phase", "step")  # what says where a line belongs
 
 
 class Tracker(Protocol):
@@ -100,7 +101,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 def scalars(row: dict) -> dict[str, float]:
     """The metrics of a line of metrics.jsonl; "nan" and "inf" are written as words there."""
-    return {name: float(value) for name, value in row.items() if "/" in name}
+    return {name: float(value) for name, value in row.items() if name not in PLACE}
 
 
 def outcomes(row: dict) -> dict[str, float]:

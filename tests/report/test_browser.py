@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from browser import Browser
+from rewarded import add_grpo
 
 from spinfast.report import write_report
 
@@ -54,6 +55,24 @@ def test_search_and_filters(browser, report):
     assert browser.run(count) == 0
     browser.run("(() => { which.value = 'all'; run.value = '1'; run.dispatchEvent(new Event('change')); })()")
     assert browser.run(count) == 8
+
+
+def test_rollouts_by_step_search_and_kind(browser, run_copy):
+    add_grpo(run_copy)
+    seen = browser.open(write_report([run_copy], png=False)[0], 1280)
+    count = "[...document.querySelectorAll('#rollouts article')].filter(node => node.offsetParent).length"
+    assert browser.run(count) == 3  # the newest is open
+    put = "((id, text, event) => { const node = document.getElementById(id); node.value = text; "
+    put += "node.dispatchEvent(new Event(event)); })"
+    browser.run(f"{put}('rollout-step', '0', 'change')")
+    assert browser.run(count) == 3
+    browser.run(f"{put}('rollout-kind', 'dead', 'change')")
+    assert browser.run(count) == 1
+    browser.run(f"{put}('rollout-step', '', 'change')")
+    browser.run(f"{put}('rollout-search', '39 plus 2', 'input')")
+    assert browser.run(count) == 1
+    assert browser.run("document.getElementById('rollout-count').textContent") == "1 groups"
+    assert (seen.errors, seen.requests) == ([], [])
 
 
 def test_values_under_the_pointer(browser, report, played):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spinfast.errors import UserError
-from spinfast.report import plots, study, write_card, write_report
+from spinfast.report import plots, study, training, write_card, write_report
 from spinfast.report.cli import main
 from spinfast.report.page import page
 from spinfast.report.plots import Plot, Series
@@ -29,7 +29,10 @@ def made(played):
 
 
 def test_every_plot_is_there(made):
-    expected = {name.replace("/", "-") for name in (*study.TRAINING, *study.HELDOUT)} - {"train-loss_scale"}
+    expected = {name.replace("/", "-") for name in (*training.TRAINING, *study.HELDOUT)} - {
+        "train-loss_scale",
+        "heldout-reward",
+    }
     expected -= {"train-chosen_logp_change", "train-rejected_logp_change", "heldout-loss"}  # of SFT and DPO
     expected -= {"heldout-preference_accuracy", "heldout-chosen_likelier"}
     expected |= {"log-ratio-sft", "log-ratio-iter_000", "log-ratio-iter_001", "memory", "time"}
@@ -110,12 +113,13 @@ def test_twenty_runs_are_told_apart_on_the_page_and_in_the_png():
     assert len({s.look for s in drawn}) == len({(s.colour, s.lap) for s in drawn}) == 20
 
 
-@pytest.mark.parametrize("kind", ["line", "points", "steps", "bars"])
+@pytest.mark.parametrize("kind", ["line", "band", "points", "steps", "bars"])
 def test_a_plot_in_three_forms(kind, tmp_path):
     edges = [0.0, 1.0, 2.0]
     y = [1.0, 3.0] if kind == "steps" else [1.0, float("nan"), 3.0] if kind == "line" else [1.0, 2.0, 3.0]
-    low = [0.5, 1.5, 2.5] if kind == "points" else None
-    series = [Series("a & <b>", 0, edges, y, low, [v + 1 for v in y] if low else None), Series("b", 1, edges, y)]
+    low = [0.5, float("nan"), 2.5] if kind in ("points", "band") else None
+    high = [v + 1 for v in y] if low else None
+    series = [Series("a & <b>", 0, edges, y, low, high), Series("b", 1, edges, y, *[low, high] * (kind == "band"))]
     plot = Plot("p", "A <title>", "x", "y", kind, series, marks=((1.0, "<m>"),), level=(2.0, "level"))
     root = ElementTree.fromstring(plots.svg(plot))
     assert all(any((node.get("class") or "").endswith(s.look) for node in root) for s in series)

@@ -1,0 +1,149 @@
+"""What the report and the card say of a GRPO stage, against its files."""
+
+import json
+import math
+import shutil
+import statistics
+from html import unescape
+from pathlib import Path
+
+import pytest
+from rewarded import STEPS, add_grpo, metrics, rollout, write_rollout
+from test_report import Page
+
+from spinfast import progress
+from spinfast.evaluate import learning
+from spinfast.report import rollouts, study, training, write_card
+from spinfast.report.page import page
+from spinfast.report.read import read_run, read_runs
+
+
+@pytest.fixture(scope="module")
+def made(played, tmp_path_factory):
+    """A finished run that ends in a GRPO stage; only read it."""
+    path = shutil.copytree(played[0], tmp_path_factory.mktemp("rewarded") / "run")
+    add_grpo(path)
+    return path
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def test_curves_are_running_means_of_the_metrics_file(made):
+    drawn = {plot.name: plot for plot in study.plots([read_run(made)])}
+    (reward,) = drawn["reward"].series
+    values = [row["reward"] for row in metrics(STEPS)]
+    around = values[18:23]  # five steps about step 21
+    mean, error = statistics.mean(around), statistics.stdev(around) / math.sqrt(5)
+    assert reward.x == [float(step) for step in range(1, STEPS + 1)]
+    assert (reward.low[20], reward.y[20], reward.high[20]) == pytest.approx((mean - 2 * error, mean, mean + 2 * error))
+    assert reward.y[0] == pytest.approx(statistics.mean(values[:3]))
+    assert drawn["rewards-gsm8k-mean"].title == "Reward by gsm8k"
+    assert "kl" not in drawn  # beta is 0
+    look = drawn["look-heldout-reward"].series[0]
+    assert (look.x, look.y) == ([10.0, 20.0, 30.0, 40.0], values[9::10])
+    assert look.high[0] - look.low[0] == pytest.approx(2 * 1.959964 * 0.05)
+    assert drawn["heldout-reward"].series[0].y == [1.25]  # of the stages
+
+
+def test_a_running_mean_is_of_what_is_finite():
+    mean, low, high = training._running([1.0, math.nan, 3.0, math.inf])
+    assert mean == [2.0, 2.0, 2.0, 3.0]
+    assert (low[0], high[0]) == pytest.approx((0.0, 4.0))
+    assert math.isnan(low[3])
+    assert all(map(math.isnan, training._running([math.nan])[0]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_page(made, played, several):
+    text = page(read_runs([made, played[1]] if several else [made]))
+    parsed = Page(text)
+    assert all(address.startswith(("#", "data:")) for address in parsed.addresses)
+    assert "GRPO: the training reward went 0." in text
+    assert "rewards 2 gsm8k + 0.5 format, 4 answers to each prompt, dapo loss" in text
+    assert f"adamw, lr = [1e-05], {STEPS} steps of 8 prompts" in text
+    assert "<th>reward</th>" in text
+    assert ">1.250<span" in text  # held-out reward
+    assert parsed.json["plot-data"]["reward"]["series"][0]["low"][3] is not None
+    assert 'class="band s0 lap0"' in text
+
+
+def test_the_page_of_other_methods_has_no_rollouts(played):
+    text = page(read_runs(played))
+    for name in ("rollouts", "answers"):
+        assert f'<section id="{name}"' not in text
+        assert f'href="#{name}"' not in text
+
+
+def test_rollouts_are_the_first_the_newest_and_some_between(made):
+    run = read_run(made)
+    shown = rollouts.chosen(run, 5, several=False)
+    assert [each.title for each in shown] == ["step 1", "step 11", "step 21", "step 30", "step 40"]
+    assert (shown[0].answers, shown[0].prompts, shown[0].dead) == (12, 3, 1)
+    assert shown[0].functions == ["rewards/gsm8k", "rewards/format"]
+    text = unescape(rollouts.section([run]))
+    assert "12 of 40 rollouts are shown" in text
+    assert text.count("<details") == 12
+    assert "step 40: 12 answers to 3 prompts, 1 dead, mean reward of those shown 1.188" in text
+    assert "What is 39 plus 0?<|im_end|>" in text
+    assert "reward 2.25 <span class='better'>advantage +1.50</span>" in text
+    assert "<small>gsm8k 0 · format –</small>" in text
+    assert "<small>gsm8k 0 · format 0.5 · cut · not trained on</small>" in text
+    assert 'format 0.5 · {"seen": 3}' in text
+
+
+def test_steps_of_a_rollout_that_feeds_several(copy):
+    config = copy / "config.yaml"
+    config.write_text(
+        config.read_text().replace("  samples: 4", "  samples: 4\n  num_iterations: 2\n  steps_per_generation: 3")
+    )
+    assert rollouts.chosen(read_run(copy), 2, several=True)[0].title == "run, steps 1 to 6"
+
+
+def test_what_is_left_out_is_said(copy):
+    long = [row | {"completion": "word " * 1000} for row in rollout(0, prompts=30, samples=20)]
+    write_rollout(copy, 0, long)
+    text = rollouts.section([read_run(copy)])
+    assert "600 answers to 30 prompts, 8 shown" in text
+    assert "4 more answers are not shown" in text
+    assert "(3,000 more characters)" in text
+    for number in range(40):
+        write_rollout(copy, number, long)
+    assert len(page([read_run(copy)])) < 6_000_000
+
+
+def test_rollouts_of_a_stage_under_way_are_shown(copy):
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(results[:-1]))
+    assert "step 40:" in page([read_run(copy)])
+
+
+def test_text_of_a_rollout_stays_text(copy):
+    evil = "</div></details><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
+    rows = [row | {"prompt": evil, "completion": evil, "extra": json.dumps({evil: evil})} for row in rollout(0)]
+    rows = [{name.replace("format", evil): value for name, value in row.items()} for row in rows]
+    write_rollout(copy, STEPS - 1, rows)
+    parsed = Page(page(read_runs([copy, copy])))
+    assert "img" not in parsed.tags
+    assert parsed.tags.count("script") == 3  # two of data, and the page's own
+    assert not any(name.startswith("on") for name in parsed.attributes)
+
+
+def test_every_metric_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in (*learning.KEPT, *learning.LOOKS, *training.ANSWERS, *progress.ANSWERS):
+        assert f"`{name}`" in page, name
+
+
+def test_card(copy):
+    shutil.copytree(copy / "iter_001" / "adapter", copy / "grpo" / "adapter")
+    text = write_card(copy / "grpo" / "adapter", copy, "grpo").read_text()
+    assert "tags:\n- lora\n- grpo\n- spinfast\n" in text
+    assert "group relative policy optimisation (GRPO" in text
+    settings = "dapo loss, 4 answers to each prompt, group scaling, temperature 1, KL weight 0, learning rate 1e-05"
+    assert f"| made by | GRPO, {settings}, {STEPS} steps of 8 prompts, seed 0 |" in text
+    assert "| rewards | 2 gsm8k + 0.5 format |" in text
+    assert "| training reward | 0." in text
+    assert "| reward of greedy answers | – | 1.250 [1.005, 1.495] | 8 |" in text
