@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,11 +45,6 @@ def _weighed(value: Any) -> Any:
     if isinstance(value, list) and len({*map(str, value)}) < len(value):
         raise ValueError("expected each name once")
     return value if isinstance(value, dict) else dict.fromkeys(map(str, _listed(value)), 1.0)
-
-
-def _plain(rewards: dict[str, Any]) -> dict[str, Any]:
-    """Rewards with options as plain values."""
-    return {name: each if isinstance(each, float) else each.model_dump() for name, each in rewards.items()}
 
 
 PerRound = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_listed), Field(min_length=1)]
@@ -255,17 +249,8 @@ class Spin(Passes):
     )
 
 
-class WeighedReward(Section):
-    """A reward's weight and, by name, its options."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    weight: float = 1.0
-
-
 class Grpo(Watched, Optimisation):
-    rewards: Annotated[
-        dict[str, float | WeighedReward], BeforeValidator(_weighed), Field(min_length=1), AfterValidator(_plain)
-    ] = Field(
+    rewards: Annotated[dict[str, float | dict[str, JsonValue]], BeforeValidator(_weighed), Field(min_length=1)] = Field(
         {"gsm8k": 1.0},
         description="functions that rate answers (docs/rewards.md): ready ones by name, or FILE.py:function; a name, "
         "a list, {name: weight}, or {name: {weight, options ...}}",

@@ -60,7 +60,7 @@ def fit(
 
     with (
         finishing_steps(),
-        stage.phase("train", "adapter", "train.json", "metrics.jsonl"),
+        stage.phase("train", "adapter", "train.json", "metrics.jsonl", *steps.files),
         run.display.phase(f"{stage.name} train", len(steps), "steps") as tick,
     ):
         tick.advance(state.step)

@@ -50,9 +50,135 @@ def model(tiny_model):
     return tiny_model("llama")
 
 
-def test_a_run(tmp_path, model):
-    run = play(tmp_path, model)
-    rows = train_rows(run)
+def answers(run):
+    return [row for path in rollouts.kept(run / "grpo") for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, model):
+    return play(tmp_path_factory.mktemp("grpo"), model)
+
+
+def test_a_step_on_its_own_answers_has_ratio_1_and_figures_under_trls_names(played):
+    rows = train_rows(played)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    print(rows[0])
-    assert 0
+    for row in rows:
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert row["clip_ratio/region_mean"] == row["frac_reward_zero_std"] == 0
+        assert row["reward"] == row["rewards/vowels/mean"] > 0
+    assert rows[-1]["num_tokens"] == sum(row["train/tokens"] for row in rows)
+
+
+def test_a_rollout_is_a_table_of_what_was_sampled_and_how_it_was_rated(played):
+    found = answers(played)
+    assert len(found) == 4 * 3 * 4
+    for row in found:
+        assert len(row["sampler_logps"]) == len(row["completion_ids"]) > 0
+        assert row["reward"] == row["rewards/vowels"]
+        assert row["old_logps"] is None and row["reference_logps"] is None
+    for group in (found[i : i + 4] for i in range(0, len(found), 4)):
+        rewards = torch.tensor([row["reward"] for row in group])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert torch.tensor([row["advantage"] for row in group]).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    prompts = [row["index"] for row in found[::4]]
+    assert sorted(prompts) == list(range(12))  # an epoch: each once
+
+
+def test_a_dense_reward_is_learnt(tmp_path, model):
+    run = play(tmp_path, model, grpo={"steps": 30, "lr": 0.01, "samples": 8, "schedule": "constant"})
+    rewards = [row["reward"] for row in train_rows(run)]
+    assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5
+
+
+@pytest.mark.parametrize(
+    "grpo",
+    [
+        {"steps": 6, "steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "loss": "grpo"},
+        {"steps": 3, "loss": "gspo", "scale_rewards": "batch", "beta": 0.1, "reference": "base"},
+        {"steps": 3, "loss": "cispo", "baseline": "leave_one_out", "mask_truncated": True},
+        {"steps": 3, "num_iterations": 3, "old_logps": "sampler", "loss": "dr_grpo", "scale_rewards": "none"},
+        {"steps": 2, "prompts_per_step": 13, "samples": 3, "loss": "sapo"},  # more prompts than there are
+    ],
+)
+def test_every_way_to_go_trains_and_goes_on_to_the_bit(tmp_path, model, grpo, monkeypatch):
+    """Stopped in the middle of a rollout's steps, it goes on with the same rollout."""
+    quick = {"train": {"save_every_steps": 1}}
+    expected = fingerprints(play(tmp_path, model, "whole", grpo=grpo, **quick))
+    rows = train_rows(tmp_path / "whole")
+    on_policy = [
+        row
+        for row in rows
+        if (row["step"] - 1) % (grpo.get("steps_per_generation", 1) * grpo.get("num_iterations", 1)) == 0
+    ]
+    assert all(row["kl"] < 1e-5 for row in rows[:1] if "kl" in row)
+    assert all(row["clip_ratio/region_mean"] == 0 for row in on_policy if "clip_ratio/region_mean" in row)
+    config = grpo_config(tmp_path, model, grpo, **quick)
+    write, calls = rollouts.write, []
+
+    def stopping(*arguments):
+        calls.append(write(*arguments))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return calls[-1]
+
+    monkeypatch.setattr(rollouts, "write", stopping)
+    codes = []
+    while not codes or codes[-1] == EXIT_CODE:
+        codes.append(main([str(config), "--run-dir", str(tmp_path / "run")]))
+    assert codes[-1] == 0 and codes.count(EXIT_CODE) == len(calls) > 0
+    assert fingerprints(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "another's"])
+def test_a_harmed_rollout_is_made_again(tmp_path, model, harm, caplog):
+    run = play(tmp_path, model)
+    expected = fingerprints(run)
+    first, second = rollouts.kept(run / "grpo")[:2]
+    content = bytearray(second.read_bytes())
+    content[len(content) // 2] ^= 1
+    second.write_bytes({"flipped": content, "cut": content[:-9], "another's": first.read_bytes()}[harm])
+    play(tmp_path, model)
+    assert fingerprints(run) == expected
+
+
+def test_dead_groups_are_counted_and_refilled(tmp_path, model):
+    (tmp_path / "own.py").write_text(
+        "def even(prompts, completions, completion_ids, **kwargs):\n"
+        "    return [float(len(p[-1]['content']) > 17 and ids[0] % 2) for p, ids in zip(prompts, completion_ids)]\n"
+    )
+    grpo = {"rewards": f"{tmp_path}/own.py:even", "steps": 4}
+    plain = train_rows(play(tmp_path, model, "plain", grpo=grpo))
+    filled = train_rows(play(tmp_path, model, "filled", grpo=grpo | {"refill": 3}))
+    assert sum(row["groups/dead"] for row in filled) < sum(row["groups/dead"] for row in plain)
+    assert sum(row["groups/refilled"] for row in filled) > 0 == sum(row["groups/refilled"] for row in plain)
+
+
+def test_a_reward_that_is_always_equal_trains_nothing(tmp_path, model):
+    (tmp_path / "own.py").write_text("def same(completions):\n    return [1] * len(completions)\n")
+    run = play(tmp_path, model, grpo={"rewards": f"{tmp_path}/own.py:same"})
+    assert all(row["groups/dead"] == 1 and row["train/grad_norm"] == 0 for row in train_rows(run))
+    base, trained = (run / stage / "adapter" / "adapter_model.safetensors" for stage in ("base", "grpo"))
+    assert base.read_bytes() == trained.read_bytes()
+
+
+def test_columns_extras_and_metrics_reach_the_files(tmp_path, model):
+    names = {f"{tmp_path}/rewards.py:vowels": 1.0, f"{tmp_path}/rewards.py:nothing": {"weight": 0.5}}
+    run = play(tmp_path, model, grpo={"rewards": names, "steps": 1})
+    row = answers(run)[0]
+    assert row["rewards/nothing"] is None and row["reward"] == row["rewards/vowels"]
+    assert json.loads(row["extra"])["answer"].startswith("The sum is")
+    assert train_rows(run)[0]["seen"] == 12
+
+
+def test_an_rl_stage_after_sft_starts_from_its_adapter(tmp_path, model):
+    run = play(tmp_path, model, method=["sft", "grpo"], sft={"groups_per_step": 6}, grpo={"steps": 1, "beta": 0.1})
+    assert [row["stage"] for row in json.loads((run / "results.json").read_text())] == ["base", "sft", "grpo"]
+    (first,) = [row for row in train_rows(run) if row["stage"] == "grpo"]
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_groups_longer_than_a_microbatch_are_cut(tmp_path, model):
+    whole = play(tmp_path, model, "whole", train={"microbatch_tokens": 256})
+    cut = play(tmp_path, model, "cut", train={"microbatch_tokens": 48})
+    ours, theirs = ([row["train/grad_norm"] for row in train_rows(run)] for run in (whole, cut))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert sum(row["train/tokens"] for row in train_rows(cut)) > sum(row["train/tokens"] for row in train_rows(whole))
