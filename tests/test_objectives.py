@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_cases import make_groups, plain_logps, plain_model, tiny_policy
-from test_packing import current
+from test_packing import StarvedOps, current
 
 from spinfast.config import PAIRED, UNPAIRED
+from spinfast.errors import UserError
 from spinfast.fit import summary
 from spinfast.losses import LOSSES
 from spinfast.objectives import (
@@ -362,3 +363,24 @@ def test_a_stage_of_dead_groups_alone_has_a_summary():
     assert summary(rows) == {"steps": 2, "first_loss": 0.0, "last_loss": 0.0, "last/empty": 1.0}
     made = {"step": 3, "train/loss": 0.7}
     assert summary([*rows, made, {**rows[0], "step": 4}])["last_loss"] == 0.7
+
+
+@pytest.mark.parametrize("given_up", [None, 12])
+def test_where_memory_runs_out_a_group_is_cut(exact, monkeypatch, given_up):
+    """A group of 40 scored tokens where there is memory for 12: the same step of smaller parts; for fewer, an error."""
+    groups = rewarded([(4, (12, 3, 5, 7, 9, 4))])
+    whole, gradients = step(exact, groups, Surrogate("grpo"))
+    monkeypatch.setattr(exact, "ops", StarvedOps(12 if given_up is None else given_up - 1))
+    if given_up is not None:
+        with pytest.raises(UserError, match="microbatches of 15 tokens, the longest group"):
+            step(exact, groups, Surrogate("grpo"), Budget(39, "sdpa"))
+        return
+    shrunk = []
+    metrics, cut = step(exact, groups, Surrogate("grpo"), Budget(39, "sdpa", shrunk=shrunk.append))
+    assert shrunk == [19, 15]
+    assert (metrics["train/microbatch_tokens"], whole["train/tokens"]) == (15, 4 + 40 - 6)
+    assert metrics["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
+    assert torch.allclose(cut, gradients, rtol=1e-7, atol=1e-12)
+    found = token_logps(exact, groups, Budget(39, "sdpa", shrunk=shrunk.append))
+    assert shrunk == [19, 15, 19, 15]
+    assert [*map(len, found[0])] == [*groups[0].lengths]
