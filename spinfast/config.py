@@ -306,7 +306,7 @@ class Grpo(Watched, Optimisation):
             raise ValueError("reference has no use with beta 0")
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ValueError(f"delta: expected more than 1 + epsilon_high, got {self.delta:g}")
-        if self.samples == 1 and self.scale_rewards != "batch":
+        if self.samples == 1:  # the mean of its group is its own reward, however it is scaled
             raise ValueError("samples: one answer has nothing to be compared with; expected 2 or more")
         return self
 

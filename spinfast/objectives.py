@@ -23,7 +23,7 @@ from spinfast.losses import LOSSES, Pairs
 from spinfast.ops import Ops
 from spinfast.packing import packed_length
 from spinfast.sums import segment_sums, take_rows
-from spinfast.surrogates import SURROGATES, Correction, Tokens, bounded, correction, k3, ratios
+from spinfast.surrogates import SURROGATES, Correction, Form, Tokens, bounded, correction, k3, ratios
 from spinfast.types import Group, PackedBatch
 
 REFERENCE = "reference_logps"  # given per answer: its log-prob under the reference
@@ -342,7 +342,7 @@ class Surrogate(Plain):
         return self.epsilon_high
 
     @property
-    def kind(self):
+    def form(self) -> Form:
         return SURROGATES[self.loss]
 
     def filled(self, groups):
@@ -362,7 +362,7 @@ class Surrogate(Plain):
             for group in groups
         ]
         live = [group.part(answers) for group, answers in zip(groups, chosen, strict=True) if answers]
-        unit = "answer" if self.kind.sequence else "token"
+        unit = "answer" if self.form.sequence else "token"
         counted = sum(self.counts(group)[unit] for group in groups) / (sum(map(self.weight, groups)) or 1.0)
         return replace(self, counted=counted), live
 
@@ -375,18 +375,18 @@ class Surrogate(Plain):
         return {"answer": len(lengths), "token": sum(lengths), "limit": len(lengths) * self.max_tokens}
 
     def weight(self, group: Group) -> float:
-        return float(self.counts(group)[self.kind.mean])
+        return float(self.counts(group)[self.form.mean])
 
     def __call__(self, batch: PackedBatch, logps_N: torch.Tensor, ops: Ops) -> Loss:
         ids_N, lengths_S, sampler_N = batch.sequence_ids_N, batch.lengths_S, batch.given[SAMPLER_LOGPS]
         own_N = batch.given.get(OLD_LOGPS, logps_N.detach())
         old_N = torch.where(sampler_N.isnan(), own_N, sampler_N) if self.old_logps == "sampler" else own_N
-        ratios_N = ratios(logps_N - old_N, ids_N, lengths_S, self.kind.sequence)
+        ratios_N = ratios(logps_N - old_N, ids_N, lengths_S, self.form.sequence)
         tokens = Tokens(logps_N, ratios_N, batch.given[ADVANTAGE][ids_N])
-        loss_N = self.kind.loss(tokens, self)
+        loss_N = self.form.loss(tokens, self)
         each_N, of_answer_N = torch.ones_like(ratios_N), 1 / lengths_S[ids_N]  # what a token counts in a mean
         gap_N = (own_N - sampler_N).abs()
-        unit_N = (of_answer_N if self.kind.sequence else each_N) / self.counted
+        unit_N = (of_answer_N if self.form.sequence else each_N) / self.counted
         metrics = {name: (clipped_N * unit_N).sum() for name, clipped_N in self.clips(tokens)}
         metrics["sampling/sampling_logp_difference/max"] = gap_N.nan_to_num(nan=0.0).amax()
         means = {"sampling/sampling_logp_difference/mean": (gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float())}
@@ -401,7 +401,7 @@ class Surrogate(Plain):
             kl_N = k3(batch.given[REFERENCE] - logps_N) * ratios_N
             loss_N = loss_N + self.beta * kl_N
             means["kl"] = kl_N, each_N
-        total = (loss_N * of_answer_N if self.kind.mean == "answer" else loss_N).sum()
+        total = (loss_N * of_answer_N if self.form.mean == "answer" else loss_N).sum()
         return Loss(total, metrics, {name: ((x.detach() * w).sum(), w.sum()) for name, (x, w) in means.items()})
 
     def clips(self, tokens: Tokens) -> Iterator[tuple[str, torch.Tensor]]:

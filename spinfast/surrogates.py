@@ -70,7 +70,7 @@ def bounded(t: Tokens, o: Options) -> torch.Tensor:
     return t.ratios if o.delta is None else t.ratios.clamp(max=o.delta)
 
 
-class Surrogate(NamedTuple):
+class Form(NamedTuple):
     """loss: of each token; mean: what they are averaged over; sequence: whether an answer has one ratio."""
 
     loss: Callable[[Tokens, Options], torch.Tensor]
@@ -78,14 +78,14 @@ class Surrogate(NamedTuple):
     sequence: bool = False
 
 
-SURROGATES: dict[str, Surrogate] = {
-    "grpo": Surrogate(clipped, "answer"),
-    "bnpo": Surrogate(clipped, "token"),
-    "dapo": Surrogate(clipped, "token"),
-    "dr_grpo": Surrogate(clipped, "limit"),
-    "gspo": Surrogate(clipped, "answer", sequence=True),
-    "cispo": Surrogate(cispo, "token"),
-    "sapo": Surrogate(sapo, "answer"),
+SURROGATES: dict[str, Form] = {
+    "grpo": Form(clipped, "answer"),
+    "bnpo": Form(clipped, "token"),
+    "dapo": Form(clipped, "token"),
+    "dr_grpo": Form(clipped, "limit"),
+    "gspo": Form(clipped, "answer", sequence=True),
+    "cispo": Form(cispo, "token"),
+    "sapo": Form(sapo, "answer"),
 }
 
 

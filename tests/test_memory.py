@@ -11,11 +11,12 @@ from transformers import AutoConfig
 
 from bench.rehearse import rehearse
 from spinfast import ops
-from spinfast.config import Lora, parse_config
+from spinfast.config import Lora, Sft, parse_config
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import apply_checkpointing, counting
+from spinfast.memory.planner import Load, training
 from spinfast.memory.simulation import Nf4Weight, Phases, Simulation, settled
-from spinfast.objectives import REFERENCE, Pairwise
+from spinfast.objectives import Pairwise, Surrogate
 from spinfast.packing import pack
 from spinfast.train import Budget, batch_sequence_logps, train_step
 
@@ -32,16 +33,17 @@ def simulated(path, dtype=FP32, profile=None, **options):
     return Simulation(AutoConfig.from_pretrained(path), profile or cpu(dtype), Lora(r=4, alpha=8), TABLE, **options)
 
 
-def real_step(policy, groups, optimizer="adamw"):
+def real_step(policy, groups, optimizer="adamw", objective=None):
     """What a real step holds, by the same ledger, and the adapter's gradients."""
-    groups = [replace(group, given={REFERENCE: (0.0, 0.0)}) for group in groups]
+    objective = objective or Pairwise()
+    groups = objective.filled(groups)
     state = settled(policy, optimizer, scaled=False)
     gradients = {}
     state.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({name: p.grad.clone() for name, p in policy.trainable_parameters().items()})
     )
     with counting(policy, state) as ledger:
-        train_step(policy, groups, Pairwise(), 1e9, Budget(10_000, "numba"), state)
+        train_step(policy, groups, objective, 1e9, Budget(10_000, "numba"), state)
     assert gradients.keys() == policy.trainable_parameters().keys()
     return ledger, gradients
 
@@ -58,6 +60,19 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
     ledger, _ = real_step(policy, groups)
     assert simulation.train(groups, Pairwise(), "adamw", more_microbatches=False).usage == ledger.usage
     assert ledger.usage.by_kind.get("checkpoints", 0) > 0 or layers == 0
+
+
+@pytest.mark.parametrize("objective", [Surrogate(), Surrogate("gspo", beta=0.1, correction="sequence_mask")])
+def test_a_simulated_policy_gradient_is_the_real_one_and_takes_less_where_its_groups_are_cut(tiny_model, objective):
+    path, groups = tiny_model("qwen2", layers=3), make_groups([(40, (70, 31, 50, 64, 64, 9)), (12, (99,))])
+    policy, simulation = tiny_policy(path, table=TABLE), simulated(path)
+    ledger, _ = real_step(policy, groups, objective=objective)
+    assert simulation.train(groups, objective, "adamw", more_microbatches=False).usage == ledger.usage
+    load = Load("grpo", groups, objective, Sft(), len(groups), (1,))
+    assert load.longest == 12 + 98
+    peaks = [training(load, simulation, tokens).peak for tokens in (110, 200, 500)]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < 0.7 * peaks[-1]
 
 
 def test_a_rehearsed_plan_holds_what_was_predicted(tiny_model):

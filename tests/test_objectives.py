@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_cases import make_groups, plain_logps, plain_model, tiny_policy
-from test_packing import current
+from test_packing import StarvedOps, current
 
 from spinfast.config import PAIRED, UNPAIRED
+from spinfast.errors import UserError
 from spinfast.fit import summary
 from spinfast.losses import LOSSES
 from spinfast.objectives import (
@@ -36,7 +37,7 @@ from spinfast.objectives import (
 )
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.surrogates import SURROGATES
+from spinfast.surrogates import SURROGATES, Tokens, clipped, correction
 from spinfast.train import Budget, answer_logps, batches, sequence_logps, start_training, token_logps, train_step
 from spinfast.types import Group
 
@@ -362,3 +363,50 @@ def test_a_stage_of_dead_groups_alone_has_a_summary():
     assert summary(rows) == {"steps": 2, "first_loss": 0.0, "last_loss": 0.0, "last/empty": 1.0}
     made = {"step": 3, "train/loss": 0.7}
     assert summary([*rows, made, {**rows[0], "step": 4}])["last_loss"] == 0.7
+
+
+@pytest.mark.parametrize("given_up", [None, 12])
+def test_where_memory_runs_out_a_group_is_cut(exact, monkeypatch, given_up):
+    """A group of 40 scored tokens where there is memory for 12: the same step of smaller parts; for fewer, an error."""
+    groups = rewarded([(4, (12, 3, 5, 7, 9, 4))])
+    whole, gradients = step(exact, groups, Surrogate("grpo"))
+    monkeypatch.setattr(exact, "ops", StarvedOps(12 if given_up is None else given_up - 1))
+    if given_up is not None:
+        with pytest.raises(UserError, match="microbatches of 15 tokens, the longest group"):
+            step(exact, groups, Surrogate("grpo"), Budget(39, "sdpa"))
+        return
+    shrunk = []
+    metrics, cut = step(exact, groups, Surrogate("grpo"), Budget(39, "sdpa", shrunk=shrunk.append))
+    assert shrunk == [19, 15]
+    assert (metrics["train/microbatch_tokens"], whole["train/tokens"]) == (15, 4 + 40 - 6)
+    assert metrics["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
+    assert torch.allclose(cut, gradients, rtol=1e-7, atol=1e-12)
+    found = token_logps(exact, groups, Budget(39, "sdpa", shrunk=shrunk.append))
+    assert shrunk == [19, 15, 19, 15]
+    assert [*map(len, found[0])] == [*groups[0].lengths]
+
+
+@given(st.floats(0.01, 50), st.floats(-3, 3), st.floats(1.3, 10))
+def test_delta_is_the_dual_clip(ratio, advantage, delta):
+    """arXiv 1912.09729, Eq. 5: for A < 0 the surrogate is never below delta A; elsewhere the bound changes nothing."""
+    ratios, advantages = (torch.tensor([x], dtype=torch.float64) for x in (ratio, advantage))
+    bounded, free = (
+        -clipped(Tokens(ratios.log(), ratios, advantages), Surrogate(delta=d)).item() for d in (delta, None)
+    )
+    assert bounded == pytest.approx(max(free, delta * advantage) if advantage < 0 else free)
+    assert free == pytest.approx(min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+
+
+@given(
+    st.lists(st.lists(st.one_of(st.just(math.nan), st.floats(-5, 5)), min_size=1, max_size=5), min_size=1, max_size=4)
+)
+def test_a_samplers_correction_is_the_bounded_ratio_of_token_or_answer(rows):
+    ids = torch.tensor([i for i, row in enumerate(rows) for _ in row])
+    logs = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+    known = [[0.0 if math.isnan(value) else value for value in row] for row in rows]
+    of_tokens = [math.exp(value) for row in known for value in row]
+    of_answers = [math.exp(sum(row)) for row in known for _ in row]
+    for level, expected in {"token": of_tokens, "sequence": of_answers}.items():
+        truncated, masked = (correction(f"{level}_{how}", logs, ids, len(rows), 2.0) for how in ("truncate", "mask"))
+        assert truncated.tolist() == pytest.approx([min(value, 2.0) for value in expected])
+        assert masked.tolist() == pytest.approx([0.0 if value > 2.0 else value for value in expected])
