@@ -39,7 +39,6 @@ ANSWERS = {  # of GRPO: metric -> (title, level)
     "clip_ratio/region_mean": ("Clipped tokens", None),
     "cispo_clip_ratio": ("Clipped tokens (cispo)", None),
     "sampling/sampling_logp_difference/mean": ("Sampler and trainer apart (nats per token)", None),
-    "sampling/importance_sampling_ratio/mean": ("Ratio of trainer to sampler", (1.0, "")),
 }
 LOOKS = {
     "heldout/reward": "Held-out reward",
