@@ -24,6 +24,7 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    PlainSerializer,
     Tag,
     ValidationError,
     field_validator,
@@ -264,7 +265,11 @@ class WeighedReward(Section):
 
 class Grpo(Watched, Optimisation):
     rewards: Annotated[
-        dict[str, float | WeighedReward], BeforeValidator(_weighed), Field(min_length=1), AfterValidator(_plain)
+        dict[str, float | WeighedReward],
+        BeforeValidator(_weighed),
+        Field(min_length=1),
+        AfterValidator(_plain),
+        PlainSerializer(dict),
     ] = Field(
         {"gsm8k": 1.0},
         description="functions that rate answers (docs/rewards.md): ready ones by name, or FILE.py:function; a name, "
