@@ -92,8 +92,9 @@ def fit(
                     save()
                     break
                 stop_if_asked(save)
-        except Stopped:  # where the groups of the next step were made
-            save()
+        except Stopped:
+            if len(rows) == state.step:  # it came where the groups of the next step were made
+                save()
             raise
         except NonFinite as error:
             raise failed_step.keep(run, stage, objective, error) from None

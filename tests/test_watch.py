@@ -25,7 +25,8 @@ def looked(policy, means, spread=0.0, patience=2):
     """What is seen, look by look, of losses with these means; `spread` is each look's own noise on every unit."""
     seen, found = Watched(), []
     for step, mean in enumerate(means, 1):
-        watch = Watch(lambda mean=mean, step=step: (mean * UNITS + spread * NOISE.roll(step), UNITS), 1, patience)
+        losses = mean * UNITS + spread * NOISE.roll(step), UNITS
+        watch = Watch(lambda losses=losses: (losses, {}), 1, patience)
         watch.look(step, policy, seen)
         found.append((seen.step, seen.stale, watch.stops(seen)))
     return found
@@ -64,7 +65,7 @@ def test_the_error_of_a_ratio_is_that_of_its_units():
 def test_a_checkpoint_carries_what_was_seen(policy, tmp_path, means):
     state = start_training(policy, "adamw", 0.0, scaled=False)
     for step, mean in enumerate(means, 1):
-        Watch(lambda mean=mean: (mean * UNITS, UNITS), 1, 2).look(step, policy, state.watched)
+        Watch(lambda mean=mean: ((mean * UNITS, UNITS), {}), 1, 2).look(step, policy, state.watched)
     state.step = len(means)
     checkpoint.save(tmp_path, policy, state, {"of": "x"}, [])
     again = start_training(policy, "adamw", 0.0, scaled=False)

@@ -165,11 +165,15 @@ def _value(of: dict | None, metric: str, look: tuple[str, int, float]) -> str:
     return f"{factor * of['value']:.{digits}f}{interval}"
 
 
+PULLED = "Training pulls the model towards the data's answers, their style, length and mistakes included."
+PAID = "Training pulls the model towards what its reward functions pay for, where they are mistaken too."
+
+
 def _limits(run: Run, stage: str) -> str:
     """What always holds, and what this run's figures warn of."""
     lines = [
         "- Measured on one held-out set of the kind it was trained on; other tasks and languages were not tried.",
-        "- Training pulls the model towards the data's answers, their style, length and mistakes included.",
+        f"- {PAID if run.method(stage) == 'grpo' else PULLED}",
         "- Not examined for safety, bias or factuality beyond what the base model's card says.",
     ]
     if len(run.rows) > 2:

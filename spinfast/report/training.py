@@ -39,13 +39,13 @@ ANSWERS = {  # of GRPO: metric -> (title, level)
     "clip_ratio/region_mean": ("Clipped tokens", None),
     "cispo_clip_ratio": ("Clipped tokens (cispo)", None),
     "sampling/sampling_logp_difference/mean": ("Sampler and trainer apart (nats per token)", None),
-    "sampling/importance_sampling_ratio/mean": ("Ratio of trainer to sampler", (1.0, "")),
 }
 LOOKS = {
     "heldout/reward": "Held-out reward",
     "heldout/accuracy_strict": "Held-out accuracy, strict",
     "heldout/accuracy_flexible": "Held-out accuracy, flexible",
 }
+POINTS = 1000  # that a longer line of means is thinned to, at most twice as many; every step is in metrics.jsonl
 SMOOTHED = 20  # a running mean is over this part of the steps, but at least 5
 
 
@@ -104,7 +104,9 @@ def _answers(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
     for position, run in enumerate(runs):
         for _, x, rows in _stages(run, metric):
             if any(row[metric] != 0 for row in rows) and "reward" in rows[0]:
-                series.append(Series(run.name, position, x, *_running([row[metric] for row in rows])))
+                thinned = slice(None, None, max(1, len(x) // POINTS))
+                drawn = (values[thinned] for values in (x, *_running([row[metric] for row in rows])))
+                series.append(Series(run.name, position, *drawn))
     return _plot(metric, title, "band", series, "answers", level=level)
 
 

@@ -18,7 +18,7 @@ from spinfast.errors import UserError
 from spinfast.names import run_name
 
 PROJECT = "spinfast"
-PLACE = ("stage", "phase", "step")  # what says where a line belongs
+PLACE = ("stage", "phase", "step", "steps")  # what says where a line belongs
 
 
 class Tracker(Protocol):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinfast.evaluate import advice, learning
-from spinfast.fit import summary
+from spinfast.fit import _shown, summary
 
 STEPS = 200
 HEALTHY = {  # metric -> (at the first step, at the last, noise of a step)
@@ -150,6 +150,12 @@ def test_the_summary_is_means_of_the_ends_with_errors_over_steps():
     assert learning.summary(rows[:30])["window"] == 10
     assert learning.summary(rows[:6])["window"] == 3  # the ends do not overlap
     assert learning.summary(rows[:1])["first"]["reward"]["stderr"] is None
+
+
+def test_the_live_line_is_of_rewards():
+    step = {"train/loss": 0.0, "reward": 0.41234, "completions/mean_length": 151.4, "groups/dead": 0.125}
+    assert _shown(step) == "reward 0.412  length 151  dead 12%"
+    assert _shown({"train/loss": 0.5}) == "loss 0.5000"
 
 
 def test_of_a_stage_without_rewards_nothing_is_said():

@@ -2,20 +2,48 @@
 
 import json
 import math
+import re
 import shutil
 import statistics
 from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 from rewarded import STEPS, add_grpo, metrics, rollout, write_rollout
 from test_report import Page
 
 from spinfast import progress
+from spinfast.config import load_config
 from spinfast.evaluate import learning
 from spinfast.report import rollouts, study, training, write_card
 from spinfast.report.page import page
 from spinfast.report.read import read_run, read_runs
+from spinfast.run import play
+
+PAID = """
+def digits(completions, **kwargs):
+    return [sum(character.isdigit() for character in text) / 4 for text in completions]
+"""
+REAL = """
+model: {{name: {model}}}
+data: {{source: {folder}/data.jsonl}}
+heldout: {{source: {folder}/data.jsonl}}
+method: grpo
+grpo:
+  rewards: {{"{folder}/paid.py:digits": 1, gsm8k: {{weight: 2}}}}
+  completions: text
+  samples: 4
+  prompts_per_step: 2
+  steps: 4
+  steps_per_generation: 2
+  evaluate_every: 2
+  beta: 0.04
+generation: {{max_tokens: 12, batch_size: 16, backend: transformers}}
+train: {{microbatch_tokens: 512}}
+evaluate: {{problems: 4, pairs: 4, max_tokens: 12}}
+device: {{profile: cpu, dtype: float32}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +52,22 @@ def made(played, tmp_path_factory):
     path = shutil.copytree(played[0], tmp_path_factory.mktemp("rewarded") / "run")
     add_grpo(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, tiny_model):
+    """A GRPO run of four steps, each rollout for two; only read it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("real")
+    rows = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(8)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "paid.py").write_text(PAID)
+    path = folder / "tiny.yaml"
+    path.write_text(REAL.format(model=tiny_model("llama"), folder=folder))
+    assert play(load_config(path, []), folder / "run", "test") == 0
+    torch.set_num_threads(threads)
+    return folder / "run"
 
 
 @pytest.fixture
@@ -131,10 +175,30 @@ def test_text_of_a_rollout_stays_text(copy):
     assert not any(name.startswith("on") for name in parsed.attributes)
 
 
-def test_every_metric_is_explained():
+def test_every_metric_is_explained(real):
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    for name in (*learning.KEPT, *learning.LOOKS, *training.ANSWERS, *progress.ANSWERS):
-        assert f"`{name}`" in page, name
+    written = {name for row in read_run(real).steps for name in row} - {"stage", "phase", "step", "steps"}
+    for name in (*learning.KEPT, *learning.LOOKS, *training.ANSWERS, *progress.ANSWERS, *written):
+        general = re.sub(r"rewards/digits|rewards/gsm8k", "rewards/NAME", name).removesuffix("_stderr")
+        assert f"`{general}`" in page, name
+
+
+def test_a_real_run_is_shown_as_it_was(real):
+    run = read_run(real)
+    rows = [row for row in run.steps if row["stage"] == "grpo"]
+    assert [row["step"] for row in rows] == list(range(1, 5))
+    train = run.rows[-1]["train"]
+    assert train["first"]["reward"]["value"] == pytest.approx(statistics.mean(row["reward"] for row in rows[:2]))
+    assert learning.functions(train) == ["digits", "gsm8k"]
+    shown = rollouts.chosen(run, 12, several=False)
+    assert [each.title for each in shown] == ["steps 1 to 2", "steps 3 to 4"]
+    assert [each.dead / each.prompts for each in shown] == pytest.approx([row["groups/dead"] for row in rows[::2]])
+    for each, row in zip(shown, rows[::2], strict=True):
+        rewards = [answer["reward"] for group in each.groups for answer in group]
+        assert statistics.mean(rewards) == pytest.approx(row["reward"])
+    text = unescape(page([run]))
+    assert all(answer["completion"] in text for each in shown for group in each.groups for answer in group)
+    assert "reward of greedy answers" in (real / "grpo" / "adapter" / "README.md").read_text()
 
 
 def test_card(copy):
