@@ -213,6 +213,8 @@ def test_files_that_do_not_load(tmp_path, capsys, name):
             "expected a ready reward or FILE.py:function, got 'nothing.py'; ready ones are gsm8k, math",
         ),
         ({"nothing.py:f": 1}, "nothing.py: no such file (looked for /"),
+        ({"owner/name:f": 1}, "expected a ready reward or FILE.py:function, got 'owner/name:f'"),
+        ({"https://hub/owner/rewards.py:f": 1}, "rewards.py: no such file"),
         ({"gsm8k": float("nan")}, "weight of gsm8k: expected a finite number, got nan"),
         ({"gsm8k": {"weight": True}}, "weight of gsm8k: expected a finite number, got True"),
         ({"gsm8k": {"readin": "strict"}}, "gsm8k: no option 'readin'; did you mean 'reading'?"),
