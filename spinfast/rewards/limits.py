@@ -7,10 +7,12 @@ import functools
 import itertools
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 _AGAIN = tuple(0.1 / 2**halvings for halvings in range(17))  # seconds: down to the length of an `except: pass`
+_BEAT = 0.1  # seconds
 
 
 class Overtime(BaseException):
@@ -20,27 +22,29 @@ class Overtime(BaseException):
 def limited(call: Callable[[], Any], seconds: float) -> Any:
     """call(), which raises Overtime where it takes longer than `seconds`; outside the main thread there is no limit.
 
-    A thread sends the signal, since timers are not safe here: math-verify's own limit resets alarm() and setitimer().
-    It sends it again and again, so that code which swallows Overtime ends too; even if it then returns, it was late.
-    Code that stays in one native call without looking at signals is not reached.
+    The alarm comes again and again, so that code which swallows Overtime ends too; even if it then returns, it was
+    late. Besides the timer a thread sends it, since math-verify's own limit resets the timer. Code that stays in one
+    native call without looking at signals is not reached.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
-    inside, late, done = False, False, threading.Event()
-
-    def ring() -> None:
-        nonlocal late
-        for pause in itertools.chain([seconds], itertools.cycle(_AGAIN)):
-            if done.wait(pause):
-                return
-            late = True
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+    inside, late, done, pauses = False, False, threading.Event(), itertools.cycle(_AGAIN)
 
     def alarm(*_) -> None:
-        if inside:
+        nonlocal late
+        if inside and time.monotonic() >= end:
+            late = True
+            signal.setitimer(signal.ITIMER_REAL, next(pauses))
             raise Overtime
 
-    before = signal.signal(signal.SIGALRM, alarm)
+    def ring() -> None:
+        pause = seconds
+        while not done.wait(pause):
+            pause = _BEAT
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+    before, end = signal.signal(signal.SIGALRM, alarm), time.monotonic() + seconds
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     ringer = threading.Thread(target=ring, daemon=True)
     ringer.start()
     try:
@@ -55,6 +59,7 @@ def limited(call: Callable[[], Any], seconds: float) -> Any:
         inside = False  # Python looks at signals after calls and jumps: from here on none of them raises
         done.set()
         ringer.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     if late:
         raise Overtime

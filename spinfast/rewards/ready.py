@@ -106,7 +106,7 @@ def _math(comparison: str) -> Judge:
     if comparison == "auto" and not there:
         logging.getLogger("spinfast").warning(
             "reward math: math-verify is not installed; boxed answers are compared as text after MATH's normalisation, "
-            "so that 1/2 and 0.5 differ in more cases (pip install math-verify)"
+            "so that equal forms as x + 1 and 1 + x differ (pip install math-verify)"
         )
     return _verified if there and comparison != "normalised" else _normalised
 

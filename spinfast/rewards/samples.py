@@ -33,7 +33,7 @@ class _PerSample:
         there |= {"ground_truth"} if "reward_model" in columns else set()
         return without(self.required - there, columns)
 
-    def __call__(self, prompts, completions, completion_ids, trainer_state, log_extra, **columns):
+    def __call__(self, prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns):
         rows = [
             self._named(
                 {

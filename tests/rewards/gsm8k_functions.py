@@ -1,6 +1,7 @@
 """The five functions that most GSM8K GRPO scripts have, as they are found in public notebooks (after W. Brown's
 demonstration): completions are messages, `answer` the number alone, and they print."""
 
+# ruff: noqa: B905
 import re
 
 

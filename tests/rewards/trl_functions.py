@@ -1,6 +1,7 @@
 """Reward functions as TRL's documentation of GRPO has them (Apache 2.0), for strings and for messages: they run
 unchanged in spinfast and in TRL. Where its text leaves a body open, the body is ours."""
 
+# ruff: noqa: B007, B905
 import asyncio
 import re
 
