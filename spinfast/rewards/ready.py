@@ -26,7 +26,6 @@ from spinfast.evaluate.references import (
     FLEXIBLE,
     IMPLICIT,
     STRICT,
-    after_hashes,
     in_box,
     reference_of,
     same_result,
@@ -121,8 +120,10 @@ def _verified(text: str, row: dict[str, Any]) -> float | None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     patience = 5 if threading.current_thread() is threading.main_thread() else None  # its limit is an alarm
-    written = next((str(row[name]) for name in REFERENCES if row.get(name) is not None), "")
-    if not (gold := parse(after_hashes(written) or written, parsing_timeout=patience)):
+    result = reference_of({name: value for name, value in row.items() if name != "solution"}, "")
+    # out of a box or a formula's signs math-verify reads the last number only: 2x + 1 would be 1
+    written = str(row.get("solution") or "") if result is None else f"\\boxed{{{result}}}"
+    if not (gold := parse(written, parsing_timeout=patience)):
         return None
     boxed = LatexExtractionConfig(
         normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False

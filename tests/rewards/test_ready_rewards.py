@@ -85,6 +85,25 @@ def test_math_reads_gsm8k_answers(pairs):
     assert values(one("math"), batch(r"\boxed{\frac{9}{2}}", r"\boxed{13}", answer=answers)) == [1.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("result", "right", "wrong"),
+    [
+        ("2x + 1", "1 + 2x", "1"),
+        (r"\{1, 2\}", r"\{2, 1\}", r"\{1\}"),
+        ("50%", r"50\%", "5"),
+        (r"$\frac{1}{3}$", r"\frac{1}{3}", "3"),
+        ("1,234", "1234", "234"),
+        ("x = 5", "5", "x"),
+        ("-3", "-3", "3"),
+    ],
+)
+@pytest.mark.parametrize("column", ["reference", "answer"])
+def test_math_reads_a_result_that_stands_alone(pairs, column, result, right, wrong):
+    """Where TRL's reads the last number of it; a solution beside it does not matter."""
+    texts = [rf"\boxed{{{text}}}" for text in (right, wrong)]
+    assert values(one("math"), batch(*texts, solution=["so 7"] * 2, **{column: [result] * 2})) == [1.0, 0.0]
+
+
 def test_math_without_math_verify_compares_after_normalisation():
     made = batch(r"\boxed{\frac12}", r"\boxed{3}", "0.5", r"\boxed{1}", solution=["0.5", "so 3", r"\boxed{0.5}", None])
     assert values(one("math", comparison="normalised"), made) == [1.0, None, 0.0, None]
