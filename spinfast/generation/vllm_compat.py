@@ -64,6 +64,7 @@ def arguments(
     if device.type == "cpu":
         # A prompt cut in two would rewind its sampler's generator, which a CPU generator cannot.
         return {
+            "block_size": 32,  # the smallest: samples of a prompt share its full blocks alone, and 128 is many a prompt
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, max_model_len),
