@@ -75,7 +75,7 @@ def test_a_rollout_is_a_table_of_what_was_sampled_and_how_it_was_rated(played):
     for row in found:
         assert len(row["sampler_logps"]) == len(row["completion_ids"]) > 0
         assert row["reward"] == row["rewards/vowels"]
-        assert not row["old_logps"] or row["reference_logps"]
+        assert [row["old_logps"], row["reference_logps"]] == [None, None]
     for group in (found[i : i + 4] for i in range(0, len(found), 4)):
         rewards = torch.tensor([row["reward"] for row in group])
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
@@ -124,7 +124,8 @@ def test_every_way_to_go_trains_and_goes_on_to_the_bit(tmp_path, model, grpo, mo
     codes = []
     while not codes or codes[-1] == EXIT_CODE:
         codes.append(main([str(config), "--run-dir", str(tmp_path / "run")]))
-    assert codes[-1] == 0 and codes.count(EXIT_CODE) == len(calls) > 0
+    assert codes == [EXIT_CODE] * len(calls) + [0]
+    assert calls
     assert fingerprints(tmp_path / "run") == expected
 
 
@@ -166,7 +167,8 @@ def test_columns_extras_and_metrics_reach_the_files(tmp_path, model):
     names = {f"{tmp_path}/rewards.py:vowels": 1.0, f"{tmp_path}/rewards.py:nothing": {"weight": 0.5}}
     run = play(tmp_path, model, grpo={"rewards": names, "steps": 1})
     row = answers(run)[0]
-    assert row["rewards/nothing"] is None and row["reward"] == row["rewards/vowels"]
+    assert row["rewards/nothing"] is None
+    assert row["reward"] == row["rewards/vowels"]
     assert json.loads(row["extra"])["answer"].startswith("The sum is")
     assert train_rows(run)[0]["seen"] == 12
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spinfast.advantages import advantages
 from spinfast.config import Config
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
@@ -28,7 +29,8 @@ def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state
     text = [run.session.machine.renderer.text(answer.token_ids) for answer in answers]
     mode = run.config.grpo.completions
     if mode == "auto":
-        mode = "text" if all(isinstance(example.columns.get("prompt"), str) for example in examples) else "messages"
+        plain = all(isinstance(example.columns.get("prompt"), str) for example in run.examples)
+        mode = "text" if plain else "messages"
     if mode == "messages":
         prompts = [[dict(turn) for turn in example.messages] for example in examples]
         completions = [[{"role": "assistant", "content": words}] for words in text]
@@ -41,31 +43,22 @@ def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state
 
 def columns(examples: Sequence[Example]) -> dict[str, list]:
     """The data's other columns, and the reference that evaluation compares with, where the data has no such column."""
-    own = {"reference": [example.reference for example in examples]}
-    return {name: own.get(name) or [e.columns.get(name) for e in examples] for name in column_names(examples)}
+    rows = [{"reference": example.reference, **example.columns} for example in examples]
+    return {name: [row.get(name) for row in rows] for name in column_names(examples)}
 
 
 def column_names(examples: Sequence[Example]) -> list[str]:
     """Their names."""
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    return [*names, *(["reference"] if "reference" not in names and any(e.reference for e in examples) else [])]
+    reference = {"reference": None} if any(example.reference for example in examples) else {}
+    return [*(dict.fromkeys(name for example in examples for name in example.columns) | reference)]
 
 
-def totals(run, scores: Scores) -> list[float | None]:
-    """The weighted sum of each answer's rewards; None where no function applies."""
-    weights = dict(zip(run.rewards.names, run.rewards.weights, strict=True))
-    rows = zip(
-        *([value and weights[name] * value for value in values] for name, values in scores.values.items()), strict=True
-    )
-    return [sum(known) if (known := [value for value in row if value is not None]) else None for row in rows]
-
-
-def reward_metrics(
-    run, problems: Sequence[Example], answers: Sequence[Completion], step: int = 0
-) -> tuple[Metrics, list]:
-    """Held-out rewards of greedy answers with their standard errors, and each answer's weighted sum."""
-    scores = rated(run, problems, answers, TrainerState(step, run.config.grpo.steps, 0.0))
-    sums = totals(run, scores)
-    known = {"heldout/reward": sums, **{f"heldout/rewards/{name}": values for name, values in scores.values.items()}}
-    known = {name: [value for value in values if value is not None] for name, values in known.items()}
-    return {name: estimate(np.array(values, dtype=float)) for name, values in known.items() if values}, sums
+def reward_metrics(run, problems: Sequence[Example], answers: Sequence[Completion]) -> tuple[Metrics, np.ndarray]:
+    """Held-out rewards of greedy answers with their standard errors, and the weighted sums of those that have one."""
+    steps = run.config.grpo.steps  # schedules of rewards are at their end
+    scores = rated(run, problems, answers, TrainerState(steps, steps, 0.0))
+    sums = advantages({name: [given] for name, given in scores.values.items()}, run.rewards.weights).rewards[0]
+    found = {"heldout/reward": sums.numpy()}
+    found |= {f"heldout/rewards/{name}": np.array(given, dtype=float) for name, given in scores.values.items()}
+    known = {name: values[~np.isnan(values)] for name, values in found.items()}
+    return {name: estimate(values) for name, values in known.items() if len(values)}, known["heldout/reward"]

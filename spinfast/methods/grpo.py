@@ -66,8 +66,8 @@ def looking(run: Run) -> Watch | None:
         answers = sorted(found, key=lambda answer: answer.index)
         metrics, rewards = reward_metrics(run, problems, answers)
         scores = heldout.verdict(problems, answers, run.session.machine.renderer.text)
-        known = torch.tensor([reward for reward in rewards if reward is not None], dtype=torch.float64)
-        return (-known, torch.ones_like(known)), figures(metrics | heldout.accuracies(scores))
+        losses = -torch.from_numpy(rewards)
+        return (losses, torch.ones_like(losses)), figures(metrics | heldout.accuracies(scores))
 
     return Watch(measure, c.evaluate_every, c.patience, c.keep == "best")
 

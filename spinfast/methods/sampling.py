@@ -71,17 +71,32 @@ class Rollouts:
         return found
 
     def made(self, number: int, step: int) -> Rollout:
-        c, run, started, adapter = self.c, self.run, time.monotonic(), self.run.policy.adapter()
+        """Sampled by the policy as it stands, and kept."""
+        run, started, adapter = self.run, time.monotonic(), self.run.policy.adapter()
+        groups, told = self.filled(number, step, adapter)
+        found = compared(run, groups)
+        self.credit(groups, found)
+        self.score(groups)
+        figures = metrics(values(run, groups), found) | lengths(groups) | told
+        rollout = Rollout([row for rows in groups for row in rows], adapters.fingerprint(adapter), figures)
+        rollout = rollouts.write(rollouts.path(self.stage.directory, number), rollout, self.owner(number))
+        seconds, tokens = time.monotonic() - started, sum(len(row["completion_ids"]) for row in rollout.rows)
+        run.directory.system(self.stage.name, "rollout", {"rollout": number, "seconds": seconds, "tokens": tokens})
+        return rollout
+
+    def filled(self, number: int, step: int, adapter: Adapter) -> tuple[list[list[dict]], dict[str, float]]:
+        """Groups of rewarded answers, dead ones replaced as far as grpo.refill allows, and what is told of them."""
+        c, run = self.c, self.run
         size = c.prompts_per_step * c.steps_per_generation
-        state, told = TrainerState(step, c.steps, number * size / len(self.prompts)), []
+        state, logged, refilled = TrainerState(step, c.steps, number * size / len(self.prompts)), [], 0
 
         def answered(asked: Sequence[Example], purpose: str) -> list[list[dict]]:
             answers = sampled(run, asked, f"{self.stage.name} {purpose}", adapter)
-            rows, figures = rewarded(run, asked, answers, state)
-            told.append(figures)
+            rows, by_functions = rewarded(run, asked, answers, state)
+            logged.append(by_functions)
             return rows
 
-        groups, refilled = answered(self.drawn(number, size), f"{number}"), 0
+        groups = answered(self.drawn(number, size), f"{number}")
         for turn in range(c.refill):
             if not (dead := [i for i, is_dead in enumerate(compared(run, groups).dead) if is_dead]):
                 break
@@ -91,22 +106,17 @@ class Rollouts:
             for i, rows in zip(dead, live, strict=False):
                 groups[i] = rows
             refilled += len(live)
-        found = compared(run, groups)
-        for i, rows in enumerate(groups):
-            for row, reward, advantage in zip(
-                rows, found.rewards[i].tolist(), found.advantages[i].tolist(), strict=True
-            ):
-                left_out = c.mask_truncated and row["finish_reason"] == "length"
-                row |= {"group": i, "advantage": advantage, "active": 0.0 if left_out else 1.0}
-                row["reward"] = None if math.isnan(reward) else reward
-        self.score(groups)
-        figures = metrics(values(run, groups), found) | lengths(groups) | {"groups/refilled": refilled}
-        figures |= {name: fmean(call[name] for call in told if name in call) for call in told for name in call}
-        rollout = Rollout([row for rows in groups for row in rows], adapters.fingerprint(adapter), figures)
-        rollout = rollouts.write(rollouts.path(self.stage.directory, number), rollout, self.owner(number))
-        seconds, tokens = time.monotonic() - started, sum(len(row["completion_ids"]) for row in rollout.rows)
-        run.directory.system(self.stage.name, "rollout", {"rollout": number, "seconds": seconds, "tokens": tokens})
-        return rollout
+        names = dict.fromkeys(name for call in logged for name in call)
+        told = {name: fmean(call[name] for call in logged if name in call) for name in names}
+        return groups, told | {"groups/refilled": refilled}
+
+    def credit(self, groups: Sequence[list[dict]], found: Advantages) -> None:
+        """Every answer its place, reward and advantage; one that was cut is left out where the config says so."""
+        for i, (rows, rewards, worth) in enumerate(zip(groups, found.rewards, found.advantages, strict=True)):
+            for row, reward, advantage in zip(rows, rewards.tolist(), worth.tolist(), strict=True):
+                left_out = self.c.mask_truncated and row["finish_reason"] == "length"
+                row |= {"group": i, "reward": None if math.isnan(reward) else reward, "advantage": advantage}
+                row["active"] = float(not left_out)
 
     def owner(self, number: int) -> str:
         return f"{self.run.config.hash()} {self.stage.name} {self.stage.basis('train')} {number}"
@@ -163,10 +173,8 @@ def sampled(run: Run, asked: Sequence[Example], purpose: str, adapter: Adapter) 
         for i, example in enumerate(asked)
         for sample in range(samples)
     ]
-    found = {}
-    for answer in run.generator.generate(
-        requests, run.session.sampling(settings.temperature, settings.max_tokens), adapter
-    ):
+    sampling, found = run.session.sampling(settings.temperature, settings.max_tokens), {}
+    for answer in run.generator.generate(requests, sampling, adapter):
         found[answer.index, answer.sample] = answer
         stop_if_asked()
     return [[found[i, sample] for sample in range(samples)] for i in range(len(asked))]
@@ -205,8 +213,8 @@ def values(run: Run, groups: Sequence[Sequence[dict]]) -> dict[str, list[list[fl
 
 
 def compared(run: Run, groups: Sequence[Sequence[dict]]) -> Advantages:
-    c, weights = run.config.grpo, dict(zip(run.rewards.names, run.rewards.weights, strict=True))
-    return advantages(values(run, groups), weights, c.scale_rewards, c.baseline, c.aggregation)
+    c = run.config.grpo
+    return advantages(values(run, groups), run.rewards.weights, c.scale_rewards, c.baseline, c.aggregation)
 
 
 def lengths(groups: Sequence[Sequence[dict]]) -> dict[str, float]:

@@ -165,8 +165,9 @@ class Rewards:
         return tuple(reward.name for reward in self.functions)
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        return tuple(reward.weight for reward in self.functions)
+    def weights(self) -> dict[str, float]:
+        """By name."""
+        return {reward.name: reward.weight for reward in self.functions}
 
     def check(self, columns: Collection[str]) -> None:
         """Raises UserError where a function needs what neither the data's columns nor the trainer give."""

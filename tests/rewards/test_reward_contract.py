@@ -48,7 +48,7 @@ def test_options_are_keyword_arguments_and_come_before_columns(tmp_path):
         tmp_path, "def f(completions, scale=1, **kw): return [scale] * len(completions)", scale=4, weight=-0.5
     )
     assert values(rewards, batch("a", scale=[9])) == [4.0]
-    assert rewards.weights == (-0.5,)
+    assert rewards.weights == {rewards.names[0]: -0.5}
     made = own(
         tmp_path,
         "class f:\n    def __init__(self, k): self.k = k\n    def __call__(self, prompts): return [self.k]",
