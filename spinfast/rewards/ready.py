@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import random
 import re
 import threading
 from collections.abc import Callable, Collection
@@ -240,6 +241,19 @@ def soft_overlong(max_tokens: int, max_len: Tokens | None = None, cache: Annotat
     return lambda completion_ids: [*map(penalty, completion_ids)]
 
 
+def coin(p: Annotated[float, Field(gt=0, lt=1)] = 0.5) -> Callable:
+    """1 with probability p, else 0, whatever the answer is: a control, under which nothing is to be learnt.
+
+    Spurious Rewards (arXiv 2506.10947). The same rollout of the same step falls the same way.
+    """
+
+    def reward(completions, completion_ids, trainer_state):
+        keys = (f"{trainer_state.global_step} {i} {list(ids)}" for i, ids in enumerate(completion_ids))
+        return [float(random.Random(key).random() < p) for key in keys]
+
+    return reward
+
+
 READY: dict[str, Callable[..., Callable]] = {
     "gsm8k": gsm8k,
     "math": math_,
@@ -251,6 +265,7 @@ READY: dict[str, Callable[..., Callable]] = {
     "cosine": cosine,
     "repetition": repetition,
     "soft_overlong": soft_overlong,
+    "coin": coin,
 }
 
 

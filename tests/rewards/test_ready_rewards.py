@@ -207,3 +207,12 @@ def test_math_verify_asked_for_and_not_there_is_refused(monkeypatch, caplog):
         one("math", comparison="math_verify")
     one("math")
     assert "math-verify is not installed" in caplog.text
+
+
+def test_a_coin_is_fair_and_knows_nothing_of_the_answer():
+    made = batch(*["x"] * 2000, ids=[[i % 7, 5] for i in range(2000)])
+    first, again = (values(one("coin"), made) for _ in range(2))
+    assert first == again
+    assert abs(sum(first) / 2000 - 0.5) < 0.05
+    by_answer = [first[i::7] for i in range(7)]
+    assert all(abs(sum(falls) / len(falls) - 0.5) < 0.15 for falls in by_answer)
