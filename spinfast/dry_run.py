@@ -1,7 +1,7 @@
 """`--dry-run`: what would run, on what, in how much memory and time, and two samples as the model will see them.
 
-Data and tokenizer are loaded as in a run; weights are not. A GPU profile that is not there is planned from its
-published figures.
+Data and tokenizer are loaded as in a run; weights are not. Reward functions rate the data's own answers. A GPU
+profile that is not there is planned from its published figures.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile
-from spinfast.evaluate.rewarded import load_rewards
+from spinfast.evaluate.rewarded import batch, load_rewards
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS
 from spinfast.memory.planner import Load, Plan
 from spinfast.methods.run import generates, loads
 from spinfast.packing import packed_length
 from spinfast.progress import open_console
+from spinfast.rewards import Rewards, TrainerState
 from spinfast.session import check_rows, choose_backend, look
-from spinfast.types import Example
+from spinfast.types import Completion, Example
 
 
 def dry_run(config: Config, console: Console | None = None) -> Plan:
@@ -41,7 +42,7 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     examples, heldout = (data[name].examples if name in data else [] for name in ("data", "heldout"))
     work = loads(config, examples)
     check_rows(machine, work)
-    load_rewards(config, examples, heldout)
+    rewards = load_rewards(config, examples, heldout)
     engine, why = choose_backend(config, generates(config, work, heldout))
 
     console.rule("config")
@@ -55,11 +56,18 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     console.print(str(planned), markup=False, highlight=False)
     console.print(plan_table(planned))
     console.rule("steps")
-    for line in step_lines(config, device, machine.shape, planned, work):
+    for line in step_lines(config, device, machine.shape, planned, work) + rollout_lines(config, examples):
         console.print(line, markup=False, highlight=False)
+    learnt = "what is learnt in green, what is worse in red"
+    if config.method == ("grpo",):
+        learnt = "in green an answer of the data's, which the model does not see"
     for example in examples[:2]:
-        console.rule(f"sample {example.index}: what is learnt in green, what is worse in red")
+        console.rule(f"sample {example.index}: {learnt}")
         console.print(sample_text(renderer, example))
+    if rewards:
+        console.rule("rewards of these answers")
+        for line in reward_lines(config, renderer, rewards, examples):
+            console.print(line, markup=False, highlight=False)
     return planned
 
 
@@ -95,13 +103,14 @@ def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, load
             device, shape, cut, planned.microbatch_tokens, planned.checkpoint_layers, planned.offload
         )
         first, *later = load.rounds
-        passes = load.groups_per_step * sum(load.rounds) / len(load.everything)
-        seconds += to_rate * one_pass * passes * (1 + 0.5 * load.scoring)  # a forward with half of the head
+        step = to_rate * one_pass * load.groups_per_step / len(load.everything)
+        step *= 1 + 0.5 * load.scoring  # a forward with half of the head
+        seconds += step * sum(load.rounds)
         tokens = sum(map(packed_length, load.everything)) / len(load.everything)
         rounds = f", {later[0]} in each of {len(later)} later rounds" if later else ""
         lines.append(
             f"{load.method}: {len(load.everything)} groups of {tokens:.0f} packed tokens on average, "
-            f"{load.groups_per_step} a step: {first} steps{rounds}"
+            f"{load.groups_per_step} a step: {first} steps{rounds}, about {step:.1f} s each"
         )
     limit = config.generation.max_tokens
     generated = f" if every generated answer had {limit} tokens" if any(load.answers for load in loads) else ""
@@ -110,6 +119,40 @@ def step_lines(config: Config, device: DeviceProfile, shape, planned: Plan, load
         f"about {seconds / 3600:.2f} h of scoring and training{generated}, generation and evaluation not counted "
         f"({source})",
     ]
+
+
+def rollout_lines(config: Config, examples: Sequence[Example]) -> list[str]:
+    """What grpo draws, samples and trains on; nothing without that method."""
+    if "grpo" not in config.method:
+        return []
+    c, limit, data = config.grpo, config.generation.max_tokens, sum(bool(example.messages) for example in examples)
+    rollouts, prompts = math.ceil(c.steps / c.steps_per_rollout), c.steps_per_generation * c.prompts_per_step
+    drawn, answers = rollouts * prompts, rollouts * prompts * c.samples
+    dead = [f"{p**c.samples + (1 - p) ** c.samples:.0%} at {p:.0%}" for p in (0.1, 0.3, 0.5, 0.9)]
+    refilled = f"; up to {c.refill} times fresh prompts, not counted here, take their place" if c.refill else ""
+    return [
+        f"grpo: {c.prompts_per_step} prompts x {c.samples} answers = {c.prompts_per_step * c.samples} answers a step; "
+        f"a rollout of {prompts} prompts feeds {c.steps_per_rollout} steps "
+        f"({c.steps_per_generation} parts, gone through {c.num_iterations} times)",
+        f"{rollouts} rollouts: {drawn:,} prompts = {drawn / data:.2f} times the data's {data:,}; {answers:,} answers, "
+        f"{answers * limit:,} tokens to generate at the most ({limit} each)",
+        f"groups whose rewards are all equal are not trained on: of answers that are right or wrong "
+        f"{', '.join(dead)} right{refilled}",
+    ]
+
+
+def reward_lines(config: Config, renderer: Renderer, rewards: Rewards, examples: Sequence[Example]) -> list[str]:
+    """What each function gives for the answers of the first examples, where they have some."""
+    shown = [example for example in examples[:2] if example.messages and example.real_ids]
+    if not shown:
+        return ["the data has no answers that could be rated here"]
+    answers = [Completion(example.index, example.real_ids, "stop") for example in shown]
+    scores = rewards(batch(config, renderer, examples, shown, answers, TrainerState(0, config.grpo.steps, 0.0)))
+    said = {
+        name: ", ".join("does not apply" if value is None else f"{value:g}" for value in given)
+        for name, given in scores.values.items()
+    }
+    return [f"{name}: {values} (weight {rewards.weights[name]:g})" for name, values in said.items()]
 
 
 def matmul_rate(device: DeviceProfile, width: int, inner: int) -> float:

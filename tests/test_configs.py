@@ -20,6 +20,7 @@ from spinfast.run import CONFIGS
 SHAPES = {  # hidden, inner, layers, heads, key/value heads, vocabulary, tied: the models' config.json
     "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151_936, True),
     "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151_936, True),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 151_936, False),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 18_944, 28, 28, 4, 152_064, False),
 }
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -47,8 +48,9 @@ def stand_in(tmp_path, monkeypatch):
         found = ResolvedModel(tmp_path / "model", name, "none", "Qwen2ForCausalLM")
         monkeypatch.setattr("spinfast.session.resolve_model", lambda *_: found)  # there are no weights to resolve
         answer = "It is 2. " * 20 + "\n#### 2"
-        row = {"prompt": "What is 1 + 1? " * 20, "chosen": answer, "rejected": answer.upper()}  # which all methods take
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"n": i}) + "\n" for i in range(64)))
+        row = {"chosen": answer, "rejected": answer.upper()}  # which all methods take
+        rows = [row | {"prompt": f"{i}. " + "What is 1 + 1? " * 20} for i in range(64)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = f"{{source: {tmp_path / 'rows.jsonl'}}}"
         return [f"data={source}", f"heldout={source}"]
 
@@ -64,7 +66,7 @@ def test_config_parses(path):
 
 
 def test_every_t4_config_has_a_shape():
-    assert len(T4) == 6
+    assert len(T4) == 9
     assert {load_config(path).model.name for path in T4} == set(SHAPES)
 
 
@@ -77,7 +79,7 @@ def test_t4_config_fits_a_t4(path, stand_in):
     assert planned.budget == int(14.7 * GIB)
     assert planned.peak <= planned.budget
     methods = load_config(path).method
-    assert {*methods, *(["score"] if methods != ("sft",) else [])} <= planned.phases.keys()
+    assert {*methods, *(["score"] if {"spin", "dpo"} & {*methods} else [])} <= planned.phases.keys()
     assert planned.phases[methods[-1]].by_kind["weights"] > 0.9 * GIB
     text = console.export_text()
     assert "float16: capability < 8.0 has fp16 tensor cores only" in text

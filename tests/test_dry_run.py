@@ -181,6 +181,39 @@ def test_trained_tokens_are_coloured(run_config):
     assert not any("What is" in part for part in green)
 
 
+GRPO = {"prompts_per_step": 4, "samples": 3, "steps": 7, "steps_per_generation": 2, "num_iterations": 2, "refill": 1}
+
+
+def grpo(run_config, rewards, **data):
+    tree = {name: section for name, section in run_config.items() if name != "spin"} | data
+    return parse_config(tree | {"method": "grpo", "grpo": GRPO | {"rewards": rewards}, "device": {"profile": "t4"}})
+
+
+def test_grpo_shows_its_batches_and_rates_the_datas_answers(run_config):
+    console = Console(record=True, width=200)
+    dry_run(grpo(run_config, {"gsm8k": {"weight": 2, "reading": "strict"}, "format": 0.5}), console)
+    text = console.export_text()
+    assert "4 prompts x 3 answers = 12 answers a step; a rollout of 8 prompts feeds 4 steps" in text
+    assert "2 rollouts: 16 prompts = 1.33 times the data's 12; 48 answers, 1,536 tokens to generate at the most" in text
+    assert "73% at 10%, 37% at 30%, 25% at 50%, 73% at 90% right; up to 1 times fresh prompts" in text
+    assert "in green an answer of the data's, which the model does not see" in text
+    assert "gsm8k: 1, 1 (weight 2)" in text
+    assert "format: 0, 0 (weight 0.5)" in text
+
+
+def test_grpo_without_answers_in_the_data_says_so(run_config, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"problem": "What is 1 + 1?", "solution": "2"}\n')
+    console = Console(record=True, width=200)
+    dry_run(grpo(run_config, "gsm8k", data={"source": str(tmp_path / "asked.jsonl")}), console)
+    assert "the data has no answers that could be rated here" in console.export_text()
+
+
+def test_a_reward_that_fails_on_the_datas_answers_is_told_before_the_run(run_config, tmp_path):
+    (tmp_path / "mine.py").write_text("def broken(completions):\n    return [len(None) for _ in completions]\n")
+    with pytest.raises(UserError, match=r"reward broken \(mine.py\): line 2: TypeError"):
+        dry_run(grpo(run_config, f"{tmp_path}/mine.py:broken"), Console(record=True))
+
+
 def test_command_line(run_config, tmp_path, capsys, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(run_config))

@@ -8,6 +8,7 @@ import numpy as np
 
 from spinfast.advantages import advantages
 from spinfast.config import Config
+from spinfast.data.renderer import Renderer
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
 from spinfast.rewards import Batch, Rewards, Scores, TrainerState, load
@@ -26,19 +27,29 @@ def load_rewards(config: Config, *sets: Sequence[Example]) -> Rewards | None:
 
 def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state: TrainerState) -> Scores:
     """What every function gives for every answer; `examples` has the example of each."""
-    text = [run.session.machine.renderer.text(answer.token_ids) for answer in answers]
-    mode = run.config.grpo.completions
+    return run.rewards(batch(run.config, run.session.machine.renderer, run.examples, examples, answers, state))
+
+
+def batch(
+    config: Config,
+    renderer: Renderer,
+    data: Sequence[Example],
+    examples: Sequence[Example],
+    answers: Sequence[Completion],
+    state: TrainerState,
+) -> Batch:
+    """Answers as reward functions get them: as the prompts of the run's `data` are, where the config leaves it open."""
+    text = [renderer.text(answer.token_ids) for answer in answers]
+    mode = config.grpo.completions
     if mode == "auto":
-        plain = all(isinstance(example.columns.get("prompt"), str) for example in run.examples)
-        mode = "text" if plain else "messages"
+        mode = "text" if all(isinstance(example.columns.get("prompt"), str) for example in data) else "messages"
     if mode == "messages":
         prompts = [[dict(turn) for turn in example.messages] for example in examples]
         completions = [[{"role": "assistant", "content": words}] for words in text]
     else:
         prompts = [example.columns.get("prompt", example.messages[-1]["content"]) for example in examples]
         completions = text
-    ids = [list(answer.token_ids) for answer in answers]
-    return run.rewards(Batch(prompts, completions, ids, columns(examples), state))
+    return Batch(prompts, completions, [list(answer.token_ids) for answer in answers], columns(examples), state)
 
 
 def columns(examples: Sequence[Example]) -> dict[str, list]:
