@@ -80,7 +80,8 @@ def _main(argv: list[str]) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
     parser = Parser(
-        prog="spinfast", description="SFT, self-play (SPIN) and preference optimisation (DPO) of small models."
+        prog="spinfast",
+        description="SFT, self-play (SPIN), preference optimisation (DPO) and GRPO of small language models.",
     )
     parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_grpo import grpo_config
 from test_run import write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,11 +38,23 @@ def test_its_files_and_overrides_exist(tmp_path):
     config = load_config(ROOT / chosen["CONFIG"], chosen["OVERRIDES"])
     assert len(config.spin.beta) in (1, config.spin.iterations)
     assert len(config.spin.lr) in (1, config.spin.iterations)
+    assert load_config(ROOT / chosen["GRPO_CONFIG"], chosen["GRPO_OVERRIDES"]).method == ("grpo",)
+
+
+def run_cell(cell, names):
+    """As IPython does, the one magic that the notebook has included."""
+    source = "".join(cell["source"])
+    magic, _, rest = source.partition("\n")
+    if magic.startswith("%%writefile "):
+        Path(magic.removeprefix("%%writefile ").format(**names)).write_text(rest)
+    else:
+        exec(compile(source, f"<cell {cell['id']}>", "exec"), names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its last cells would use the GPU in fp16")
 def test_every_cell_runs(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "notebooks")
+    (tmp_path / "grpo").mkdir()
     changed = {
         "REPOSITORY": "",
         "REQUIREMENTS": "",
@@ -50,11 +63,15 @@ def test_every_cell_runs(tiny_model, tmp_path, monkeypatch, capsys):
         "RUN": str(tmp_path / "run"),
         "EXPORT": str(tmp_path / "export"),
         "QUESTION": "What is 2 plus 3?",
+        "GRPO_CONFIG": str(grpo_config(tmp_path / "grpo", tiny_model("qwen2"), {"steps": 2})),
+        "GRPO_OVERRIDES": [],
+        "GRPO_RUN": str(tmp_path / "rewarded"),
+        "REWARDS": str(tmp_path / "my_rewards.py"),
     }
     assert parameters(CODE[0]) == changed.keys()
     names = {}
     for cell in CODE:
-        exec(compile("".join(cell["source"]), f"<cell {cell['id']}>", "exec"), names)
+        run_cell(cell, names)
         names |= changed
     out = capsys.readouterr().out
     assert re.search(r"\| yes \| config .*config.yaml +\| can run here", out)
@@ -62,6 +79,9 @@ def test_every_cell_runs(tiny_model, tmp_path, monkeypatch, capsys):
     assert "round base:" in out
     assert "round 0:" in out
     assert (tmp_path / "run" / "report" / "index.html").is_file()
+    assert "short: " in out
+    assert re.search(r"group +sample +rewards/gsm8k +rewards/format +rewards/short +reward +advantage", out)
+    assert (tmp_path / "rewarded" / "report" / "index.html").is_file()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     prompt = AutoTokenizer.from_pretrained(tmp_path / "export")("What is 2 plus 3?", return_tensors="pt")
     base = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"))
