@@ -419,7 +419,11 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json", exclude=unnamed), sort_keys=False)
 
 
-CHANGES_NO_RESULT = {"report_to": True, "train": {"save_every_steps", "save_every_seconds", "max_overflows"}}
+CHANGES_NO_RESULT = {
+    "report_to": True,
+    "train": {"save_every_steps", "save_every_seconds", "max_overflows"},
+    "grpo": {"reward_timeout"},
+}
 MOVED = {  # keys of the first edition
     "lora": "adapter",
     "sft.examples_per_step": "sft.groups_per_step",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from spinfast.config import Optimisation
+from spinfast.errors import UserError
 from spinfast.evaluate import learning
 from spinfast.evaluate.advice import on_the_way
 from spinfast.interrupt import Stopped, finishing_steps, stop_if_asked
@@ -74,7 +75,7 @@ def fit(
                     check_first_loss(metrics, objective.at_start(groups), device.dtype, cut, objective.rounding(groups))
                 if watch and watch.due(state.step, len(steps)):
                     metrics |= watch.look(state.step, policy, state.watched)
-                metrics |= steps.figures(state.step - 1)
+                metrics = steps.figures(state.step - 1) | metrics  # a reward's log_metric may have any name
                 metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1]["num_tokens"] if rows else 0)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
@@ -92,12 +93,12 @@ def fit(
                     save()
                     break
                 stop_if_asked(save)
-        except Stopped:
+        except NonFinite as error:
+            raise failed_step.keep(run, stage, objective, error) from None
+        except (Stopped, UserError, torch.OutOfMemoryError):
             if len(rows) == state.step:  # it came where the groups of the next step were made
                 save()
             raise
-        except NonFinite as error:
-            raise failed_step.keep(run, stage, objective, error) from None
         if watch and watch.keeps_best and state.watched.step not in (0, state.step):
             log.info("%s: the adapter of step %d is kept, its held-out loss is least", stage.name, state.watched.step)
             policy.load_adapter(best_adapter(policy, state.watched))

@@ -17,7 +17,8 @@ import torch
 from spinfast.policy import Policy
 from spinfast.types import Adapter
 
-Losses = tuple[torch.Tensor, torch.Tensor]  # (U,) losses and weights, fp64; their ratio of sums is the loss
+# (U,) losses and weights, fp64; their ratio of sums is the loss. What weighs 0 does not count and may be NaN.
+Losses = tuple[torch.Tensor, torch.Tensor]
 Figures = dict[str, float]  # what a metrics line says of them
 ROUNDING = 1e-6  # relative; losses nearer than this are equal
 
@@ -25,6 +26,7 @@ ROUNDING = 1e-6  # relative; losses nearer than this are equal
 def ratio(losses: Losses) -> tuple[float, float]:
     """The mean of weighted units and its standard error (delta method), 0 for a single unit."""
     values, weights = losses
+    values = values.where(weights > 0, 0.0)
     mean = (values.sum() / weights.sum()).item()
     if len(values) < 2:
         return mean, 0.0
@@ -57,7 +59,7 @@ class Watch:
         loss, _ = ratio((values, weights))
         gained = seen.last_gain is None and math.isfinite(loss)
         if seen.last_gain is not None:
-            gain, error = ratio((seen.last_gain - values, weights))
+            gain, error = ratio((seen.last_gain - values, weights * ~seen.last_gain.isnan()))
             gained = gain > max(2 * error, ROUNDING * abs(loss))
         seen.stale = 0 if gained else seen.stale + 1
         seen.last_gain = values if gained else seen.last_gain

@@ -65,11 +65,11 @@ def column_names(examples: Sequence[Example]) -> list[str]:
 
 
 def reward_metrics(run, problems: Sequence[Example], answers: Sequence[Completion]) -> tuple[Metrics, np.ndarray]:
-    """Held-out rewards of greedy answers with their standard errors, and the weighted sums of those that have one."""
+    """Held-out rewards of greedy answers with their standard errors, and their weighted sums (NaN: none applies)."""
     steps = run.config.grpo.steps  # schedules of rewards are at their end
     scores = rated(run, problems, answers, TrainerState(steps, steps, 0.0))
     sums = advantages({name: [given] for name, given in scores.values.items()}, run.rewards.weights).rewards[0]
     found = {"heldout/reward": sums.numpy()}
     found |= {f"heldout/rewards/{name}": np.array(given, dtype=float) for name, given in scores.values.items()}
     known = {name: values[~np.isnan(values)] for name, values in found.items()}
-    return {name: estimate(values) for name, values in known.items() if len(values)}, known["heldout/reward"]
+    return {name: estimate(values) for name, values in known.items() if len(values)}, found["heldout/reward"]

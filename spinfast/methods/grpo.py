@@ -67,7 +67,7 @@ def looking(run: Run) -> Watch | None:
         metrics, rewards = reward_metrics(run, problems, answers)
         scores = heldout.verdict(problems, answers, run.session.machine.renderer.text)
         losses = -torch.from_numpy(rewards)
-        return (losses, torch.ones_like(losses)), figures(metrics | heldout.accuracies(scores))
+        return (losses, (~losses.isnan()).double()), figures(metrics | heldout.accuracies(scores))
 
     return Watch(measure, c.evaluate_every, c.patience, c.keep == "best")
 

@@ -110,6 +110,8 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     heldout = data["heldout"].examples if "heldout" in data else []
     check_rows(machine, work)
     rewards = load_rewards(config, examples, heldout)
+    if rewards:
+        directory.remember_rewards(rewards.fingerprints())
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
     if sampled and not any(load.answers for load in work):

@@ -65,8 +65,10 @@ class Rollouts:
 
     def kept(self, number: int, new: bool) -> Rollout | None:
         """The rollout of an earlier process; before its first step the policy must be who wrote it."""
-        found = rollouts.read(rollouts.path(self.stage.directory, number), self.owner(number))
+        path = rollouts.path(self.stage.directory, number)
+        found = rollouts.read(path, self.owner(number))
         if found and new and found.adapter != adapters.fingerprint(self.run.policy.adapter()):
+            log.warning("%s is by another policy than this step's; its prompts are answered again", path)
             return None
         return found
 
@@ -77,7 +79,7 @@ class Rollouts:
         found = compared(run, groups)
         self.credit(groups, found)
         self.score(groups)
-        figures = metrics(values(run, groups), found) | lengths(groups) | told
+        figures = told | metrics(values(run, groups), found) | lengths(groups)
         rollout = Rollout([row for rows in groups for row in rows], adapters.fingerprint(adapter), figures)
         rollout = rollouts.write(rollouts.path(self.stage.directory, number), rollout, self.owner(number))
         seconds, tokens = time.monotonic() - started, sum(len(row["completion_ids"]) for row in rollout.rows)
@@ -119,7 +121,9 @@ class Rollouts:
                 row["active"] = float(not left_out)
 
     def owner(self, number: int) -> str:
-        return f"{self.run.config.hash()} {self.stage.name} {self.stage.basis('train')} {number}"
+        """Whose a rollout is: config, model and data, what came before, its number."""
+        inputs = json.dumps(self.run.directory.inputs, sort_keys=True)
+        return f"{self.run.config.hash()} {inputs} {self.stage.name} {self.stage.basis('train')} {number}"
 
     def drawn(self, number: int, size: int) -> list[Example]:
         """The next prompts of an endless list: the data again and again, shuffled anew each time."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from spinfast.errors import UserError
-from spinfast.rewards.limits import Overtime, event_loop, limited
+from spinfast.rewards.limits import Overtime, event_loop, limited, staying
+from spinfast.store.files import sha256
 
 log = logging.getLogger("spinfast")
 
@@ -169,6 +170,10 @@ class Rewards:
         """By name."""
         return {reward.name: reward.weight for reward in self.functions}
 
+    def fingerprints(self) -> dict[str, str]:
+        """The sha256 of the file of every function that is a user's; what that file imports is not looked at."""
+        return {each.name: sha256(Path(each.file)) for each in self.functions if each.file}
+
     def check(self, columns: Collection[str]) -> None:
         """Raises UserError where a function needs what neither the data's columns nor the trainer give."""
         for reward in self.functions:
@@ -310,7 +315,8 @@ def _listed(values: Any, otherwise: Any = None) -> Any:
 def _outcome(call: Callable[[], Any], seconds: float) -> Any:
     """What a call gives, or what it raised."""
     try:
-        return limited(call, seconds)
+        with staying():
+            return limited(call, seconds)
     except (Exception, SystemExit, Overtime) as error:
         return error
 

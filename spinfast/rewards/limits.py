@@ -1,14 +1,16 @@
-"""A time limit on other people's code in the main thread, and one event loop for their coroutines."""
+"""Bounds of other people's code in the main thread, of time and place, and one event loop for their coroutines."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import itertools
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _AGAIN = tuple(0.1 / 2**halvings for halvings in range(17))  # seconds: down to the length of an `except: pass`
@@ -28,7 +30,7 @@ def limited(call: Callable[[], Any], seconds: float) -> Any:
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
-    inside, late, done, pauses = False, False, threading.Event(), itertools.cycle(_AGAIN)
+    inside, late, done, pauses, own = False, False, threading.Event(), itertools.cycle(_AGAIN), os.getpid()
 
     def alarm(*_) -> None:
         nonlocal late
@@ -57,6 +59,8 @@ def limited(call: Callable[[], Any], seconds: float) -> Any:
             raise
     finally:
         inside = False  # Python looks at signals after calls and jumps: from here on none of them raises
+        if os.getpid() != own:
+            os._exit(1)  # a child that the code forked; what follows is the parent's to do
         done.set()
         ringer.join()
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -64,6 +68,17 @@ def limited(call: Callable[[], Any], seconds: float) -> Any:
     if late:
         raise Overtime
     return result
+
+
+@contextmanager
+def staying() -> Iterator[None]:
+    """Come back to the working directory, by which a run may know its own."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run directory {path}: cannot be made: {error.strerror}") from None
+        self.inputs: dict[str, str] = {}
         self._lock = (path / "lock").open("w")
+        os.register_at_fork(after_in_child=self._lock.close)  # what outlives the run must not hold its lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _check_config(path, config)
@@ -94,6 +97,19 @@ class RunDir:
                 f"run directory {self.path}: {changed[0]} is not what the run started with; give another --run-dir"
             )
         files.write_sealed(path, inputs, "inputs")
+        self.inputs = inputs
+
+    def remember_rewards(self, fingerprints: dict[str, str]) -> None:
+        """Note the reward functions' files; they may be mended on the way, and that is told."""
+        path = self.path / "rewards.json"
+        known = files.read_sealed(path, "rewards") or {}
+        for name in (name for name in fingerprints if known.get(name, fingerprints[name]) != fingerprints[name]):
+            log.warning(
+                "reward %s: its file is not what the run went by so far; answers that are rated already keep their "
+                "rewards, only new ones get the changed function's",
+                name,
+            )
+        files.write_sealed(path, fingerprints, "rewards")
 
     def discard_unused(self) -> None:
         """Remove a run directory that this process began and in which nothing was computed yet."""
@@ -103,7 +119,7 @@ class RunDir:
     def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
         """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
         row = {"stage": stage, "phase": phase, "step": step}
-        row |= {name: _finite(value) for name, value in values.items()}
+        row |= {name: _finite(value) for name, value in values.items() if name not in row}
         trackers = self.trackers
         _append(self.path / "metrics.jsonl", row)
         trackers.step(row)

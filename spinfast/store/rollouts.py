@@ -81,9 +81,9 @@ def read(file: Path, owner: str) -> Rollout | None:
         found = Rollout(table.to_pylist(), facts["adapter"], json.loads(facts["figures"]))
         if facts["seal"] == _seal(found, owner):
             return found
-    except (OSError, pa.ArrowException, KeyError, ValueError, RecursionError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError):
         pass
-    log.warning("%s is not as it was written; its prompts are answered again", file)
+    log.warning("%s is not as it was written; its prompts are answered again, by the policy as it stands", file)
     return None
 
 

@@ -46,6 +46,22 @@ PREFERENCES = [
     "stage.json",
     "train.json",
 ]
+GRPO = [
+    "adapter/README.md",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/manifest.json",
+    "eval.json",
+    "heldout.jsonl",
+    "heldout_logps.safetensors",
+    "heldout_samples.jsonl",
+    "metrics.jsonl",
+    "phases.json",
+    "rollouts/000000.parquet",
+    "rollouts/000001.parquet",
+    "stage.json",
+    "train.json",
+]
 OF_THE_RUN = [
     "best.json",
     "environment.json",
@@ -102,6 +118,22 @@ def test_a_harmed_file_of_a_dpo_stage_is_made_again(preference_runs, tmp_path, n
     assert main([str(preference_runs.config), "--run-dir", str(run_dir)]) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert differing(computed(run_dir), computed(preference_runs.undisturbed)) == set()
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", GRPO)
+def test_a_harmed_file_of_a_grpo_stage_is_made_again(grpo_runs, tmp_path, name, harm, capsys):
+    stage = grpo_runs.undisturbed / "grpo"
+    assert sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()) == GRPO
+    run_dir = shutil.copytree(grpo_runs.undisturbed, tmp_path / "run")
+    others = {"rollouts/000000.parquet": "rollouts/000001.parquet", "rollouts/000001.parquet": GRPO[-4]}
+    harm_file(run_dir / "grpo" / name, harm, other=run_dir / "grpo" / others.get(name, "train.json"))
+    assert main([str(grpo_runs.config), "--run-dir", str(run_dir)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert differing(computed(run_dir), computed(grpo_runs.undisturbed)) <= {f"grpo/{name}"} & ROLLOUTS
+
+
+ROLLOUTS = {"grpo/rollouts/000000.parquet", "grpo/rollouts/000001.parquet"}  # a bit that holds no value may stay
 
 
 def test_an_early_file_harmed_leaves_later_rounds_as_they_are(played):

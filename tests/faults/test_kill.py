@@ -40,7 +40,7 @@ def test_two_kills(runs):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", ["runs", "preference_runs"])
+@pytest.mark.parametrize("kind", ["runs", "preference_runs", "grpo_runs"])
 def test_random_kills(request, kind, kills):
     places = kill_and_resume(request.getfixturevalue(kind), kills, seed=int(os.environ.get("SPINFAST_SEED", "0")))
     print(f"\nkilled and resumed {places.total()} of {kills}:", json.dumps(dict(sorted(places.items()))))

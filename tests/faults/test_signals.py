@@ -31,8 +31,16 @@ PREFERENCES = {
     "dpo train": "dpo/checkpoints",
     "evaluate": "dpo/train.json",
 }
+GRPO = {
+    "first rollout": "grpo/stage.json",
+    "train on it": "grpo/rollouts/000000.parquet",
+    "grpo train": "grpo/checkpoints/step_000002",
+    "train on the next": "grpo/rollouts/000001.parquet",
+    "evaluate": "grpo/train.json",
+}
 PHASES = [("runs", name, path) for name, path in REACHED.items()]
 PHASES += [("preference_runs", name, path) for name, path in PREFERENCES.items()]
+PHASES += [("grpo_runs", name, path) for name, path in GRPO.items()]
 
 
 def wait_for(path, process):

@@ -118,7 +118,7 @@ def differing(mine: dict[str, object], other: dict[str, object]) -> set[str]:
 def place(run_dir: Path) -> str:
     """The phase a run was in when it ended: what comes after the last one that it finished."""
     order = ["save", "generate", "pair", "score", "score heldout", "train", "evaluate"]
-    stages = [name for name in ("base", "sft", "iter_000", "iter_001", "dpo") if (run_dir / name).is_dir()]
+    stages = [name for name in ("base", "sft", "iter_000", "iter_001", "dpo", "grpo") if (run_dir / name).is_dir()]
     if not stages:
         return "start"
     path = run_dir / stages[-1] / "phases.json"
