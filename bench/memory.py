@@ -1,4 +1,4 @@
-"""`python -m bench memory`: what a SPIN step and an iteration hold on a T4, simulated; runs anywhere, in CI too.
+"""`python -m bench memory`: what a step and an iteration of SPIN or GRPO hold on a T4, simulated; runs anywhere.
 
 Beside ours a step shaped like TRL's DPO trainer: every pair as two padded rows with the prompt in both, stock
 modules and PEFT, logits of all tokens in fp32, adapter and optimizer the same. Nothing here is measured on a GPU:
@@ -31,6 +31,13 @@ PAIRS, PROMPT, ANSWER = 16, 256, 256
 ITERATIONS = [("Qwen2.5-0.5B", False, 4.5), ("Qwen2.5-1.5B", False, 7.5), ("Qwen2.5-7B", True, 14.7)]
 
 
+ROLLOUTS = [("Qwen2.5-0.5B", 6.0), ("Qwen2.5-1.5B", 10.0)]
+ROLLOUT = {
+    "method": ["grpo"], "generation": {"max_tokens": 512, "batch_size": 64, "kv_cache_gib": 2.0},
+    "grpo": {"rewards": ["gsm8k"], "prompts_per_step": 8, "samples": 8},
+}  # fmt: skip
+
+
 def run_config(four_bit: bool = False, **sections) -> Config:
     return parse_config(
         {
@@ -38,8 +45,8 @@ def run_config(four_bit: bool = False, **sections) -> Config:
             "data": {"source": "shape only"},
             "prompt": {"max_prompt_tokens": PROMPT, "max_answer_tokens": ANSWER},
             "generation": {"max_tokens": ANSWER, "batch_size": 512, "kv_cache_gib": 2.0},
-            **sections,
         }
+        | sections
     )
 
 
@@ -48,8 +55,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
-    for row in (*steps(arguments.model, ops), *eager_rows(arguments.model), *iterations(arguments.model, ops)):
-        rows.write("memory", row | {"kind": "simulated"})
+    for rows_of in (steps, eager_rows, iterations, rollouts):
+        for row in rows_of(arguments.model, ops):
+            rows.write("memory", row | {"kind": "simulated"})
     draw(arguments.model, ops)
     return 0
 
@@ -57,7 +65,7 @@ def main(argv: list[str]) -> int:
 def held(plan: planner.Plan) -> dict:
     return {
         "microbatch_tokens": plan.microbatch_tokens, "checkpointed_layers": plan.checkpoint_layers,
-        "offload": plan.offload, "head_chunk": plan.head_chunk, **mib(plan.phases["spin"].by_kind),
+        "offload": plan.offload, "head_chunk": plan.head_chunk, **mib(next(iter(plan.phases.values())).by_kind),
     }  # fmt: skip
 
 
@@ -99,10 +107,26 @@ def iterations(name: str, ops) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def rollouts(name: str, ops) -> Iterator[dict]:
+    """GRPO's ROLLOUT beside vLLM's cache; the share of its prompts' tokens that are there for another answer."""
+    for model, target in ROLLOUTS if name == "Qwen2.5-0.5B" else [(name, 14.7)]:
+        device = replace(profile("t4", plan_only=True), memory=int(target * GIB))
+        config, (work,) = run_config(**ROLLOUT), loads(run_config(**ROLLOUT), ())
+        plan = planner.plan(config, device, shapes.shape(model), ops, [work], "vllm")
+        said = sum(len(group.prompt_ids) * len(group.answers) for group in work.groups)
+        computed = sum(len(part.prompt_ids) for part in work.objective.cut(work.groups, plan.microbatch_tokens))
+        yield {
+            "what": "GRPO, 8 prompts x 8 answers of 512 tokens, with vLLM's KV cache", "model": model + " fp16",
+            "target": f"<= {target} GiB", "peak_gib": round(plan.peak / GIB, 3),
+            "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3), "reserve_gib": round(plan.reserve / GIB, 3),
+            "prompt_tokens_saved": round(1 - computed / said, 3), **held(plan),
+        }  # fmt: skip
+
+
 # A step shaped like TRL's ------------------------------------------------------------------------------------------
 
 
-def eager_rows(name: str) -> Iterator[dict]:
+def eager_rows(name: str, _) -> Iterator[dict]:
     for checkpointed in (False, True):
         usage = eager_step(name, PAIRS, checkpointed).usage
         layers = shapes.shape(name).num_hidden_layers * checkpointed

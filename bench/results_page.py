@@ -27,6 +27,10 @@ TARGETS = [  # device, method, peer, what, target; the row's field and whether m
     ("cpu", "dpo", "trl", "DPO: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
     ("cpu", "sft", "trl", "SFT: tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
     ("cpu", "sft", "trl", "SFT: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
+    ("cpu", "grpo", "trl", "GRPO: training part, tokens/s, times TRL's", 4.0, "spinfast_speedup", True),
+    ("cpu", "grpo", "trl", "GRPO: whole step, sampling included, times TRL's by transformers (its vLLM needs CUDA)",
+     4.0, "spinfast_whole_speedup", True),
+    ("cpu", "grpo", "trl", "GRPO: memory above the model, times TRL's", 0.2, "spinfast_memory_ratio", False),
     ("cpu", "spin", "spinfast", "share of the roofline, training and scoring", 0.5, "share_of_roofline", True),
     ("cuda", "spin", "trl", "tokens/s, times TRL's", 3.0, "spinfast_speedup", True),
     ("cuda", "spin", "trl-liger", "tokens/s, times TRL's with Liger", 2.0, "spinfast_speedup", True),
@@ -36,7 +40,7 @@ TARGETS = [  # device, method, peer, what, target; the row's field and whether m
     ("cuda", "spin", "unsloth", "peak memory, times Unsloth's", 0.6, "spinfast_memory_ratio", False),
     ("cuda", "spin", "spinfast", "share of the roofline, training and scoring", 0.4, "share_of_roofline", True),
     ("any", "spin", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
-]
+]  # fmt: skip
 KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
 STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives.py", "spinfast/packing.py", "spinfast/policy",
         "spinfast/sums.py", "spinfast/train.py")  # fmt: skip
@@ -53,19 +57,24 @@ MEASURED = {  # benchmark -> the files that its rows describe
 }
 UNITS = {"s": "s", "ms": "ms", "mib": "MiB", "gib": "GiB", "gflops": "GFLOP/s"}
 TRAINING = (
-    "peer p50_pairs_per_s p50_tokens_per_s first_step_s steady_step_s above_model_mib spinfast_speedup "
-    "spinfast_memory_ratio share_of_bare_gemms share_of_roofline scored_positions gate_cosine"
+    "peer p50_pairs_per_s p50_tokens_per_s p50_answer_tokens_per_s first_step_s steady_step_s above_model_mib "
+    "spinfast_speedup spinfast_memory_ratio share_of_bare_gemms share_of_roofline scored_positions gate_cosine"
 )
 SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row is kept of
     ("End to end: one iteration, processes and loading included", "peers", "end to end",
      "peer model pairs wall_s spinfast_speedup device", "peer device"),
+    ("GRPO: whole steps, sampling and training; TRL samples by transformers on a CPU, its vLLM needs CUDA",
+     "peers", "whole step",
+     "peer model engine p50_answer_tokens_per_s generate_s train_s peak_rss_mib spinfast_whole_speedup "
+     "prompt_tokens_cached threads device", "peer model device"),
     ("A whole run, phase by phase", "iteration", None,
      "config phases_s wall_s tokens_per_second peak_rss_mib device", "config device"),
     ("What fits", "peers", "limits",
      "peer model budget_gib kind gradient_checkpointing largest_batch longest_answer device",
      "peer model budget_gib kind gradient_checkpointing device"),
     ("Memory of a step and an iteration on a T4, simulated", "memory", None,
-     "what model target tensors_gib with_reserve_gib peak_gib microbatch_tokens checkpointed_layers offload",
+     "what model target tensors_gib with_reserve_gib peak_gib microbatch_tokens checkpointed_layers offload "
+     "prompt_tokens_saved",
      "what model checkpointed_layers offload"),
     ("A T4's memory plan rehearsed on another card: simulated against its allocator", "rehearse", None,
      "what model predicted_mib measured_mib error device", "what model device"),
@@ -205,7 +214,7 @@ def peers_section(found: list[dict]) -> list[str]:
         versions = ", ".join(f"{n} {v}" for n, v in group["versions"].items() if n in ("torch", "transformers", "peft"))
         lines += [
             f"**{group.get('method', 'spin').upper()}, {group['model']}** on {group['device']}, {group['dtype']}, "
-            f"{group['pairs']} pairs of "
+            f"{group['pairs']} {'prompts and their answers,' if group.get('method') == 'grpo' else 'pairs of'} "
             f"{group['tokens']:,} packed tokens, {group['config']['pairs_per_step']} to a step, {group['threads']} "
             f"threads, load {group['load_1m']}. {group['date'][:10]}, {versions}: `{group['command']}`", "",
             *table(TRAINING, sorted(mine, key=lambda row: [*PEERS].index(row["peer"]))),

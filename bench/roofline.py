@@ -103,7 +103,7 @@ def play(work: Work, watch: Watch) -> dict:
     budget = budget_of(work)
     packed = [batch for groups in steps_of(work) for batch in batches(groups, budget)]
     buffer = Buffers(work)
-    phases = ("train",) if work.method == "sft" else ("score", "train")
+    phases = ("train",) if work.method in ("sft", "grpo") else ("score", "train")
     for phase in phases:
         with watch.phase(phase), torch.no_grad():
             for batch in packed:

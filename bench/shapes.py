@@ -145,15 +145,15 @@ def alike(count: int, prompt: int, answer: int) -> list[Group]:
     return [Group(ids(prompt), (ids(answer), ids(answer))) for _ in range(count)]
 
 
-def draw(count: int) -> list[Group]:
-    """Pairs of random tokens, lengths normally distributed within 8 to 512."""
+def draw(count: int, answers: int = 2) -> list[Group]:
+    """Pairs of random tokens, or groups of more answers, lengths normally distributed within 8 to 512."""
     source = random.Random(0)
 
     def ids(mean, deviation):
         length = min(512, max(8, round(source.gauss(mean, deviation))))
         return tuple(source.randrange(1, 1000) for _ in range(length))
 
-    return [Group(ids(*p), (ids(*r), ids(*g))) for p, r, g in [LENGTHS] * count]
+    return [Group(ids(*p), (ids(*r), *(ids(*g) for _ in range(answers - 1)))) for p, r, g in [LENGTHS] * count]
 
 
 def problems(model: Path, count: int) -> tuple[list[Example], Renderer]:

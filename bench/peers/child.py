@@ -13,19 +13,22 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+ALL = ("spin", "dpo", "sft", "grpo")
+
 
 class Peer(NamedTuple):
     play: str  # module of bench, function of (Work, Watch)
     packages: tuple[str, ...] = ()
     cuda_only: bool = False
     methods: tuple[str, ...] = ("spin", "dpo", "sft")
+    whole: str | None = None  # what plays a whole step of grpo, sampling included
 
 
 PEERS = {  # bare GEMMs are the floor
-    "bare GEMMs": Peer("roofline:play"),
-    "spinfast": Peer("peers.spinfast_loop:play"),
-    "eager": Peer("peers.eager_loop:play"),
-    "trl": Peer("peers.trl_trainers:plain", ("trl",)),
+    "bare GEMMs": Peer("roofline:play", methods=ALL),
+    "spinfast": Peer("peers.spinfast_loop:play", methods=ALL, whole="peers.spinfast_loop:whole"),
+    "eager": Peer("peers.eager_loop:play", methods=ALL),
+    "trl": Peer("peers.trl_trainers:plain", ("trl",), methods=ALL, whole="peers.trl_trainers:plain"),
     "trl-precomputed": Peer("peers.trl_trainers:precomputed", ("trl",), methods=("spin", "dpo")),
     "trl-padding-free": Peer("peers.trl_trainers:padding_free", ("trl",), methods=("sft",)),
     "trl-liger": Peer("peers.trl_trainers:liger", ("trl", "liger_kernel"), cuda_only=True),
@@ -61,9 +64,9 @@ def play(name: str, scratch: str, gradients: str | None = None) -> dict:
     from bench.peers.watch import Watch
     from bench.peers.work import Work
 
-    module, function = PEERS[name].play.split(":")
-    epoch = getattr(importlib.import_module(f"bench.{module}"), function)
     work = Work.load(Path(scratch))
+    module, function = (PEERS[name].whole if work.whole else PEERS[name].play).split(":")
+    epoch = getattr(importlib.import_module(f"bench.{module}"), function)
     if work.budget_gib:
         from spinfast.device import GIB, cap_memory
 

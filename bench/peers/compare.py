@@ -1,14 +1,16 @@
-"""spinfast beside its peers: one epoch of SPIN, DPO or SFT on identical work.
+"""spinfast beside its peers: one epoch of SPIN, DPO, SFT or GRPO on identical work.
 
 Same base weights, pairs (as token ids), adapter, precision, pairs per optimizer step and order, same AdamW; each peer
 in a process of its own, in turn, for some rounds (A B C, A B C: what drifts, drifts for all). The gate first: on a
 small random model in fp32 every peer's first loss is TRL's (of pairs: ln 2) and its adapter gradients point where
 TRL's do, cosine >= 0.999; a red gate is an error and no row is written. "bare GEMMs" is the floor: the base's products.
 
-    python -m bench peers [--method spin|dpo|sft] [--device cpu|cuda] [--model MODEL|random:SHAPE]
+    python -m bench peers [--method spin|dpo|sft|grpo] [--device cpu|cuda] [--model MODEL|random:SHAPE]
                           [--only spinfast,eager,trl,...] [--rounds 2] [--trl DIR] [--checkpointing]
 
 spin, dpo: the sigmoid loss, scoring of the reference included; one work for the peers. sft: the answers' likelihood.
+grpo: the training part on one rollout that all are given; then whole steps that sample --samples answers of
+--max-tokens each, on a CPU spinfast by vLLM and TRL by transformers, for TRL's vLLM needs CUDA.
 TRL 1.15's head runs on GPUs only; 1.16's in plain torch too, where it scores every position, prompt and padding
 included, which rows say (scored_positions). `--trl DIR` names a directory with another TRL than the installed one:
 pip install --no-deps --target DIR trl==1.16.0
@@ -36,6 +38,7 @@ from spinfast.errors import UserError
 
 FLOOR, REFERENCE = "bare GEMMs", "trl"
 LEAST_COSINE, LOSS_BOUND = 0.999, 1e-5
+PHASES = ("score", "train")  # of a training iteration
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -50,35 +53,59 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", help=f"of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--trl", type=Path, help="directory of another TRL than the installed one")
+    parser.add_argument("--samples", type=int, default=8, help="grpo: answers of a prompt")
+    parser.add_argument("--max-tokens", type=int, default=128, help="grpo: of an answer")
+    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default=engine, help="grpo: spinfast's sampler")
     parser.set_defaults(method="spin")
     return parser
 
 
 def main(argv: list[str]) -> int:
     reader = parser("peers")
-    reader.add_argument("--method", choices=("spin", "dpo", "sft"))
+    reader.add_argument("--method", choices=child.ALL)
     arguments = reader.parse_args(argv)
     names = contestants(arguments)
     with tempfile.TemporaryDirectory(prefix="spinfast-peers-") as scratch:
         cosines = gate([n for n in names if n != FLOOR], arguments, Path(scratch) / "gate")
         work = prepare(arguments, Path(scratch) / "work")
-        results: dict[str, list[dict]] = {name: [] for name in names}
-        for _ in range(arguments.rounds):
-            for name in names:
-                results[name].append(child.run(name, work, arguments.trl))
-                shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
-                print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
-        config = {name: getattr(work, name) for name in ("pairs_per_step", "lr", "beta", "gradient_checkpointing")}
-        common = {"method": work.method, "model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds}
-        common["config"] = config | {"lora_r": 16, "lora_alpha": 32}
+        results = played(names, work, arguments)
+        common = described(work, arguments)
         for row in table(results, given.facts(work.groups())):
             row |= {"gate_cosine": cosines[row["peer"]]} if row["peer"] in cosines else {}
             rows.write("peers", {"what": "training iteration"} | row | common, arguments.device)
+        if whole := [name for name in names if work.method == "grpo" and PEERS[name].whole]:
+            work = prepare(arguments, Path(scratch) / "whole", whole=True)
+            for row in whole_steps(played(whole, work, arguments), given.facts(work.groups())):
+                rows.write("peers", {"what": "whole step"} | row | common, arguments.device)
     return 0
 
 
-def prepare(arguments, scratch: Path) -> given.Work:
+def played(names: list[str], work: given.Work, arguments) -> dict[str, list[dict]]:
+    """The results of each peer, in turn, for some rounds."""
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for _ in range(arguments.rounds):
+        for name in names:
+            results[name].append(child.run(name, work, arguments.trl))
+            shown = {k: round(v, 2) for k, v in results[name][-1]["seconds"].items()}
+            print(f"{name:16} {shown} s, {results[name][-1]['above_model_mib']:.0f} MiB above", flush=True)
+    return results
+
+
+def described(work: given.Work, arguments) -> dict:
+    """What all rows of a comparison say of the work."""
+    names = ["pairs_per_step", "lr", "beta", "gradient_checkpointing"]
+    if work.method == "grpo":
+        names += ["samples", "max_tokens"]
+    config = {name: getattr(work, name) for name in names} | {"lora_r": 16, "lora_alpha": 32}
+    common = {"method": work.method, "model": arguments.model, "dtype": work.dtype, "rounds": arguments.rounds}
+    return common | {"config": config}
+
+
+def prepare(arguments, scratch: Path, whole: bool = False) -> given.Work:
     recipe = {
+        "samples": arguments.samples, "max_tokens": arguments.max_tokens, "whole": whole,
+        "engine": arguments.engine,
         "device": arguments.device, "method": arguments.method, "pairs_per_step": arguments.pairs_per_step,
         "dtype": str(shapes.device(arguments.device, arguments.dtype).dtype).removeprefix("torch."),
         "gradient_checkpointing": arguments.checkpointing,
@@ -128,7 +155,7 @@ def gate(names: list[str], arguments, scratch: Path) -> dict[str, float]:
         losses[name] = child.run(name, work, arguments.trl, str(path))["losses"][0]
         found[name] = load_file(path)
     cosines = {name: cosine(gradients, found[reference]) for name, gradients in found.items()}
-    check_gate(cosines, losses, losses[reference] if work.method == "sft" else math.log(2))
+    check_gate(cosines, losses, math.log(2) if work.method in ("spin", "dpo") else losses[reference])
     print(f"gate: cosines with {reference} {cosines}, first losses {losses}", flush=True)
     return cosines
 
@@ -156,13 +183,14 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
     """A row per peer: rates of the whole epoch, memory above the model, spinfast's ratios to it round by round."""
-    seconds = {name: [sum(r["seconds"].values()) for r in runs] for name, runs in results.items()}
+    seconds = {name: [sum(r["seconds"].get(p, 0.0) for p in PHASES) for r in runs] for name, runs in results.items()}
     lines = []
     for name, runs in results.items():
         rate = rows.percentiles([facts["pairs"] / s for s in seconds[name]], "pairs_per_s")
         row = {
             "peer": name, **facts, **{k: round(v, 4) for k, v in rate.items()},
             "p50_tokens_per_s": round(facts["tokens"] / statistics.median(seconds[name]), 1),
+            "p50_answer_tokens_per_s": round(facts["answer_tokens"] / statistics.median(seconds[name]), 1),
             "score_s": [round(r["seconds"].get("score", 0.0), 2) for r in runs],
             "train_s": [round(r["seconds"]["train"], 2) for r in runs],
             "threads": runs[0]["threads"],
@@ -184,6 +212,24 @@ def table(results: dict[str, list[dict]], facts: dict) -> list[dict]:
         if name == FLOOR:
             row["roofline_pairs_per_s"] = round(facts["pairs"] / statistics.median(map(roofline_s, runs)), 3)
             row |= {key: runs[0][key] for key in ("work", "gemm_gflops", "copy_gb_per_s")}
+        lines.append(row)
+    return lines
+
+
+def whole_steps(results: dict[str, list[dict]], facts: dict) -> list[dict]:
+    """A row per peer that samples for itself: tokens of completions per second of sampling and training."""
+    seconds = {
+        name: [sum(r["seconds"][p] for p in ("generate", "train")) for r in runs] for name, runs in results.items()
+    }
+    lines = []
+    for name, runs in results.items():
+        rate = rows.percentiles([facts["answer_tokens"] / s for s in seconds[name]], "answer_tokens_per_s")
+        row = {"peer": name, **facts, **{k: round(v, 1) for k, v in rate.items()}, "threads": runs[0]["threads"]}
+        row |= {f"{phase}_s": [round(r["seconds"][phase], 2) for r in runs] for phase in ("generate", "train")}
+        row |= {key: runs[0][key] for key in ("trl", "engine", "prompt_tokens_cached") if key in runs[0]}
+        row |= {k: round(statistics.median(r[k] for r in runs), 1) for k in runs[0] if k.startswith("peak_")}
+        if "spinfast" in results and name != "spinfast":
+            row["spinfast_whole_speedup"] = _median_ratio(seconds[name], seconds["spinfast"])
         lines.append(row)
     return lines
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.peers.watch import Watch
 from bench.peers.work import Work
+from spinfast.objectives import ADVANTAGE
 from spinfast.types import Group
 
 
@@ -31,14 +32,18 @@ def play(work: Work, watch: Watch) -> dict:
     watch.optimizer(optimizer, model)
     groups = work.groups()
     steps = [groups[i : i + work.pairs_per_step] for i in range(0, len(groups), work.pairs_per_step)]
-    if work.method != "sft":
+    if work.method in ("spin", "dpo"):
         with watch.phase("score"), torch.no_grad():
             reference = [sequence_logps(model, step, work) for step in steps]
     with watch.phase("train"):
         for number, step in enumerate(steps):
             logps_PA = sequence_logps(model, step, work)
+            lengths_PA = torch.tensor([group.lengths for group in step], device=work.device)
             if work.method == "sft":
-                loss = -logps_PA.sum() / sum(len(answer) for group in step for answer in group.answers)
+                loss = -logps_PA.sum() / lengths_PA.sum()
+            elif work.method == "grpo":  # ratios of 1 have the gradient of the log-probs
+                advantages_PA = torch.tensor([group.given[ADVANTAGE] for group in step], device=work.device)
+                loss = -(advantages_PA * (lengths_PA + logps_PA - logps_PA.detach())).sum() / lengths_PA.sum()
             else:
                 chosen_P, rejected_P = (logps_PA - reference[number]).unbind(1)
                 loss = -logsigmoid(work.beta * (chosen_P - rejected_P)).mean()

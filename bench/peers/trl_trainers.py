@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer or SFTTrainer on the same token ids, in the same order; nothing else of it is changed.
+"""TRL's DPOTrainer, SFTTrainer or GRPOTrainer on the same token ids, in the same order; nothing else is changed.
 
 DPO plain (a reference forward in every step; the reference is TRL's own copy of the adapter it starts from), with the
 reference's log-probs computed once before, SFT also without padding, both with Liger's kernels or Unsloth's model.
@@ -50,17 +50,10 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> dict:
     import trl
 
     losses: list[torch.Tensor] = []  # of the step that is under way
-    sft = work.method == "sft"
+    config_of, trainer_of, given = {"sft": _sft, "grpo": _grpo}.get(work.method, _dpo)(work, watch, trl)
 
-    class Trainer(trl.SFTTrainer if sft else trl.DPOTrainer):
-        """TRL's, with token ids for texts, file order for a shuffle, and a watch."""
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _precompute_ref_logps(self, *args):
-            with watch.phase("score"):
-                return super()._precompute_ref_logps(*args)
+    class Trainer(trainer_of):
+        """TRL's, with a watch."""
 
         def create_optimizer(self, *args, **kwargs):
             optimizer = super().create_optimizer(*args, **kwargs)
@@ -74,21 +67,88 @@ def _play(work: Work, watch: Watch, model: torch.nn.Module, **options) -> dict:
                 watch.step(losses.pop(0).item())
             return loss
 
-    config = (trl.SFTConfig if sft else partial(trl.DPOConfig, beta=work.beta))(
-        output_dir=work.scratch, per_device_train_batch_size=work.pairs_per_step, num_train_epochs=1,
-        learning_rate=work.lr, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0,
-        max_grad_norm=work.max_grad_norm, max_length=None, train_sampling_strategy="sequential",
+    config = config_of(
+        output_dir=work.scratch, num_train_epochs=1, learning_rate=work.lr, lr_scheduler_type="constant",
+        optim="adamw_torch", weight_decay=0.0, max_grad_norm=work.max_grad_norm,
         fp16=work.dtype == "float16", bf16=False, gradient_checkpointing=work.gradient_checkpointing,
         use_cpu=work.device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
         **options,
     )  # fmt: skip
     watch.loaded(model)
-    rows, tokenizer = Dataset.from_list([*map(_row, work.groups())]), AutoTokenizer.from_pretrained(work.model)
-    trainer = Trainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer = Trainer(model=model, args=config, processing_class=AutoTokenizer.from_pretrained(work.model), **given)
     with watch.phase("train"):
         trainer.train()
         watch.step(losses.pop().item())
-    return {"trl": trl.__version__, "scored_positions": "all" if work.device == "cpu" else "answers"}
+    return {"trl": trl.__version__, "scored_positions": "all" if work.device == "cpu" else "answers"} | (
+        {"engine": "transformers"} if work.whole else {}
+    )
+
+
+def _dpo(work: Work, watch: Watch, trl):
+    """Configuration, trainer on token ids in the file's order, what it is made with besides."""
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def _precompute_ref_logps(self, *args):
+            with watch.phase("score"):
+                return super()._precompute_ref_logps(*args)
+
+    return partial(trl.DPOConfig, beta=work.beta, **_listed(work)), Trainer, {"train_dataset": _rows(work)}
+
+
+def _sft(work: Work, watch: Watch, trl):
+    class Trainer(trl.SFTTrainer):
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+    return partial(trl.SFTConfig, **_listed(work)), Trainer, {"train_dataset": _rows(work)}
+
+
+def _grpo(work: Work, watch: Watch, trl):
+    """The rollout is given, or sampled by transformers: TRL's vLLM needs CUDA. A prompt's text is its number."""
+    groups = work.groups()
+
+    class Trainer(trl.GRPOTrainer):
+        def _tokenize_prompts(self, prompts):
+            return [list(groups[int(prompt)].prompt_ids) for prompt in prompts], None, {}
+
+        def _generate_and_score_completions(self, inputs):
+            with watch.phase("generate" if work.whole else "given"):
+                return super()._generate_and_score_completions(inputs)
+
+    def rollout(prompts, _):
+        rows = [(groups[int(prompt)], i % work.samples) for i, prompt in enumerate(prompts)]
+        return {
+            "prompt_ids": [list(group.prompt_ids) for group, _ in rows],
+            "completion_ids": [list(group.answers[sample]) for group, sample in rows],
+            "logprobs": None,
+        }
+
+    def right(completion_ids, **_):
+        assert not work.whole or {work.max_tokens} == {*map(len, completion_ids)}, "expected full answers"
+        return work.rewards * (len(completion_ids) // work.samples)
+
+    longest = max(len(answer) for group in groups for answer in group.answers)
+    config = partial(
+        trl.GRPOConfig, per_device_train_batch_size=work.pairs_per_step * work.samples, num_generations=work.samples,
+        max_completion_length=longest, shuffle_dataset=False, generation_kwargs={"min_new_tokens": work.max_tokens},
+    )  # fmt: skip
+    prompts = Dataset.from_list([{"prompt": str(number)} for number in range(len(groups))])
+    given = {"train_dataset": prompts, "reward_funcs": [right], "rollout_func": None if work.whole else rollout}
+    return config, Trainer, given
+
+
+def _listed(work: Work) -> dict:
+    """How rows become steps where there is no rollout."""
+    return {
+        "per_device_train_batch_size": work.pairs_per_step, "max_length": None, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+
+
+def _rows(work: Work) -> Dataset:
+    return Dataset.from_list([*map(_row, work.groups())])
 
 
 def _row(group) -> dict[str, list[int]]:

@@ -23,11 +23,11 @@ class Watch:
         self.steps: list[float] = []
         self.losses: list[float] = []
         self.memory: dict[str, float] = {}
-        self.since = 0.0
+        self.since = self.within = 0.0
 
-    def loaded(self, model: torch.nn.Module) -> None:
-        """The model is there and nothing else: memory counts from here."""
-        for tensor in [*model.parameters(), *model.buffers()]:
+    def loaded(self, model: torch.nn.Module, owned: bool = True) -> None:
+        """The model is there and nothing else: memory counts from here. Not `owned`: its tensors are an engine's."""
+        for tensor in [*model.parameters(), *model.buffers()] if owned else ():
             tensor.data = tensor.data.clone()
         gc.collect()
         if self.device == "cuda":
@@ -41,10 +41,13 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str):
-        """Seconds of the block, added to those of earlier blocks of this name."""
+        """Seconds of the block, added to those of earlier blocks of this name; a phase within it is none of its."""
+        before, self.within = (self.since, self.within), 0.0
         start = self.since = now(self.device)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - start
+        spent = now(self.device) - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent - self.within
+        self.since, self.within = (part + spent for part in before)
 
     def step(self, loss: float) -> None:
         """An optimizer step is done; `loss` is the mean over its pairs, before the step."""

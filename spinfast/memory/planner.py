@@ -145,7 +145,7 @@ def plan(
     longest = heaviest.longest
     options = [
         Candidate(tokens, layers, offload, seconds(profile, model, cut(groups, tokens), tokens, layers, offload))
-        for tokens in microbatches(config, longest, several)
+        for tokens in microbatches(config, longest, max(map(packed_length, groups)), several)
         for layers in checkpointed(config, model.num_hidden_layers)
         for offload in ([False, True] if layers and profile.device.type == "cuda" else [False])
     ]
@@ -197,11 +197,12 @@ def worst_batch(groups: Sequence[Group], tokens: int) -> list[Group]:
     return max(batches, key=lambda batch: sum(packed_length(g) + len(g.prompt_ids) for g in batch))
 
 
-def microbatches(config: Config, longest: int, step: int) -> list[int]:
+def microbatches(config: Config, longest: int, group: int, step: int) -> list[int]:
+    """From the longest group in its smallest parts over the longest group in one to the whole step."""
     if config.train.microbatch_tokens != "auto":
         return [config.train.microbatch_tokens]
-    powers = [2**i for i in range(10, 15) if longest < 2**i <= LARGEST_MICROBATCH]
-    return [longest, *(tokens for tokens in powers if tokens < step), *([step] if step <= LARGEST_MICROBATCH else [])]
+    larger = {group, step, *(2**i for i in range(10, 15))}
+    return [longest, *sorted(tokens for tokens in larger if longest < tokens <= min(step, LARGEST_MICROBATCH))]
 
 
 def checkpointed(config: Config, layers: int) -> list[int]:

@@ -85,6 +85,7 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     if examples and not any(e.messages for e in examples):
         raise UserError("method grpo: needs prompts, and the data is plain text")
     loss = surrogate(config)
+    prompts *= math.ceil(c.prompts_per_step / len(prompts))  # drawn again and again, so a step is full
     groups = [Group(prompt, (answer,) * c.samples) for prompt in prompts]
     off_policy = c.steps_per_rollout > 1 and c.old_logps == "policy"
     scoring = (bool(c.beta) + off_policy) / c.num_iterations

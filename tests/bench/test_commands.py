@@ -120,6 +120,8 @@ def test_memory(command, monkeypatch, tmp_path):
     assert (tmp_path / "memory.svg").exists()
     held = {row["what"]: row["tensors_gib"] for row in found if "tensors_gib" in row and not row["checkpointed_layers"]}
     assert held["step, TRL-shaped eager, padded [2B, L]"] > held["step, fastest plan"]
+    (rollout,) = (row for row in found if row["what"].startswith("GRPO"))
+    assert rollout["prompt_tokens_saved"] == 0.875  # 7 of 8 answers find the prompt there
 
 
 def test_scaling(command, monkeypatch):
@@ -142,11 +144,18 @@ def tiny_gate(monkeypatch):
     monkeypatch.setattr(compare, "gate", lambda names, *_: dict.fromkeys(names, 1.0))
 
 
-@pytest.mark.parametrize("method", ["spin", "sft"])
+@pytest.mark.parametrize("method", ["spin", "sft", "grpo"])
 def test_peers(command, here, tiny_gate, method):
+    """grpo: the training part beside the others, then a whole step, sampled by the policy's own module."""
     only = "bare GEMMs,spinfast,eager"
     shape = ("--model", "random:tiny", "--device", "cpu", "--dtype", "float32", "--count", "4", "--pairs-per-step", "2")
-    rows = command("peers", "--method", method, *shape, "--only", only, "--rounds", "1")
+    sampling = ("--samples", "2", "--max-tokens", "4", "--engine", "transformers")
+    rows = command("peers", "--method", method, *shape, *sampling, "--only", only, "--rounds", "1")
+    if method == "grpo":
+        *rows, whole = rows
+        assert (whole["what"], whole["peer"], whole["engine"]) == ("whole step", "spinfast", "transformers")
+        assert whole["answer_tokens"] == 4 * 2 * 4
+        assert min(*whole["generate_s"], *whole["train_s"]) > 0
     found = {row["peer"]: row for row in rows}
     assert [*found] == only.split(",")
     assert found["eager"]["spinfast_speedup"] > 0

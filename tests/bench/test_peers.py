@@ -12,17 +12,19 @@ from safetensors.torch import load_file
 
 from bench.peers import compare, eager_loop, spinfast_loop
 from bench.peers import work as given
-from bench.peers.child import PEERS
+from bench.peers.child import ALL, PEERS
 from bench.peers.watch import Watch
 from bench.scaling import largest
 from spinfast.errors import UserError
+from spinfast.train import train as true_train
 
 
-@pytest.fixture(scope="module", params=["spin", "dpo", "sft"])
+@pytest.fixture(scope="module", params=ALL)
 def work(request, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("work")
     recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 3, "max_grad_norm": 1e9, "lr": 1e-3}
-    return given.prepare(scratch, "random:tiny", 8, method=request.param, **recipe)
+    count = 9 if request.param == "grpo" else 8  # GRPOTrainer leaves out a step that is not full
+    return given.prepare(scratch, "random:tiny", count, method=request.param, samples=2, **recipe)
 
 
 def played(play, work, path) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -51,7 +53,7 @@ def test_peers_take_the_same_steps(work, ours, tmp_path):
     """Of pairs from ln 2 on; both factors get a gradient."""
     agree(ours, played(eager_loop.play, work, tmp_path / "theirs"))
     losses, gradients = ours
-    assert work.method == "sft" or losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert work.method in ("sft", "grpo") or losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(losses[1] - losses[0]) > 1e-3  # the adapter moved
     assert all(gradients[name].abs().max() > 0 for name in gradients if "lora_A" in name)
 
@@ -66,6 +68,80 @@ def test_trl_takes_the_same_steps(name, work, ours, tmp_path):
         pytest.skip(reason)
     module, function = PEERS[name].play.split(":")
     agree(ours, played(getattr(importlib.import_module(f"bench.{module}"), function), work, tmp_path / "theirs"))
+
+
+def whole_steps(play, scratch) -> tuple[dict, Watch]:
+    recipe = {"device": "cpu", "dtype": "float32", "pairs_per_step": 2, "samples": 2, "max_tokens": 5}
+    work = given.prepare(scratch, "random:tiny", 4, method="grpo", whole=True, **recipe)
+    watch = Watch("cpu")
+    return play(work, watch), watch
+
+
+def test_whole_steps_sample_before_they_train(tmp_path, monkeypatch):
+    """Every answer at its full length, with its sampler's log-probs; the second of two shares the prompt."""
+    trained: list = []
+    monkeypatch.setattr(spinfast_loop, "train", recording(trained))
+    found, watch = whole_steps(spinfast_loop.whole, tmp_path)
+    assert found["engine"] == "transformers"
+    assert 0.4 < found["prompt_tokens_cached"] <= 0.5
+    assert len(watch.losses) == 2
+    assert watch.seconds.keys() == {"generate", "train"}
+    for group in (group for step in trained for group in step):
+        assert [len(answer) for answer in group.answers] == [5, 5]
+        assert group.answers[0] != group.answers[1]
+        assert all(logp < 0 for logps in group.given["sampler_logps"] for logp in logps)
+        assert group.given["advantage"][0] < 0 < group.given["advantage"][1]
+
+
+def recording(trained: list):
+    """spinfast's own train, with a list of the groups of its steps."""
+
+    def train(policy, steps, *rest, **more):
+        class Kept(type(steps)):
+            def __getitem__(self, step):
+                trained.append(super().__getitem__(step))
+                return trained[-1]
+
+        steps.__class__ = Kept
+        return true_train(policy, steps, *rest, **more)
+
+    return train
+
+
+@pytest.mark.slow
+def test_trl_samples_whole_answers(tmp_path):
+    if reason := compare.obstacle("trl", SimpleNamespace(device="cpu", method="grpo", trl=None)):
+        pytest.skip(reason)
+    from bench.peers import trl_trainers
+
+    found, watch = whole_steps(trl_trainers.plain, tmp_path)
+    assert found["engine"] == "transformers"
+    assert len(watch.losses) == 2
+    assert watch.seconds.keys() == {"generate", "train"}
+
+
+def test_a_phase_within_another_is_none_of_its_seconds(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 6.0, 7.0])  # outer begins, inner begins and ends, a step, outer ends
+    monkeypatch.setattr("bench.peers.watch.now", lambda device: next(clock))
+    watch = Watch("cpu")
+    with watch.phase("train"):
+        with watch.phase("generate"):
+            pass
+        watch.step(0.5)
+    assert watch.seconds == {"generate": 3.0, "train": 4.0}
+    assert watch.steps == [3.0]
+
+
+def test_whole_steps_count_sampling():
+    sides = {"spinfast": (1.0, 1.0, "vllm"), "trl": (6.0, 4.0, "transformers")}
+    results = {
+        name: [{"seconds": {"generate": g, "train": t}, "engine": engine, "threads": 2, "peak_rss_mib": 100.0}] * 2
+        for name, (g, t, engine) in sides.items()
+    }
+    ours, trl = compare.whole_steps(results, {"answer_tokens": 200})
+    assert (ours["p50_answer_tokens_per_s"], trl["p50_answer_tokens_per_s"]) == (100.0, 20.0)
+    assert (ours["engine"], trl["engine"]) == ("vllm", "transformers")
+    assert trl["spinfast_whole_speedup"] == 5.0
 
 
 @pytest.mark.parametrize("loss", [math.log(2), 6.9])
@@ -104,7 +180,7 @@ def test_table_takes_ratios_round_by_round():
         "spinfast": [result(2, 4, 50), result(4, 8, 50)],
         "trl": [result(0, seconds, 200, trl="1.16.0", scored_positions="all") for seconds in (30, 60)],
     }
-    facts = {"pairs": 12, "tokens": 1200}
+    facts = {"pairs": 12, "tokens": 1200, "answer_tokens": 600}
     floor_row, ours, trl = compare.table(results, facts)
     assert trl["spinfast_speedup"] == 5.0
     assert trl["spinfast_memory_ratio"] == 0.25
