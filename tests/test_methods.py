@@ -126,7 +126,7 @@ def test_a_method_of_20_lines_trains_and_goes_on_where_it_stopped(tmp_path, tiny
     assert len(train_rows(tmp_path / "stopped")) == 4
     monkeypatch.setattr(Tick, "advance", advance)
     played(config, tmp_path / "stopped")
-    assert "training continues after step 3" in (tmp_path / "stopped" / "log.txt").read_text()
+    assert "training continues after step 4" in (tmp_path / "stopped" / "log.txt").read_text()
     assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
     assert write_report([tmp_path / "whole"], tmp_path / "report.html", png=False)[1]
 

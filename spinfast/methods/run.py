@@ -129,7 +129,7 @@ def begin(
     display: Display,
     examples: Sequence[Example],
     heldout: Sequence[Example],
-    rewards: Rewards | None,
+    rewards: Rewards | None = None,
 ) -> Run:
     """A run in an open session, from a fresh adapter."""
     session.fresh()
