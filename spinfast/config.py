@@ -298,9 +298,8 @@ class Grpo(Watched, Optimisation):
 
     @model_validator(mode="after")
     def _fits(self):
-        defaults = {name: type(self).model_fields[name].default for name in GRPO_USED_BY}
-        for option, (key, values) in GRPO_USED_BY.items():
-            if getattr(self, option) != defaults[option] and getattr(self, key) not in values:
+        for option, key, values in GRPO_USED_BY:
+            if getattr(self, option) != type(self).model_fields[option].default and getattr(self, key) not in values:
                 raise ValueError(f"{option} has no use with {key} {getattr(self, key)}; only {', '.join(values)}")
         if self.reference != "start" and not self.beta:
             raise ValueError("reference has no use with beta 0")
@@ -311,15 +310,17 @@ class Grpo(Watched, Optimisation):
         return self
 
 
-GRPO_USED_BY = {  # option -> (key, its values that have a use for it)
-    "epsilon": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
-    "epsilon_high": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")),
-    "delta": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
-    "sapo_temperature_pos": ("loss", ("sapo",)),
-    "sapo_temperature_neg": ("loss", ("sapo",)),
-    "correction": ("old_logps", ("policy",)),
-    "correction_max": ("correction", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
-}
+GRPO_USED_BY = (  # option, key, its values that have a use for the option
+    ("epsilon", "loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
+    ("epsilon_high", "loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")),
+    ("delta", "loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
+    ("sapo_temperature_pos", "loss", ("sapo",)),
+    ("sapo_temperature_neg", "loss", ("sapo",)),
+    ("scale_rewards", "aggregation", ("sum_then_normalize",)),
+    ("correction", "old_logps", ("policy",)),
+    ("correction_max", "old_logps", ("policy",)),
+    ("correction_max", "correction", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
+)
 
 
 class Generation(Section):
@@ -398,6 +399,22 @@ class Config(Section):
         if len({*names}) < len(names):
             raise ValueError("expected each method once")
         return names
+
+    @model_validator(mode="after")
+    def _trains_what_it_samples(self):
+        if "grpo" not in self.method:
+            return self
+        if not self.generation.temperature:
+            raise ValueError(
+                "generation.temperature: 0 gives one and the same answer to a prompt again and again, and grpo "
+                "compares different ones; set it above 0 (1.0)"
+            )
+        if self.generation.top_p < 1:
+            raise ValueError(
+                "generation.top_p: grpo trains the whole distribution, so it must sample from it; expected 1, got "
+                f"{self.generation.top_p:g}"
+            )
+        return self
 
     def longest_generated(self) -> int:
         """Tokens of the longest answer that is written, 0 if none is."""
@@ -515,6 +532,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
     said = first["msg"].removeprefix("Value error, ")
+    if not dotted:  # of several sections: it names them itself
+        return said
     return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 

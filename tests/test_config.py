@@ -1,5 +1,6 @@
 """Config: files, overrides, and the one line a wrong key or value gets."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,18 @@ def test_a_method_on_the_command_line_leaves_the_files_other_methods_out(tmp_pat
     assert load_config(path, ["method=[sft, spin]"]).spin.iterations == 2
     with pytest.raises(UserError, match="section spin has no use"):  # what is said there itself is meant
         load_config(path, ["method=sft", "spin.lr=1e-5"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"generation": {"temperature": 0}}, "config: generation.temperature: 0 gives one and the same answer"),
+        ({"generation": {"top_p": 0.9}}, "must sample from it; expected 1, got 0.9"),
+        ({"grpo": {"scale_rewards": "none", "aggregation": "normalize_then_sum"}}, "scale_rewards has no use"),
+        ({"grpo": {"old_logps": "sampler", "correction_max": 3}}, "correction_max has no use with old_logps sampler"),
+        ({"grpo": {"loss": "sapo", "epsilon": 0.1}}, "epsilon has no use with loss sapo"),
+    ],
+)
+def test_what_grpo_cannot_train_by_is_refused(sections, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse_config(SMALL | {"method": "grpo"} | sections)
