@@ -238,6 +238,18 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
 
 def choose_backend(config: Config, generate: bool = True) -> tuple[str, str]:
     """Who generates, and why."""
+    backend, why = _chosen_backend(config, generate)
+    temperature = config.generation.temperature
+    if (backend, config.model.backend) == ("vllm", "unsloth") and "grpo" in config.method and temperature != 1:
+        raise UserError(
+            f"generation.temperature: the vLLM that Unsloth starts tells log-probs at temperature 1, got "
+            f"{temperature:g}, and grpo compares them with its own; set it to 1, or model.backend or "
+            "generation.backend to transformers"
+        )
+    return backend, why
+
+
+def _chosen_backend(config: Config, generate: bool) -> tuple[str, str]:
     if not generate:
         return "none", "nothing is generated"
     asked, four_bit = config.generation.backend, config.model.load_in_4bit

@@ -39,6 +39,12 @@ def in_own_process(*arguments, cwd, **more) -> str:
     return done.stdout
 
 
+def test_log_probs_of_unsloths_engine_are_those_of_temperature_1():
+    sections = {"method": "grpo", "model": {"backend": "unsloth"}}
+    with pytest.raises(UserError, match=r"generation.temperature: .* got 0.7"):
+        choose_backend(config(**sections, generation={"backend": "vllm", "temperature": 0.7}))
+
+
 @needs_unsloth
 @cpu_only
 @pytest.mark.parametrize(
