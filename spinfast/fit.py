@@ -100,7 +100,7 @@ def fit(
                 save()
             raise
         if watch and watch.keeps_best and state.watched.step not in (0, state.step):
-            log.info("%s: the adapter of step %d is kept, its held-out loss is least", stage.name, state.watched.step)
+            log.info("%s: the adapter of step %d is kept, %s", stage.name, state.watched.step, watch.best)
             policy.load_adapter(best_adapter(policy, state.watched))
         checkpoint.finite_adapter(policy, state)
         files.write_directory(stage.path("adapter"), policy.save_adapter)

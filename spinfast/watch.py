@@ -52,6 +52,7 @@ class Watch:
     every: int
     patience: int
     keeps_best: bool = False
+    best: str = "its held-out loss is least"  # what is said of the adapter that is kept
 
     def look(self, step: int, policy: Policy, seen: Watched) -> Figures:
         """Measure, note what was seen, and return the figures."""

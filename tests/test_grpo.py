@@ -186,3 +186,31 @@ def test_groups_longer_than_a_microbatch_are_cut(tmp_path, model):
     ours, theirs = ([row["train/grad_norm"] for row in train_rows(run)] for run in (whole, cut))
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert sum(row["train/tokens"] for row in train_rows(cut)) > sum(row["train/tokens"] for row in train_rows(whole))
+
+
+def test_held_out_problems_are_looked_at_though_rewards_apply_to_some_answers_only(tmp_path, model):
+    (tmp_path / "own.py").write_text(
+        "def even(prompts, completions, completion_ids, trainer_state):\n"
+        "    assert all(isinstance(prompt, str) for prompt in prompts)\n"
+        "    first = [ids[trainer_state.global_step % len(ids)] for ids in completion_ids]\n"
+        "    return [None if token % 3 == 0 else token / 384 for token in first]\n"
+    )
+    grpo = {"rewards": f"{tmp_path}/own.py:even", "completions": "text", "steps": 8, "lr": 0.01}
+    config = grpo_config(tmp_path, model, grpo | {"evaluate_every": 2, "patience": 9, "keep": "best"})
+    tree = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(tree | {"heldout": {**tree["data"]}}))
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 0
+    looks = [row for row in train_rows(tmp_path / "run") if "heldout/reward" in row]
+    assert [row["step"] for row in looks] == [2, 4, 6, 8]
+    best = max(looks, key=lambda row: row["heldout/reward"])
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())[-1]["evaluation"]["heldout/reward"]["value"]
+    assert kept == pytest.approx(best["heldout/reward"])
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert best is looks[-1] or f"adapter of step {best['step']} is kept, its held-out reward is greatest" in said
+
+
+def test_keys_without_a_use_are_named(tmp_path, model):
+    run = play(tmp_path, model, grpo={"steps": 1, "epsilon_high": 0.28, "evaluate_every": 1})
+    said = (run / "log.txt").read_text()
+    assert "grpo.epsilon_high has no use: with one step per rollout" in said
+    assert "grpo.evaluate_every, patience and keep have no use: there are no held-out problems" in said

@@ -59,7 +59,7 @@ def evaluate(
     """
     settings, session, metrics = run.config.evaluate, run.session, {}
     text = session.machine.renderer.text
-    problems = [example for example in asked(run.heldout) if example.desirable is not False][: settings.problems]
+    problems = answered(run)
     players = [example for example in run.heldout if example.wanted][: settings.pairs]
     if problems:
         answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
@@ -87,6 +87,12 @@ def evaluate(
 def asked(examples: Sequence[Example]) -> list[Example]:
     """Those that have a question: plain text has none."""
     return [example for example in examples if example.messages]
+
+
+def answered(run) -> list[Example]:
+    """The held-out problems that are answered."""
+    problems = [example for example in asked(run.heldout) if example.desirable is not False]
+    return problems[: run.config.evaluate.problems]
 
 
 def playable(examples: Sequence[Example]) -> list[Example]:

@@ -47,7 +47,9 @@ def batch(
         prompts = [[dict(turn) for turn in example.messages] for example in examples]
         completions = [[{"role": "assistant", "content": words}] for words in text]
     else:
-        prompts = [example.columns.get("prompt", example.messages[-1]["content"]) for example in examples]
+        own = [example.columns.get("prompt") for example in examples]
+        last = [example.messages[-1]["content"] for example in examples]
+        prompts = [prompt if isinstance(prompt, str) else words for prompt, words in zip(own, last, strict=True)]
         completions = text
     return Batch(prompts, completions, [list(answer.token_ids) for answer in answers], columns(examples), state)
 

@@ -14,6 +14,7 @@ equal teach nothing: they are not computed, and with grpo.refill fresh prompts t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -35,11 +36,16 @@ from spinfast.store.record import Stage
 from spinfast.types import Example, Group, Request
 from spinfast.watch import Figures, Losses, Watch
 
+log = logging.getLogger("spinfast")
+OF_RATIOS = {"epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"}
+
 
 def grpo(run: Run, last: Stage) -> Iterator[dict]:
     c, stage = run.config.grpo, run.stage("grpo", last, "grpo")
     start = run.become(last)
     objective = surrogate(run.config)
+    if c.steps_per_rollout == 1 and c.old_logps == "policy" and (idle := sorted(OF_RATIOS & c.model_fields_set)):
+        log.warning("grpo.%s has no use: with one step per rollout every ratio to the sampling policy is 1", idle[0])
     fit(run, stage, Rollouts(run, stage, start, objective), objective, c, at(c.lr, 0), watch=looking(run))
     yield conclude(run, stage, last, start)
 
@@ -54,8 +60,10 @@ def surrogate(config: Config) -> Surrogate:
 def looking(run: Run) -> Watch | None:
     """Held-out problems answered greedily on the way, where the config asks for it."""
     c, settings = run.config.grpo, run.config.evaluate
-    problems = heldout.asked(run.heldout)[: settings.problems]
-    if not c.evaluate_every or not problems:
+    if not c.evaluate_every:
+        return None
+    if not (problems := heldout.answered(run)):
+        log.warning("grpo.evaluate_every, patience and keep have no use: there are no held-out problems to answer")
         return None
 
     def measure() -> tuple[Losses, Figures]:
@@ -69,7 +77,7 @@ def looking(run: Run) -> Watch | None:
         losses = -torch.from_numpy(rewards)
         return (losses, (~losses.isnan()).double()), figures(metrics | heldout.accuracies(scores))
 
-    return Watch(measure, c.evaluate_every, c.patience, c.keep == "best")
+    return Watch(measure, c.evaluate_every, c.patience, c.keep == "best", "its held-out reward is greatest")
 
 
 def figures(metrics: Metrics) -> Figures:
@@ -86,7 +94,8 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
         raise UserError("method grpo: needs prompts, and the data is plain text")
     loss = surrogate(config)
     prompts *= math.ceil(c.prompts_per_step / len(prompts))  # drawn again and again, so a step is full
-    groups = [Group(prompt, (answer,) * c.samples) for prompt in prompts]
+    answers = (answer,) * c.samples
+    groups = [Group(prompt, answers) for prompt in prompts]
     off_policy = c.steps_per_rollout > 1 and c.old_logps == "policy"
     scoring = (bool(c.beta) + off_policy) / c.num_iterations
     prompts = math.ceil(c.steps / c.steps_per_rollout) * c.steps_per_generation * c.prompts_per_step

@@ -41,6 +41,8 @@ def load(spec: Mapping[str, float | Mapping], *, timeout: float, max_tokens: int
             functions.append(Reward(name, weight, call, kind=ready.kind(name)))
         else:
             functions.append(_own(name, weight, options, modules))
+    if not any(each.weight for each in functions):
+        raise UserError("grpo.rewards: all weights are 0, so that nothing is learnt; expected one that is not")
     return Rewards(_named_apart(functions), timeout)
 
 
