@@ -21,7 +21,6 @@ from torch.nn.functional import sigmoid
 from spinfast.config import REFERENCE_FREE
 from spinfast.losses import LOSSES, Pairs
 from spinfast.ops import Ops
-from spinfast.packing import packed_length
 from spinfast.sums import segment_sums, take_rows
 from spinfast.surrogates import SURROGATES, Correction, Form, Tokens, bounded, correction, k3, ratios
 from spinfast.types import Group, PackedBatch
@@ -417,13 +416,12 @@ class Surrogate(Plain):
 
 def split(group: Group, tokens: int) -> list[Group]:
     """The group in as few parts of nearly equally many answers as have at most so many packed tokens, or one each."""
-    count = len(group.answers)
+    count, lengths = len(group.answers), [*accumulate((len(answer) - 1 for answer in group.answers), initial=0)]
     for parts in range(1, count + 1):
-        ends = [round(count * i / parts) for i in range(parts + 1)]
-        found = [group.part(range(start, end)) for start, end in pairwise(ends)]
-        if max(map(packed_length, found)) <= tokens:
+        cuts = [*pairwise(round(count * i / parts) for i in range(parts + 1))]
+        if len(group.prompt_ids) + max(lengths[end] - lengths[start] for start, end in cuts) <= tokens:
             break
-    return found
+    return [group.part(range(*cut)) for cut in cuts]
 
 
 def loss_at_zero_margin(kind: str, beta: float) -> float:
