@@ -1,17 +1,22 @@
 """inf and NaN put into loss, gradient and weights of a real run; memory that runs out at every forward of a step."""
 
 import json
+from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fixtures import FailingCall
 from packed_cases import tiny_policy
+from test_grpo import grpo_config
 from test_run import play, train_rows, write_config
 
 from spinfast import fit, train
-from spinfast.objectives import Nll, Pairwise
+from spinfast.generation.transformers import TransformersGenerator
+from spinfast.objectives import Nll, Pairwise, Surrogate
 from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
+from spinfast.store import files, rollouts
 from spinfast.train import Budget, start_training, train_step
 from spinfast.types import Group
 
@@ -241,7 +246,6 @@ def test_memory_runs_out_while_scoring_and_evaluating(tmp_path, model, monkeypat
 
 def test_memory_runs_out_while_generating(tmp_path, model, monkeypatch, capsys):
     """One line; what was done stays, and the same command goes on."""
-    from spinfast.generation.transformers import TransformersGenerator
 
     def failing(*args):
         raise torch.OutOfMemoryError("fake")
@@ -253,3 +257,116 @@ def test_memory_runs_out_while_generating(tmp_path, model, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("spinfast: memory ran out")
     assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 0
+
+
+# -- grpo: its rewards need no more than a function ------------------------------------------------------------------
+
+
+def grpo_play(tmp_path, model, grpo=(), **sections):
+    config = grpo_config(tmp_path, model, {"steps": 4, **dict(grpo)}, **sections)
+    return main([str(config), "--run-dir", str(tmp_path / "run")]), tmp_path / "run"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_surrogate_is_skipped_and_the_next_rollout_is_by_the_same_policy(
+    tmp_path, model, monkeypatch, value
+):
+    """As with a loss scale that is too large: it halves, and nothing moves."""
+    original, count = Surrogate.__call__, 0
+
+    def spoiled(self, batch, logps_N, ops):
+        nonlocal count
+        count += 1
+        loss = original(self, batch, logps_N, ops)
+        return replace(loss, total=loss.total * value) if count == 2 else loss
+
+    monkeypatch.setattr(Surrogate, "__call__", spoiled)
+    start = fit.start_training
+    monkeypatch.setattr(fit, "start_training", lambda *args: start(*args[:3], True))  # as fp16 has it
+    code, run_dir = grpo_play(tmp_path, model, train={"microbatch_tokens": 1024})
+    assert code == 0
+    assert [row["train/overflows"] for row in train_rows(run_dir)] == [0, 1, 1, 1]
+    assert [row["train/loss_scale"] for row in train_rows(run_dir)] == [4096, 4096, 2048, 2048]
+    writers = [pq.read_schema(path).metadata[b"adapter"] for path in rollouts.kept(run_dir / "grpo")]
+    assert writers[1] == writers[2]
+    assert len({*writers}) == 3
+
+
+def test_a_kept_grpo_step_is_replayed_with_its_constants_per_token(tmp_path, model, monkeypatch, capsys):
+    def spoil(parameter, count):
+        if count == 2:
+            parameter.data[0, 0] = float("nan")
+
+    spoil_parameters(monkeypatch, spoil)
+    code, run_dir = grpo_play(
+        tmp_path,
+        model,
+        {"num_iterations": 4, "beta": 0.1, "loss": "cispo"},
+        train={"max_overflows": 2, "microbatch_tokens": 1024},
+    )
+    assert code == 2
+    assert "2 steps in a row had a non-finite loss or gradient" in capsys.readouterr().err
+    kept = json.loads((run_dir / "failed_step" / "step.json").read_text())
+    assert kept["objective"]["loss"] == "cispo"
+    assert kept["objective"]["beta"] == 0.1
+    for group in kept["groups"]:
+        lengths = [len(answer) for answer in group["answers"]]
+        for name in ("sampler_logps", "old_logps", "reference_logps"):
+            assert [len(of_answer) for of_answer in group["given"][name]] == lengths
+    monkeypatch.undo()
+    assert main(["replay", str(run_dir / "failed_step")]) == 0
+    said = capsys.readouterr().out
+    assert "log-probs not finite: group" in said
+    assert "loss nan" in said
+
+
+def test_a_policy_that_is_nan_where_a_rollout_is_sampled_is_one_line(tmp_path, model, monkeypatch, capsys):
+    def spoil(parameter, count):
+        if count == 2:
+            parameter.data[0, 0] = float("nan")
+
+    spoil_parameters(monkeypatch, spoil)
+    code, run_dir = grpo_play(tmp_path, model, train={"microbatch_tokens": 1024})
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in said
+    assert said.count("spinfast: ") == 1
+    assert not (run_dir / "grpo" / "adapter").exists()
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 5, 7])
+def test_memory_runs_out_in_a_grpo_run(tmp_path, model, monkeypatch, fails_at):
+    """Groups are cut finer, in scoring as in training; the run learns the same to rounding."""
+    grpo = {"num_iterations": 2, "beta": 0.1}
+    (tmp_path / "plain").mkdir()
+    code, plain = grpo_play(tmp_path / "plain", model, grpo, train={"microbatch_tokens": 512})
+    assert code == 0
+    failing = FailingCall(train.answer_logps, fails_at)
+    monkeypatch.setattr(train, "answer_logps", failing)
+    code, starved = grpo_play(tmp_path, model, grpo, train={"microbatch_tokens": 512})
+    assert code == 0
+    assert failing.calls > fails_at
+    assert "memory ran out at 512 tokens; microbatches have 256" in (starved / "log.txt").read_text()
+    assert files.read_sealed(starved / "plan.json", "plan")["microbatch_tokens"] == 256
+    for mine, other in zip(train_rows(starved), train_rows(plain), strict=True):
+        assert mine["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-3)
+
+
+def test_memory_runs_out_where_a_later_rollout_is_sampled(tmp_path, model, monkeypatch, capsys):
+    """What was trained until then is saved, though no checkpoint was due."""
+    generate, calls = TransformersGenerator.generate, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("fake")
+        return generate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersGenerator, "generate", failing)
+        code, run_dir = grpo_play(tmp_path, model)
+    assert code == 2
+    assert capsys.readouterr().err.startswith("spinfast: memory ran out")
+    assert [path.name for path in (run_dir / "grpo" / "checkpoints").glob("step_*")] == ["step_000002"]
+    assert grpo_play(tmp_path, model)[0] == 0
+    assert "training continues after step 2" in (run_dir / "log.txt").read_text()

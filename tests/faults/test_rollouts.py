@@ -91,7 +91,6 @@ def test_a_rollout_harmed_in_the_middle_of_its_steps_is_sampled_anew_by_the_poli
     assert "000000.parquet is not as it was written; its prompts are answered again, by the policy as it stands" in said
     after = pq.read_table(path)
     assert after.schema.metadata[b"adapter"] != before.schema.metadata[b"adapter"]
-    assert after["index"].to_pylist() == before["index"].to_pylist()
     rows, expected = train_rows(run_dir), train_rows(grpo_runs.undisturbed)
     assert rows[:2] == expected[:2]
     assert rows[2]["clip_ratio/region_mean"] == 0
