@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import bench.__main__ as table
 from bench import kernels, operators, results_page, rows, scaling, shapes
 from bench import memory as memory_bench
 from bench.peers import child, compare, end_to_end
+from spinfast import ops as spinfast_ops
 from spinfast import run as spinfast_run
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -122,6 +124,17 @@ def test_memory(command, monkeypatch, tmp_path):
     assert held["step, TRL-shaped eager, padded [2B, L]"] > held["step, fastest plan"]
     (rollout,) = (row for row in found if row["what"].startswith("GRPO"))
     assert rollout["prompt_tokens_saved"] == 0.875  # 7 of 8 answers find the prompt there
+
+
+@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_rollouts_fit_beside_the_engines_cache(models):
+    """8 prompts x 8 answers of 512 tokens: 0.5B within 6 GiB, 1.5B within 10; who does not fit is refused."""
+    ops = spinfast_ops.choose("triton", "cuda")[0]
+    for row in islice(memory_bench.rollouts("Qwen2.5-0.5B", ops), models):
+        assert row["peak_gib"] <= float(row["target"].split()[1])
+        assert row["kv_cache_gib"] > 0.5
+        assert row["prompt_tokens_saved"] >= 0.75  # a group is cut in two at the most
+        assert row["gradients_mib"] > 0  # a step of several microbatches
 
 
 def test_scaling(command, monkeypatch):
