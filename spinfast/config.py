@@ -286,7 +286,7 @@ class Grpo(Watched, Optimisation):
     correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = Field(
         "token_truncate", description="of the ratio between trainer and sampler, which weighs every token or answer"
     )
-    correction_max: float = Field(2.0, gt=0, le=1e6, description="where that ratio is truncated or masked")
+    correction_max: float = Field(2.0, gt=1, le=1e6, description="where that ratio is truncated or masked")
     old_logps: Literal["policy", "sampler"] = Field(
         "policy", description="sampler: its log-probs are the sampling policy's, nothing is corrected"
     )
@@ -317,6 +317,7 @@ GRPO_USED_BY = {  # option -> (key, its values that have a use for it)
     "delta": ("loss", ("dapo", "grpo", "bnpo", "dr_grpo", "gspo")),
     "sapo_temperature_pos": ("loss", ("sapo",)),
     "sapo_temperature_neg": ("loss", ("sapo",)),
+    "scale_rewards": ("aggregation", ("sum_then_normalize",)),
     "correction": ("old_logps", ("policy",)),
     "correction_max": ("correction", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
 }
@@ -399,6 +400,12 @@ class Config(Section):
             raise ValueError("expected each method once")
         return names
 
+    @model_validator(mode="after")
+    def _samples_differ(self):
+        if "grpo" in self.method and not self.generation.temperature:
+            raise ValueError("generation.temperature 0 gives grpo equal answers to a prompt, which teach nothing")
+        return self
+
     def longest_generated(self) -> int:
         """Tokens of the longest answer that is written, 0 if none is."""
         heldout = self.evaluate.max_tokens if self.heldout and self.evaluate.problems else 0
@@ -428,6 +435,31 @@ MOVED = {  # keys of the first edition
         f"train.{key}": f"spin.{key}"
         for key in ("optimizer", "lr", "weight_decay", "schedule", "warmup_ratio", "epochs", "max_grad_norm")
     },
+}
+
+TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to another key or to none
+    "num_generations": "grpo.samples",
+    "reward_funcs": "grpo.rewards",
+    "reward_weights": "grpo.rewards, {name: weight}",
+    "max_completion_length": "generation.max_tokens",
+    "max_prompt_length": "prompt.max_prompt_tokens",
+    "loss_type": "loss",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "max_steps": "grpo.steps",
+    "num_train_epochs": "epochs, of grpo grpo.steps",
+    "warmup_steps": "warmup_ratio",
+    "per_device_train_batch_size": "groups_per_step, of grpo prompts_per_step; memory is planned",
+    "gradient_accumulation_steps": "groups_per_step, of grpo prompts_per_step; memory is planned",
+    "generation_batch_size": "grpo.prompts_per_step * grpo.samples * grpo.steps_per_generation",
+    "importance_sampling_level": "grpo.loss: gspo where it is sequence",
+    "mask_truncated_completions": "grpo.mask_truncated",
+    "multi_objective_aggregation": "grpo.aggregation",
+    "use_vllm": "generation.backend: vllm",
+    "vllm_importance_sampling_correction": "grpo.correction",
+    "vllm_importance_sampling_mode": "grpo.correction",
+    "vllm_importance_sampling_clip_max": "grpo.correction_max",
+    "vllm_importance_sampling_cap": "grpo.correction_max",
 }
 
 
@@ -505,6 +537,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
+        if key in TRL_NAMES:
+            return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
