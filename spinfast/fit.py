@@ -76,7 +76,7 @@ def fit(
                 if watch and watch.due(state.step, len(steps)):
                     metrics |= watch.look(state.step, policy, state.watched)
                 metrics = steps.figures(state.step - 1) | metrics  # a reward's log_metric may have any name
-                metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1]["num_tokens"] if rows else 0)
+                metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1].get("num_tokens", 0) if rows else 0)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
                 run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})

@@ -31,6 +31,7 @@ import torch
 
 from spinfast.sums import segment_sums, take_rows
 
+LARGEST = 20.0  # of a log-ratio: beyond 88 its exponential is infinite in fp32, and a clipped term's gradient NaN
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"]
 
 
@@ -94,7 +95,7 @@ def ratios(log_ratios_N: torch.Tensor, ids_N: torch.Tensor, lengths_S: torch.Ten
     if sequence:
         means_S = segment_sums(log_ratios_N, ids_N, len(lengths_S)) / lengths_S
         log_ratios_N = take_rows(means_S, ids_N)
-    return log_ratios_N.exp()
+    return log_ratios_N.clamp(max=LARGEST).exp()
 
 
 def correction(

@@ -37,7 +37,7 @@ from spinfast.objectives import (
 )
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.surrogates import SURROGATES, Tokens, clipped, correction
+from spinfast.surrogates import SURROGATES, Tokens, clipped, correction, ratios
 from spinfast.train import Budget, answer_logps, batches, sequence_logps, start_training, token_logps, train_step
 from spinfast.types import Group
 
@@ -410,3 +410,13 @@ def test_a_samplers_correction_is_the_bounded_ratio_of_token_or_answer(rows):
         truncated, masked = (correction(f"{level}_{how}", logs, ids, len(rows), 2.0) for how in ("truncate", "mask"))
         assert truncated.tolist() == pytest.approx([min(value, 2.0) for value in expected])
         assert masked.tolist() == pytest.approx([0.0 if value > 2.0 else value for value in expected])
+
+
+def test_a_policy_far_from_the_sampling_one_gives_no_nan():
+    """A token that became e^100 times as likely, with either sign of the advantage."""
+    for loss in ("dapo", "gspo", "cispo", "sapo"):
+        logps = torch.tensor([-0.1, -0.2], requires_grad=True)
+        ratios_N = ratios(logps + 100, torch.tensor([0, 1]), torch.ones(2), loss == "gspo")
+        tokens = Tokens(logps, ratios_N, torch.tensor([1.0, -1.0]))
+        SURROGATES[loss].loss(tokens, Surrogate(loss=loss)).sum().backward()
+        assert logps.grad.isfinite().all()

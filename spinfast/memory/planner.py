@@ -40,7 +40,7 @@ class Load:
     """What a method asks of machine and disk: all groups of its first round, and what is done with them.
 
     rounds: optimizer steps of each of its stages. scoring: passes without a gradient beside each pass of training.
-    answers: how many are generated in all.
+    answers: how many that are generated are kept.
     """
 
     method: str

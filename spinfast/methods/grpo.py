@@ -108,5 +108,5 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     groups = [Group(prompt, answers) for prompt in prompts]
     off_policy = c.steps_per_rollout > 1 and c.old_logps == "policy"
     scoring = (bool(c.beta) + off_policy) / c.num_iterations
-    prompts = math.ceil(c.steps / c.steps_per_rollout) * c.steps_per_generation * c.prompts_per_step
-    return Load("grpo", groups, loss, c, c.prompts_per_step, (c.steps,), scoring, prompts * (1 + c.refill) * c.samples)
+    kept = math.ceil(c.steps / c.steps_per_rollout) * c.steps_per_generation * c.prompts_per_step * c.samples
+    return Load("grpo", groups, loss, c, c.prompts_per_step, (c.steps,), scoring, kept)
