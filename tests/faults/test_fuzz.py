@@ -179,7 +179,20 @@ def test_config_files(tmp_path, content, monkeypatch):
 
 
 YAML_TEXT = st.text(st.sampled_from("model:data name{}[]\"'&*!|>-#%@`,?~\n\t 017.e\\u\0é😀"), max_size=60)
-SECTIONS = {"model", "data", "heldout", "prompt", "adapter", "spin", "generation", "train", "sft", "evaluate", "device"}
+SECTIONS = {
+    "model",
+    "data",
+    "heldout",
+    "prompt",
+    "adapter",
+    "spin",
+    "generation",
+    "train",
+    "sft",
+    "grpo",
+    "evaluate",
+    "device",
+}
 VALUE = st.one_of(
     st.none(),
     st.booleans(),
@@ -218,6 +231,8 @@ def test_any_value_of_a_config(tmp_path_factory, field, value):
         tree[section] = value
     else:
         tree.setdefault(section, {"source": "x"} if section == "heldout" else {})[key] = value
+    if section in Config.methods():
+        tree["method"] = section
     if field == ("model", "name"):
         tree["data"]["seed"] = -1  # "." is a directory
     path = tmp_path_factory.mktemp("value") / "config.yaml"
@@ -291,6 +306,30 @@ OF_METHODS = [
     ("method=dpo", "dpo.reference=/dev/null"),
     ("method=dpo", "dpo.loss={sigmoid: .nan}"),
     ("prompt.overlong=cut", "prompt.max_answer_tokens=1"),
+    *(
+        ("method=grpo", "grpo.steps=2", "grpo.samples=2", "grpo.prompts_per_step=2", *words)
+        for words in (
+            ("grpo.evaluate_every=1", "grpo.patience=1", "grpo.keep=best"),
+            ("grpo.rewards=soft_overlong", "grpo.lr=1e30", "grpo.evaluate_every=1"),
+            ("grpo.rewards=soft_overlong", "grpo.prompts_per_step=30"),
+            ("grpo.rewards=nothing",),
+            ("grpo.rewards={gsm8k: {weight: x}}",),
+            ("grpo.rewards={gsm8k: .nan}",),
+            ("grpo.rewards={gsm8k: {option: 1}}",),
+            ("grpo.rewards=[]",),
+            ("grpo.rewards=/dev/null:f",),
+            ("grpo.rewards=nowhere.py:f",),
+            ("grpo.rewards=[gsm8k, gsm8k]",),
+            ("grpo.rewards={7: 1}",),
+            ("grpo.beta=1e6", "grpo.rewards=soft_overlong"),
+            ("grpo.epsilon=1e-300",),
+            ("grpo.reward_timeout=1e-300",),
+            ("generation.temperature=0",),
+            ("generation.temperature=1e-300",),
+            ("generation.top_p=1e-300",),
+            ("data.columns={question: question, answer: question}",),
+        )
+    ),
 ]
 
 

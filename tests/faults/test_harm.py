@@ -54,7 +54,6 @@ GRPO = [
     "eval.json",
     "heldout.jsonl",
     "heldout_logps.safetensors",
-    "heldout_samples.jsonl",
     "metrics.jsonl",
     "phases.json",
     "rollouts/000000.parquet",
