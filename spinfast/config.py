@@ -286,7 +286,7 @@ class Grpo(Watched, Optimisation):
     correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = Field(
         "token_truncate", description="of the ratio between trainer and sampler, which weighs every token or answer"
     )
-    correction_max: float = Field(2.0, gt=0, le=1e6, description="where that ratio is truncated or masked")
+    correction_max: float = Field(2.0, gt=1, le=1e6, description="where that ratio is truncated or masked")
     old_logps: Literal["policy", "sampler"] = Field(
         "policy", description="sampler: its log-probs are the sampling policy's, nothing is corrected"
     )
@@ -451,6 +451,31 @@ MOVED = {  # keys of the first edition
     },
 }
 
+TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to another key or to none
+    "num_generations": "grpo.samples",
+    "reward_funcs": "grpo.rewards",
+    "reward_weights": "grpo.rewards, {name: weight}",
+    "max_completion_length": "generation.max_tokens",
+    "max_prompt_length": "prompt.max_prompt_tokens",
+    "loss_type": "loss",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "max_steps": "grpo.steps",
+    "num_train_epochs": "epochs, of grpo grpo.steps",
+    "warmup_steps": "warmup_ratio",
+    "per_device_train_batch_size": "groups_per_step, of grpo prompts_per_step; memory is planned",
+    "gradient_accumulation_steps": "groups_per_step, of grpo prompts_per_step; memory is planned",
+    "generation_batch_size": "grpo.prompts_per_step * grpo.samples * grpo.steps_per_generation",
+    "importance_sampling_level": "grpo.loss: gspo where it is sequence",
+    "mask_truncated_completions": "grpo.mask_truncated",
+    "multi_objective_aggregation": "grpo.aggregation",
+    "use_vllm": "generation.backend: vllm",
+    "vllm_importance_sampling_correction": "grpo.correction",
+    "vllm_importance_sampling_mode": "grpo.correction",
+    "vllm_importance_sampling_clip_max": "grpo.correction_max",
+    "vllm_importance_sampling_cap": "grpo.correction_max",
+}
+
 
 def at(values: Sequence[float], number: int) -> float:
     """The value for this round; the last one holds for all later ones."""
@@ -526,6 +551,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
+        if key in TRL_NAMES:
+            return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"

@@ -61,6 +61,13 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("spin.lr", ["expected section.key=value"]),
         ("spin.lr=[1", ["not valid YAML"]),
         ("train=3", ["train", "got 3"]),
+        (
+            "grpo.num_generations=4",
+            ["unknown key 'grpo.num_generations'", "TRL's num_generations is grpo.samples here"],
+        ),
+        ("num_generations=4", ["is grpo.samples here"]),
+        ("grpo.max_completion_length=200", ["is generation.max_tokens here"]),
+        ("sft.learning_rate=1e-5", ["TRL's learning_rate is lr here"]),
     ],
 )
 def test_a_wrong_override_names_key_expectation_and_value(path, override, words):
@@ -70,6 +77,17 @@ def test_a_wrong_override_names_key_expectation_and_value(path, override, words)
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo.correction=token_mask", "grpo.correction_max=0.5"], "correction_max: input should be greater than 1"),
+    ],
+)
+def test_what_grpo_would_train_nothing_by_or_ignore_is_refused(path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_config(path, ["method=grpo", *overrides])
 
 
 @pytest.mark.parametrize(
