@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,6 +25,10 @@ log = logging.getLogger("spinfast")
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NO_COLUMNS = ("prompt", "completion", "completion_ids")  # columns that no function is given, as in TRL
+TRAINERS = re.compile(  # names of metrics that no function may take (docs/metrics.md)
+    r"(train|heldout|rewards|groups|sampling|clip_ratio)/.*|reward(_std)?|frac_reward_zero_std|entropy|kl|num_tokens|"
+    r"cispo_clip_ratio|completions/(clipped_ratio|(mean|min|max)_(terminated_)?length)|stages?|phase|steps?"
+)
 SHOWN = 80  # characters of a text in a message
 
 Messages = list[dict[str, str]]
@@ -80,6 +85,8 @@ class _Notes:
     def log_metric(self, name: str, value: float) -> None:
         if not math.isfinite(value := float(value)):
             raise ValueError(f"log_metric({name!r}, {value}): expected a finite number")
+        if TRAINERS.fullmatch(str(name)):
+            raise ValueError(f"log_metric({name!r}, ...): the trainer has a metric of this name; expected another")
         self.metrics.setdefault(str(name), []).append(value)
 
 

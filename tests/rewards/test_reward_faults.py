@@ -61,6 +61,10 @@ FAULTS = {
         "def f(completions, log_metric): log_metric('m', float('nan')); return [0, 0, 0]",
         "ValueError: log_metric('m', nan): expected a finite number",
     ),
+    "metric of the trainer's": (
+        "def f(completions, log_metric): log_metric('reward', 9); return [0, 0, 0]",
+        "ValueError: log_metric('reward', ...): the trainer has a metric of this name",
+    ),
 }
 
 
