@@ -332,6 +332,7 @@ class Surrogate(Plain):
     old_logps: Literal["policy", "sampler"] = "policy"
     max_tokens: int = 1  # the longest answer that could be sampled, which dr_grpo divides by
     temperature: float = 1.0
+    steps_per_rollout: int = 1  # after more than the first the policy is not the one that sampled
     counted: float = 1.0  # tokens (gspo: answers) of a step for each of its weight
 
     @property
@@ -387,9 +388,11 @@ class Surrogate(Plain):
         gap_N = (own_N - sampler_N).abs()
         unit_N = (of_answer_N if self.form.sequence else each_N) / self.counted
         metrics = {name: (clipped_N * unit_N).sum() for name, clipped_N in self.clips(tokens)}
-        metrics["sampling/sampling_logp_difference/max"] = gap_N.nan_to_num(nan=0.0).amax()
-        means = {"sampling/sampling_logp_difference/mean": (gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float())}
-        means["entropy"] = -logps_N, each_N
+        means = {"entropy": (-logps_N, each_N)}
+        if OLD_LOGPS in batch.given or self.steps_per_rollout == 1:
+            metrics["sampling/sampling_logp_difference/max"] = gap_N.nan_to_num(nan=0.0).amax()
+            known = gap_N.nan_to_num(nan=0.0), gap_N.isfinite().float()
+            means["sampling/sampling_logp_difference/mean"] = known
         if self.correction != "none" and self.old_logps == "policy":
             weights_N = correction(self.correction, own_N - sampler_N, ids_N, batch.sequences, self.correction_max)
             loss_N = loss_N * weights_N

@@ -10,7 +10,10 @@ import torch
 import yaml
 from test_run import fingerprints, train_rows, write_config
 
+from spinfast.config import load_config
+from spinfast.errors import UserError
 from spinfast.interrupt import EXIT_CODE
+from spinfast.methods.grpo import load
 from spinfast.run import main
 from spinfast.store import rollouts
 
@@ -112,6 +115,7 @@ def test_every_way_to_go_trains_and_goes_on_to_the_bit(tmp_path, model, grpo, mo
     ]
     assert all(row["kl"] < 1e-5 for row in rows[:1] if "kl" in row)
     assert all(row["clip_ratio/region_mean"] == 0 for row in on_policy if "clip_ratio/region_mean" in row)
+    assert all(row.get("sampling/sampling_logp_difference/mean", 0) < 1e-4 for row in rows)  # not the policy's steps
     config = grpo_config(tmp_path, model, grpo, **quick)
     write, calls = rollouts.write, []
 
@@ -171,6 +175,13 @@ def test_columns_extras_and_metrics_reach_the_files(tmp_path, model):
     assert row["reward"] == row["rewards/vowels"]
     assert json.loads(row["extra"])["answer"].startswith("The sum is")
     assert train_rows(run)[0]["seen"] == 12
+
+
+def test_a_base_that_merging_ends_is_refused_before_anything_is_trained(tmp_path, model):
+    asked = {"beta": 0.1, "reference": "base"}
+    path = grpo_config(tmp_path, model, asked, method=["sft", "grpo"], sft={}, adapter={"init": "merge"})
+    with pytest.raises(UserError, match=r"grpo.reference base: .* merged"):
+        load(load_config(path), [])
 
 
 def test_an_rl_stage_after_sft_starts_from_its_adapter(tmp_path, model):

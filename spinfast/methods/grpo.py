@@ -54,7 +54,12 @@ def surrogate(config: Config) -> Surrogate:
     """What is optimised: grpo's keys of its names, and the limits of what is sampled."""
     own = {field.name for field in fields(Surrogate)} & {*type(config.grpo).model_fields}
     keys = {name: getattr(config.grpo, name) for name in own}
-    return Surrogate(**keys, max_tokens=config.generation.max_tokens, temperature=config.generation.temperature)
+    return Surrogate(
+        **keys,
+        max_tokens=config.generation.max_tokens,
+        temperature=config.generation.temperature,
+        steps_per_rollout=config.grpo.steps_per_rollout,
+    )
 
 
 def looking(run: Run) -> Watch | None:
@@ -92,6 +97,11 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     prompts = [e.prompt_ids for e in examples if e.messages] or [(0,) * config.prompt.max_prompt_tokens]
     if examples and not any(e.messages for e in examples):
         raise UserError("method grpo: needs prompts, and the data is plain text")
+    if c.reference == "base" and config.adapter.init == "merge" and config.method[0] != "grpo":
+        raise UserError(
+            "grpo.reference base: the stages before grpo are merged into the base (adapter.init: merge), so it cannot "
+            "be played any more; use start, or adapter.init: continue"
+        )
     loss = surrogate(config)
     prompts *= math.ceil(c.prompts_per_step / len(prompts))  # drawn again and again, so a step is full
     answers = (answer,) * c.samples
