@@ -75,7 +75,7 @@ def fit(
                     check_first_loss(metrics, objective.at_start(groups), device.dtype, cut, objective.rounding(groups))
                 if watch and watch.due(state.step, len(steps)):
                     metrics |= watch.look(state.step, policy, state.watched)
-                metrics = steps.figures(state.step - 1) | metrics  # a reward's log_metric may have any name
+                metrics |= steps.figures(state.step - 1)
                 metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1].get("num_tokens", 0) if rows else 0)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
