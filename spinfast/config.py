@@ -268,7 +268,7 @@ class Grpo(Watched, Optimisation):
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"] = Field(
         "dapo", description="surrogates.py has them all"
     )
-    epsilon: float = Field(0.2, gt=0, le=1e6, description="the ratio to the sampling policy is clipped at 1 - epsilon")
+    epsilon: float = Field(0.2, gt=0, lt=1, description="the ratio to the sampling policy is clipped at 1 - epsilon")
     epsilon_high: float | None = Field(None, gt=0, le=1e6, description="and at 1 + this; null: epsilon, cispo 5")
     delta: float | None = Field(None, gt=0, le=1e6, description="greatest ratio where the advantage is negative")
     sapo_temperature_pos: float = Field(1.0, gt=0, le=1e6, description="sapo: of answers with a positive advantage")
@@ -303,6 +303,10 @@ class Grpo(Watched, Optimisation):
                 raise ValueError(f"{option} has no use with {key} {getattr(self, key)}; only {', '.join(values)}")
         if self.reference != "start" and not self.beta:
             raise ValueError("reference has no use with beta 0")
+        if self.loss == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
+            raise ValueError(
+                f"epsilon_high: of cispo it bounds the ratio itself, expected 1 or more (5), got {self.epsilon_high:g}"
+            )
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             raise ValueError(f"delta: expected more than 1 + epsilon_high, got {self.delta:g}")
         if self.samples == 1:  # the mean of its group is its own reward, however it is scaled

@@ -79,8 +79,9 @@ class Display:
 
     def table(self, rows: list[dict]) -> None:
         """The closing table: one line per iteration, each value with its standard error."""
-        title = "iterations on held-out problems (± one standard error)"
-        show(self.console, title, ("iteration", "pairs", "loss first→last", *COLUMNS.values()), map(_cells, rows))
+        title, cells = "iterations on held-out problems (± one standard error)", list(map(_cells, rows))
+        if any(any(row[1:]) for row in cells):
+            show(self.console, title, ("iteration", "pairs", "loss first→last", *COLUMNS.values()), cells)
         for row in rows:
             if "window" in row["train"]:
                 show_answers(self.console, str(row["iteration"]), row["train"])

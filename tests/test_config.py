@@ -85,6 +85,8 @@ def test_a_wrong_override_names_key_expectation_and_value(path, override, words)
         (["generation.temperature=0"], "gives one and the same answer"),
         (["grpo.correction=token_mask", "grpo.correction_max=0.5"], "correction_max: input should be greater than 1"),
         (["grpo.aggregation=normalize_then_sum", "grpo.scale_rewards=none"], "scale_rewards has no use"),
+        (["grpo.loss=cispo", "grpo.epsilon_high=0.28"], "of cispo it bounds the ratio itself"),
+        (["grpo.epsilon=1.5"], "epsilon: input should be less than 1"),
     ],
 )
 def test_what_grpo_would_train_nothing_by_or_ignore_is_refused(path, overrides, words):

@@ -111,15 +111,20 @@ def _moved(seen: Summary, name: str, sign: int) -> tuple[float, float] | None:
 
 
 def _right(seen: Summary) -> float | None:
-    """About the share of right answers: of rewards 0 and any M, mean² / (mean² + variance) is the share of M."""
+    """About the share of right answers, where rewards are 0 or one value M; None where they look otherwise.
+
+    Then M is mean + variance / mean and the share is mean / M. M is taken for one if it is near a multiple of 0.5.
+    """
     names = sorted(functions(seen), key=lambda name: bool(FORM.search(name)))  # correctness first
     if not names:
         return None
     mean, spread = (_value(seen, f"rewards/{names[0]}/{what}") for what in ("mean", "std"))
     if mean is None or spread is None:
         return None
-    scale = max(abs(mean), abs(spread))
-    return 0.0 if mean <= 0 else (mean / scale) ** 2 / ((mean / scale) ** 2 + (spread / scale) ** 2)
+    if mean <= 0:
+        return 0.0  # what pays for right answers costs for wrong ones
+    right = mean + spread * (spread / mean)
+    return mean / right if right > 0.4 and abs(2 * right - round(2 * right)) < 0.12 else None
 
 
 def _constant(seen: Summary) -> str | None:
