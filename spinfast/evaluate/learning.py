@@ -124,7 +124,7 @@ def _right(seen: Summary) -> float | None:
     if mean <= 0:
         return 0.0  # what pays for right answers costs for wrong ones
     right = mean + spread * (spread / mean)
-    return mean / right if right > 0.4 and abs(2 * right - round(2 * right)) < 0.12 else None
+    return mean / right if 0.4 < right < math.inf and abs(math.remainder(right, 0.5)) < 0.06 else None
 
 
 def _constant(seen: Summary) -> str | None:
