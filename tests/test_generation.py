@@ -138,14 +138,15 @@ def test_query_heads_may_stand_as_rows_of_their_key_head(policy, monkeypatch):
 
 def test_log_probs_are_those_of_the_whole_sequence(policy):
     tiny, asked = policy("qwen2", True), requests(5)
-    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=20, stop_ids=RANDOM.stop_ids)
+    sampling = Sampling(temperature=0.7, top_p=1, max_tokens=20, stop_ids=RANDOM.stop_ids)
     found = answers(tiny, asked, sampling, batch_size=2)
     tiny.causal_lm.set_attn_implementation("sdpa")
     for request in asked:
         completion = found[request.index]
         ids = torch.tensor([request.prompt_ids + completion.token_ids])
         with torch.no_grad():
-            logps = tiny.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            logits = tiny.model(input_ids=ids).logits[0, :-1] / sampling.temperature
+        logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
         expected = logps[len(request.prompt_ids) - 1 :].sum().item()
         assert completion.logp == pytest.approx(expected, abs=1e-3)
     tiny.causal_lm.set_attn_implementation("spinfast")
@@ -225,15 +226,15 @@ def test_equal_index_with_another_prompt_shares_nothing(policy):
 
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_log_probs_per_token_are_those_of_the_training_forward(policy, family, tied):
-    """Temperature and nucleus cut what is drawn, never the log-probs; packed as training packs a group."""
+    """At the temperature of the draw; packed as training packs a group."""
     tiny, asked = policy(family, tied), several(requests(3), samples=4)
-    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=20, stop_ids=RANDOM.stop_ids)
+    sampling = Sampling(temperature=0.7, top_p=1, max_tokens=20, stop_ids=RANDOM.stop_ids)
     found = sampled(tiny, asked, sampling, batch_size=5)
     for request in asked[::4]:
         samples = [found[request.index, k] for k in range(4)]
         batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
         with torch.no_grad():
-            expected = answer_logps(tiny, batch)
+            expected = answer_logps(tiny, batch, sampling.temperature)
         given = torch.tensor([logp for c in samples for logp in c.logps])
         assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
         assert (given - expected).abs().max() < BOUNDS[torch.float32]
@@ -401,7 +402,7 @@ def test_uniform_is_splitmix64(seeds, step):
     seed=st.integers(0, 2**31),
 )
 def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, top_p, seed):
-    """The drawn token's interval of the nucleus's CDF (sorted out in fp64) holds the uniform."""
+    """The drawn token's interval of the nucleus's CDF (sorted out in fp64) holds the uniform; its width is its prob."""
     draw = torch.Generator().manual_seed(seed)
     logits_SV = torch.randn(6, vocabulary, generator=draw) * spread
     uniform_S = torch.rand(6, generator=draw, dtype=torch.float64)
@@ -420,7 +421,7 @@ def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, 
     assert (width_S > 0).all()
     assert (high_S - width_S <= uniform_S[clear_S] + 1e-4).all()
     assert (uniform_S[clear_S] <= high_S + 1e-4).all()
-    assert torch.allclose(logp_S, logits_SV.log_softmax(-1).gather(1, token_S[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(logp_S[clear_S].double(), width_S.log(), atol=1e-4)
 
 
 def test_a_round_that_changes_the_base_is_an_error(tiny_model, tmp_path, monkeypatch):

@@ -105,16 +105,16 @@ def several(requests, samples):
 
 
 def test_log_probs_per_token_are_those_of_the_training_forward(generator, trained, prompts):
-    """Several samples of a prompt, packed as training packs a group; the nucleus cuts draws, not log-probs."""
+    """At the temperature of the draw: several samples of a prompt, packed as training packs a group."""
     requests, sampling = ask(prompts)
-    sampling = replace(sampling, temperature=0.7, top_p=0.9)
+    sampling = replace(sampling, temperature=0.7)
     found = {(c.index, c.sample): c for c in generator.generate(several(requests, 3), sampling, trained.adapter())}
     assert len(found) == 12
     for request in requests:
         samples = [found[request.index, k] for k in range(3)]
         batch = pack([Group(request.prompt_ids, tuple(c.token_ids for c in samples))], [0], "sdpa")
         with torch.no_grad():
-            expected = answer_logps(trained, batch)
+            expected = answer_logps(trained, batch, sampling.temperature)
         assert [len(c.logps) for c in samples] == [len(c.token_ids) for c in samples]
         given = torch.tensor([logp for c in samples for logp in c.logps])
         assert (given - expected).abs().max() < BOUNDS[torch.float32]
