@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from spinfast.evaluate.statistics import Estimate, apart, estimate
+from spinfast.rewards.kinds import kind
 
 MIN_STEPS = 10  # of either end
 KEPT = (
@@ -24,8 +25,6 @@ KEPT = (
 )
 BY_FUNCTION = re.compile(r"rewards/(?P<name>.+)/(mean|std)")
 LOOKS = ("heldout/reward", "heldout/accuracy_strict", "heldout/accuracy_flexible")
-PENALTY = re.compile(r"penal|repet|overlong|length", re.IGNORECASE)  # names whose constant 0 is no fault
-FORM = re.compile(rf"format|xml|tag|think|(^|_)int(eger)?($|_)|{PENALTY.pattern}", re.IGNORECASE)  # not correctness
 
 Summary = dict
 Rule = Callable[[Summary], str | None]
@@ -115,7 +114,7 @@ def _right(seen: Summary) -> float | None:
 
     Then M is mean + variance / mean and the share is mean / M. M is taken for one if it is near a multiple of 0.5.
     """
-    names = sorted(functions(seen), key=lambda name: bool(FORM.search(name)))  # correctness first
+    names = sorted(functions(seen), key=lambda name: kind(name) != "result")  # correctness first
     if not names:
         return None
     mean, spread = (_value(seen, f"rewards/{names[0]}/{what}") for what in ("mean", "std"))
@@ -138,7 +137,7 @@ def _constant(seen: Summary) -> str | None:
         return max(*map(abs, spreads), abs(values[1] - values[0])) <= bound
 
     found = [(name, _value(seen, f"rewards/{name}/mean")) for name in functions(seen) if fixed(name)]
-    never = [(name, value) for name, value in found if value <= 0 and not PENALTY.search(name)]
+    never = [(name, value) for name, value in found if value <= 0 and kind(name) != "penalty"]
     found = never or (found if len(found) == len(functions(seen)) else [])  # one that always pays may be learnt
     if not found:
         return None
@@ -185,7 +184,7 @@ def _dead(seen: Summary) -> str | None:
 
 def _only_form(seen: Summary) -> str | None:
     names = functions(seen)
-    form = [name for name in names if FORM.search(name)]
+    form = [name for name in names if kind(name) != "result"]
     rose = [name for name in form if _moved(seen, f"rewards/{name}/mean", 1)]
     rest = [name for name in names if name not in form]
     if rose and rest and not any(_moved(seen, f"rewards/{name}/mean", 1) for name in rest):

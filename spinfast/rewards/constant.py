@@ -45,7 +45,7 @@ class ConstantWatch:
             return "it tells no answers apart; all are as good as it asks for, or it does not look at them"
         if kind == "penalty":
             return None
-        if kind == "format":
+        if kind == "form":
             return (
                 "no answer has its format; show the format in the system prompt, train it with an sft stage first, "
                 "or add tag_count, which rewards its parts"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spinfast.errors import UserError
+from spinfast.rewards.kinds import Kind, kind
 from spinfast.rewards.limits import Overtime, event_loop, limited, staying
 from spinfast.store.files import sha256
 
@@ -99,7 +100,10 @@ class Reward:
     call: Callable
     file: str | None = None  # where a user's function is from
     options: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of every call, before any column
-    kind: str = ""  # "format", "penalty": what a constant 0 of it means
+
+    @property
+    def kind(self) -> Kind:
+        return "penalty" if self.weight < 0 else kind(self.name)
 
     @property
     def label(self) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import inspect
 import math
-import re
 import sys
 import traceback
 from collections import Counter
@@ -23,8 +22,6 @@ from spinfast.errors import UserError
 from spinfast.rewards import ready
 from spinfast.rewards.contract import GIVEN, Reward, Rewards, arguments
 
-_FORMAT_WORDS = re.compile(r"format|xml|(?<![a-z])tags?(?![a-z])", re.IGNORECASE)
-
 
 def load(spec: Mapping[str, float | Mapping], *, timeout: float, max_tokens: int) -> Rewards:
     """The functions of `grpo.rewards`: {name: weight} or {name: {weight: w, option: value ...}}.
@@ -38,7 +35,7 @@ def load(spec: Mapping[str, float | Mapping], *, timeout: float, max_tokens: int
         weight = _weight(name, options.pop("weight", 1.0))
         if name in ready.READY:
             call = ready.make(name, options, max_tokens)
-            functions.append(Reward(name, weight, call, kind=ready.kind(name)))
+            functions.append(Reward(name, weight, call))
         else:
             functions.append(_own(name, weight, options, modules))
     if not any(each.weight for each in functions):
@@ -75,8 +72,7 @@ def _own(name: str, weight: float, options: dict[str, Any], modules: dict[Path, 
     _check_options(label, options, wants[0], given=() if inspect.isclass(call) else GIVEN)
     if inspect.isclass(call):
         call, options = _instance(label, call, options, path), {}
-    kind = "penalty" if weight < 0 else "format" if _FORMAT_WORDS.search(attribute) else ""
-    return Reward(attribute, weight, call, str(path), options, kind)
+    return Reward(attribute, weight, call, str(path), options)
 
 
 def _instance(label: str, kind: type, options: dict[str, Any], path: Path) -> Any:

@@ -36,10 +36,6 @@ from spinfast.evaluate.references import (
 from spinfast.rewards.contract import text_of, the_data_has
 
 REFERENCES = (*EXPLICIT, *IMPLICIT)  # columns that hold a result, first come, first served
-_FORMATS, _PENALTIES = (
-    ("integer", "format", "strict_format", "think_format", "tag_count"),
-    ("repetition", "soft_overlong"),
-)
 
 Judge = Callable[[str, dict[str, Any]], float | None]  # a completion's text, its row's reference columns
 Tags = Annotated[tuple[str, str], Field(description="of the reasoning and of the answer, without < and >")]
@@ -267,11 +263,6 @@ READY: dict[str, Callable[..., Callable]] = {
     "soft_overlong": soft_overlong,
     "coin": coin,
 }
-
-
-def kind(name: str) -> str:
-    """What a constant 0 of a ready function means: "format" never met, "penalty" never due, or ""."""
-    return "format" if name in _FORMATS else "penalty" if name in _PENALTIES else ""
 
 
 def make(name: str, options: dict[str, Any], max_tokens: int) -> Callable:
