@@ -119,7 +119,7 @@ class RunDir:
     def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
         """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
         row = {"stage": stage, "phase": phase, "step": step}
-        row |= {name: _finite(value) for name, value in values.items() if name not in row}
+        row |= {name: _finite(value) for name, value in values.items()}
         trackers = self.trackers
         _append(self.path / "metrics.jsonl", row)
         trackers.step(row)
