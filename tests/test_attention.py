@@ -97,6 +97,7 @@ CASES = {
     "many small groups, ones among them": [(3, (1, 9)), (1, (1, 1)), (17, (33, 2))],
     "four answers": [(20, (30, 1, 64, 7))],
     "sixty answers, whose gradients a prompt of two gathers": [(2, (3,) * 60)],
+    "eight answers a group, more than a run holds": [(40, (20,) * 8), (5, (30, 2, 140, 90, 60)), (1, (2, 2, 2))],
 }
 
 

@@ -1,7 +1,8 @@
 """Attention over packed segments on a CPU.
 
 Forward: torch's flash kernel on views. A later answer attends causally to itself and to its group's prompt; the two
-parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135).
+parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135). Short later answers of a group go together, up
+to RUN rows: what one masked product wastes costs less than a call each (GRPO's answers of a few tokens).
 
 Backward: dense products (AMX where there is bf16) around one compiled row pass, because torch's flash kernel
 multiplies in fp32 there and gains nothing from a second thread.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from numba import prange
 from spinfast_kernels.cpu import compiled, exp, launch, narrow, widen
 
 BLOCK = 256
+RUN = 128
 Segments = Sequence[tuple[int, int]]  # (queries, keys): a segment sees itself, causally, and keys - queries before it
 
 
@@ -37,19 +40,29 @@ def forward(q_HTd, k_GTd, v_GTd, segments: Segments, scale: float):
     H, T, d = q_HTd.shape
     out_THd = q_HTd.new_empty(T, H, d)
     lse_HT = q_HTd.new_empty(H, T, dtype=torch.float32)
-    for rows, seen in _segments(segments):
-        out_THd[rows], lse_HT[:, rows] = _flash(q_HTd, k_GTd, v_GTd, rows, rows, scale)
+    for rows, seen, starts in _runs(segments):
+        out_THd[rows], lse_HT[:, rows] = _flash(q_HTd, k_GTd, v_GTd, rows, rows, scale, starts)
         if seen.stop > seen.start:
             launch(_merge_kernel, out_THd[rows], lse_HT[:, rows], *_flash(q_HTd, k_GTd, v_GTd, rows, seen, scale))
     return out_THd, lse_HT
 
 
-def _flash(q_HTd, k_GTd, v_GTd, rows: slice, keys: slice, scale: float):
-    """(output (B, H, d), log-sum-exp (H, B)) of these rows over these keys, causal where they are the same."""
+def _flash(q_HTd, k_GTd, v_GTd, rows: slice, keys: slice, scale: float, starts: Sequence[int] = ()):
+    """(output (B, H, d), log-sum-exp (H, B)) of these rows over these keys: all of them, or where answers start at
+    `starts` of the rows, which are the keys then, each over its own, causally."""
+    mask = _own(starts, rows.stop - rows.start).to(q_HTd) if len(starts) > 1 else None
     out_1HBd, lse_1HB = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_HTd[None, :, rows], k_GTd[None, :, keys], v_GTd[None, :, keys], 0.0, rows == keys, scale=scale
-    )
+        q_HTd[None, :, rows], k_GTd[None, :, keys], v_GTd[None, :, keys], 0.0, len(starts) == 1,
+        attn_mask=mask, scale=scale,
+    )  # fmt: skip
     return out_1HBd[0].transpose(0, 1), lse_1HB[0]
+
+
+@lru_cache(64)
+def _own(starts: tuple[int, ...], rows: int) -> torch.Tensor:
+    """(B, B): 0 where a row sees another, which is of its answer and not after it; else -inf."""
+    answer_B = torch.tensor(_firsts(starts, rows), device="cpu")
+    return torch.where((answer_B[:, None] == answer_B).tril_(), 0.0, -torch.inf)
 
 
 @compiled
@@ -74,7 +87,8 @@ def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments,
     dq_HTd = torch.empty_like(q_HTd)
     dk_GTd, dv_GTd = (torch.zeros_like(x, dtype=torch.float32) for x in (k_GTd, v_GTd))
     with _products_in(q_HTd.dtype):
-        for rows, seen in _segments(segments):
+        for rows, seen, starts in _runs(segments):
+            firsts_B = np.array(_firsts(starts, rows.stop - rows.start))
             before, own = seen.stop - seen.start, rows.stop - rows.start
             k_GKd, v_GKd = (_padded(x[:, seen], x[:, rows]) for x in (k_GTd, v_GTd))
             dk_GKd, dv_GKd = torch.zeros_like(k_GKd), torch.zeros_like(v_GKd)
@@ -87,8 +101,9 @@ def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments,
                 ds_GRK = torch.bmm(grad_GRd, v_GKd[:, :K].transpose(1, 2))
                 p_HBK, ds_HBK = (x.view(H, -1, K) for x in (p_GRK, ds_GRK))
                 launch(
-                    _row_kernel, p_HBK, ds_HBK, grad_HBd, out_THd[block], lse_HT[:, block], before + start, float(scale)
-                )
+                    _row_kernel, p_HBK, ds_HBK, grad_HBd, out_THd[block], lse_HT[:, block],
+                    firsts_B[start:stop], before, start, float(scale),
+                )  # fmt: skip
                 dv_GKd[:, :K].baddbmm_(p_GRK.transpose(1, 2), grad_GRd)
                 dk_GKd[:, :K].baddbmm_(ds_GRK.transpose(1, 2), q_GRd)
                 dq_HBd = torch.bmm(ds_GRK, k_GKd[:, :K]).view_as(q_HBd)
@@ -100,38 +115,53 @@ def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments,
 
 
 @compiled
-def _row_kernel(score_HBK, dp_HBK, grad_HBd, out_BHd, lse_HB, before, scale):
+def _row_kernel(score_HBK, dp_HBK, grad_HBd, out_BHd, lse_HB, firsts_B, before, start, scale):
     """Scores to P and dP to dS in place, 0 where a row may not look and in the rows of the padding.
 
-    Row b sees `before` keys and its block's up to its own.
+    Row b, the run's row start + b, sees the `before` keys of the prompt and of its run's those from firsts_B[b] on
+    up to its own.
     """
     H, B, K = score_HBK.shape
     for row in prange(H * B):
         h, b = row // B, row % B
         score_K, dp_K = score_HBK[h, b], dp_HBK[h, b]
-        keys = 0
+        prompt = first = last = 0
         if b < len(out_BHd):
-            keys = before + b + 1
+            prompt, first, last = before, before + firsts_B[b], before + start + b + 1
             factor, lse, delta = np.float32(scale), lse_HB[h, b], np.float32(0.0)
             grad_d, out_d = grad_HBd[h, b], out_BHd[b, h]
             for c in range(len(grad_d)):
                 delta += grad_d[c] * widen(out_d[c])
-            for k in range(keys):
-                p = exp(score_K[k] * factor - lse)
-                score_K[k] = p
-                dp_K[k] = p * (dp_K[k] - delta) * factor
-        for k in range(keys, K):
-            score_K[k] = np.float32(0.0)
-            dp_K[k] = np.float32(0.0)
+            for low, high in ((0, prompt), (first, last)):
+                for k in range(low, high):
+                    p = exp(score_K[k] * factor - lse)
+                    score_K[k] = p
+                    dp_K[k] = p * (dp_K[k] - delta) * factor
+        for low, high in ((prompt, first), (last, K)):
+            for k in range(low, high):
+                score_K[k] = np.float32(0.0)
+                dp_K[k] = np.float32(0.0)
 
 
-def _segments(segments: Segments) -> Iterator[tuple[slice, slice]]:
-    """(a segment's rows, those before them that it sees): none, or for a later answer its group's prompt."""
-    start = group = 0
+def _runs(segments: Segments) -> list[tuple[slice, slice, tuple[int, ...]]]:
+    """(rows, those before them that they see, where answers start among them): a segment that sees none before, or
+    later answers of a group, which see its prompt."""
+    runs, row = [], 0
+    group = 0
     for queries, keys in segments:
-        group = start if queries == keys else group
-        yield slice(start, start + queries), slice(group, group + keys - queries)
-        start += queries
+        group = row if queries == keys else group
+        seen, (rows, prompt, starts) = slice(group, group + keys - queries), runs[-1] if runs else (slice(0), None, ())
+        if queries < keys and seen == prompt and row + queries - rows.start <= RUN:
+            runs[-1] = slice(rows.start, row + queries), seen, (*starts, row - rows.start)
+        else:
+            runs.append((slice(row, row + queries), seen, (0,)))
+        row += queries
+    return runs
+
+
+def _firsts(starts: Sequence[int], rows: int) -> list[int]:
+    """Per row where its answer starts."""
+    return [start for start, stop in zip(starts, (*starts[1:], rows), strict=True) for _ in range(start, stop)]
 
 
 def _rounded(rows: int) -> int:
