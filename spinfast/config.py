@@ -183,7 +183,7 @@ class Sft(Watched, Passes):
     lr: PerRound = Field((1e-4,), max_length=1, description="peak learning rate")
 
 
-PAIRED = (  # the losses of losses.py
+PAIRED = (  # those of objectives/losses.py
     *("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "sft", "cpo", "simpo", "orpo"),
 )
@@ -200,7 +200,9 @@ USED_BY = {  # option -> the losses that have it
 
 
 class Dpo(Watched, Passes):
-    loss: Weighed = Field({"sigmoid": 1.0}, description="a loss of losses.py, a list (their sum), or {name: weight}")
+    loss: Weighed = Field(
+        {"sigmoid": 1.0}, description="a loss of objectives/losses, a list (their sum), or {name: weight}"
+    )
     beta: float = Field(0.1, gt=0, le=1e6, description="how far the policy may move from its reference")
     reference: str = Field(
         "start", min_length=1, description="start of the stage, base, an adapter's directory, or a reference.parquet"
@@ -266,7 +268,7 @@ class Grpo(Watched, Optimisation):
     num_iterations: int = Field(1, gt=0, description="times that a rollout is gone through")
     refill: int = Field(0, ge=0, description="rounds in which fresh prompts replace groups whose rewards are all equal")
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"] = Field(
-        "dapo", description="surrogates.py has them all"
+        "dapo", description="objectives/surrogates.py has them all"
     )
     epsilon: float = Field(0.2, gt=0, lt=1, description="the ratio to the sampling policy is clipped at 1 - epsilon")
     epsilon_high: float | None = Field(None, gt=0, le=1e6, description="and at 1 + this; null: epsilon, cispo 5")

@@ -18,7 +18,6 @@ from test_packing import StarvedOps, current
 from spinfast.config import PAIRED, UNPAIRED
 from spinfast.errors import UserError
 from spinfast.fit import summary
-from spinfast.losses import LOSSES
 from spinfast.objectives import (
     ACTIVE,
     ADVANTAGE,
@@ -35,9 +34,10 @@ from spinfast.objectives import (
     split,
     with_reference,
 )
+from spinfast.objectives.losses import LOSSES
+from spinfast.objectives.surrogates import SURROGATES, Tokens, clipped, correction, ratios
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.surrogates import SURROGATES, Tokens, clipped, correction, ratios
 from spinfast.train import Budget, answer_logps, batches, sequence_logps, start_training, token_logps, train_step
 from spinfast.types import Group
 

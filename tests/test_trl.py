@@ -30,11 +30,11 @@ from spinfast.objectives import (
     Surrogate,
     with_reference,
 )
+from spinfast.objectives.surrogates import SURROGATES, Correction
 from spinfast.ops import choose
 from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
-from spinfast.surrogates import SURROGATES, Correction
 from spinfast.train import Budget, sequence_logps, start_training, token_logps, train_step
 from spinfast.types import Group
 

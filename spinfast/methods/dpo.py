@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its family (arXiv 2305.18290; losses.py has them all).
+"""Direct preference optimisation and its family (arXiv 2305.18290; objectives/losses.py has them all).
 
     log p_ref of every answer                                        with_reference
     theta = argmin E loss(log p_theta, log p_ref, lengths)           fit

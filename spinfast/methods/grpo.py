@@ -6,7 +6,7 @@
         r                     = sum of weight * reward(x, y)             rewards/
         A                     = (r - mean of its group) / their spread   advantages.py
         for one or more steps:
-            theta            += gradient of A * ratio(p_theta, p_old)    surrogates.py, fit
+            theta            += gradient of A * ratio(p_theta, p_old)    objectives, fit
 
 A rollout is kept in a file before it is trained on, and a resumed run reads it again. Groups whose rewards are all
 equal teach nothing: they are not computed, and with grpo.refill fresh prompts take their place.

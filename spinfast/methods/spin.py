@@ -4,7 +4,7 @@
         y'  ~ p_theta_t(. | x)                                   rollout
         (x, y, y')  + those of t-1                               pair
         log p_theta_t(y|x), log p_theta_t(y'|x)                  with_reference
-        theta_{t+1} = argmin E l(margin)   (objectives.py)       fit
+        theta_{t+1} = argmin E l(margin)   (objectives)          fit
         held-out accuracy and the game on unseen prompts         conclude
 
 Phases hand over through files in the stage's directory; one whose outputs are whole is skipped, and generation and

@@ -3,7 +3,7 @@
 Names and formulas are those of TRL 1.16 (DPOTrainer; CPOTrainer for cpo and simpo, ORPOTrainer for orpo), and tests
 hold TRL's own losses and gradients against them. Two things differ and are meant to: orpo's likelihood term is that of
 the answer given its prompt, as in the paper (Eq. 2; TRL takes the prompt's tokens in), and `ipo` here averages over
-tokens, as the authors do, while SPIN's ipo (objectives.py) is of sums.
+tokens, as the authors do, while SPIN's ipo (answers.py) is of sums.
 
 With c and r the log-ratios log p - log p_ref of the chosen and the rejected answer, s the logistic function:
 
