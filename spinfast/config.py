@@ -400,7 +400,8 @@ class Config(Section):
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         strangers = [name for name in names if name not in cls.methods()]
         if strangers:
-            hint = "; it is a dpo.loss" if strangers[0] in (*PAIRED, *UNPAIRED) else ""
+            hint = "; it is a dpo.loss" if strangers[0].lower() in (*PAIRED, *UNPAIRED) else ""
+            hint = "; names are in lower case" if strangers[0].lower() in cls.methods() else hint
             raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them{hint}")
         if len({*names}) < len(names):
             raise ValueError("expected each method once")

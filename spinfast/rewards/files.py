@@ -22,6 +22,13 @@ from spinfast.errors import UserError
 from spinfast.rewards import ready
 from spinfast.rewards.contract import GIVEN, Reward, Rewards, arguments
 
+# how other tools' ready functions begin -> ours
+ELSEWHERE = {
+    "accuracy": "math", "reasoning_accuracy": "math", "correctness": "gsm8k", "int": "integer",
+    "xmlcount": "tag_count", "soft_format": "format", "match_format": "format", "get_cosine": "cosine",
+    "get_repetition": "repetition", "get_soft_overlong": "soft_overlong",
+}  # fmt: skip
+
 
 def load(spec: Mapping[str, float | Mapping], *, timeout: float, max_tokens: int) -> Rewards:
     """The functions of `grpo.rewards`: {name: weight} or {name: {weight: w, option: value ...}}.
@@ -53,7 +60,8 @@ def _own(name: str, weight: float, options: dict[str, Any], modules: dict[Path, 
     """A function of a user's file."""
     file, _, attribute = name.rpartition(":")
     if not file.endswith(".py") or not attribute:
-        near = difflib.get_close_matches(name, ready.READY, n=1)
+        near = [ours for theirs, ours in ELSEWHERE.items() if name.startswith(theirs)]
+        near = near or difflib.get_close_matches(name, ready.READY, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"ready ones are {', '.join(ready.READY)}"
         raise UserError(f"grpo.rewards: expected a ready reward or FILE.py:function, got {name!r}; {hint}")
     path = Path(file).expanduser().resolve()

@@ -211,6 +211,10 @@ def test_files_that_do_not_load(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
+        (
+            {"accuracy_reward": 1},
+            "expected a ready reward or FILE.py:function, got 'accuracy_reward'; did you mean 'math'?",
+        ),
         ({"gsm8": 1}, "expected a ready reward or FILE.py:function, got 'gsm8'; did you mean 'gsm8k'?"),
         (
             {"nothing.py": 1},
