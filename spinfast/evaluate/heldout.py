@@ -262,17 +262,18 @@ def draw(run, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> 
     return [answers[example.index] for example in examples]
 
 
-def verdicts(stage: Stage) -> list[float]:
-    """1 or 0 per held-out problem: the greedy answer's strict score, else the flexible; empty without references."""
-    path = stage.path("heldout.jsonl")
-    scores = [row["scores"] for row in (files.read_jsonl(path) if path.exists() else [])]
-    readings = ([found[reading] for found in scores if reading in found] for reading in ACCURACY)
-    return next(filter(None, readings), [])
+def verdicts(played: Sequence[Stage]) -> list[list[float]]:
+    """By stage, 1 or 0 per held-out problem: the greedy answers' strict scores, or the flexible ones where no problem
+    has a strict verdict or no stage a strict success; empty without references."""
+    paths = [stage.path("heldout.jsonl") for stage in played]
+    scores = [[row["scores"] for row in files.read_jsonl(path)] if path.exists() else [] for path in paths]
+    readings = [[[s[reading] for s in of_stage if reading in s] for of_stage in scores] for reading in ACCURACY]
+    return next((r for r in readings if any(map(any, r))), next((r for r in readings if any(r)), [[] for _ in played]))
 
 
 def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
     """Why to play no further iteration, or None."""
-    results = [verdicts(stage) for stage in played]
+    results = verdicts(played)
     if not patience or not results[0]:
         return None
     before = [stage.method for stage in played if stage.method != played[-1].method]
@@ -282,7 +283,7 @@ def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
 
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
     """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
-    results = [verdicts(stage) for stage in played]
+    results = verdicts(played)
     position = stopping.kept(results) if results[0] else len(played) - 1
     best = {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
     files.write_json(run.path / "best.json", best | {"of": [stage.name for stage in played]})

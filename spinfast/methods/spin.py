@@ -38,7 +38,7 @@ def spin(run: Run, last: Stage) -> Iterator[dict]:
     for key, values in {"lr": c.lr, "beta": c.beta}.items():
         if len(values) > c.iterations:
             log.warning("spin.%s has %d values, only the first %d have an iteration", key, len(values), c.iterations)
-    if c.stop_patience and not heldout.verdicts(run.played[0]):
+    if c.stop_patience and not heldout.verdicts(run.played[:1])[0]:
         log.warning("spin.stop_patience has no use: no held-out problem with a reference is answered; all are played")
     for t in range(c.iterations):
         stage = run.stage(f"iter_{t:03d}", last, "spin", t)

@@ -280,7 +280,8 @@ def _transcripts(runs: Sequence[Run]) -> str:
     options = "".join(f'<option value="{i}">{escape(run.name)}</option>' for i, run in enumerate(runs))
     chooser = f'<select id="run" aria-label="run">{options}</select>' if len(runs) > 1 else ""
     return f"""<section id="transcripts"><h2>Transcripts</h2>
-<p class="soft">Greedy answers to held-out problems; ✓ and ✗ are the strict verdict.
+<p class="soft">Greedy answers to held-out problems; ✓ and ✗ are the strict verdict, or the flexible one where no
+stage has a strict success.
 At most {MAX_TRANSCRIPTS} a run.</p>
 <div class="controls"><input type="search" id="search" placeholder="search" aria-label="search">
 <select id="which" aria-label="filter"><option value="all">all</option>
@@ -296,20 +297,20 @@ def _problems(run: Run) -> list[dict]:
     if not stages:
         return []
     names = {stage: label(row["iteration"]) for stage, row in zip(run.stages, run.rows, strict=True)}
-    first = next(iter(stages.values()))
+    first, reading = next(iter(stages.values())), study.deciding(run)
     return [
         {
             "index": index,
             "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]),
             "real": row["real"] or row["reference"] or "",
-            "answers": [_answer(names[stage], rows[index]) for stage, rows in stages.items() if index in rows],
+            "answers": [_answer(names[stage], rows[index], reading) for stage, rows in stages.items() if index in rows],
         }
         for index, row in list(first.items())[:MAX_TRANSCRIPTS]
     ]
 
 
-def _answer(stage: str, row: dict) -> dict:
-    verdict = next(iter(row["scores"].values()), None)  # strict, if it has one
+def _answer(stage: str, row: dict, reading: str) -> dict:
+    verdict = row["scores"].get(reading)
     return {
         "stage": stage,
         "text": row["text"],

@@ -234,8 +234,11 @@ def against_base(run: Run, row: dict, metric: str) -> Change | None:
 
 
 def deciding(run: Run) -> str:
-    """The reading that the best is chosen by: strict, or flexible where no problem has a strict verdict."""
-    return next((r for r, metric in ACCURACY.items() if any(metric in row["evaluation"] for row in run.rows)), STRICT)
+    """The reading that the best is chosen by (heldout.verdicts): strict, or flexible where no problem has a strict
+    verdict or no stage a strict success."""
+    found = {r: [row["evaluation"][metric]["value"] for row in run.rows if metric in row["evaluation"]]
+             for r, metric in ACCURACY.items()}  # fmt: skip
+    return next((r for r in found if any(found[r])), next((r for r in found if found[r]), STRICT))
 
 
 def best_row(run: Run) -> dict | None:

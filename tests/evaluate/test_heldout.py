@@ -15,6 +15,7 @@ from spinfast import methods, train
 from spinfast.config import Data, Source
 from spinfast.data import load_data
 from spinfast.evaluate import heldout
+from spinfast.evaluate.references import FLEXIBLE, STRICT
 from spinfast.objectives import Pairwise
 from spinfast.report.read import read_run
 from spinfast.train import Budget
@@ -123,3 +124,18 @@ def test_an_answer_that_both_sides_gave_has_one_score(tmp_path, monkeypatch):
     assert metrics["heldout/pair_accuracy"] == metrics["fresh/auc_log_ratio"] == {"value": 0.5, "stderr": 0.0, "n": 8}
     assert metrics["heldout/margin"] == {"value": 0.0, "stderr": 0.0, "n": 8}
     assert metrics["heldout/real_logp_change"]["stderr"] > 0
+
+
+def test_the_best_is_kept_by_a_reading_that_says_something(tmp_path):
+    """A model that learns by a reward need never write the data's form: its strict verdicts are all 0."""
+    stages = []
+    for name, strict, flexible in (("base", "000", "100"), ("grpo", "000", "110"), ("more", "000", "010")):
+        stages.append(SimpleNamespace(name=name, path=(tmp_path / name).joinpath))
+        scores = [{STRICT: float(s), FLEXIBLE: float(f)} for s, f in zip(strict, flexible, strict=True)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "heldout.jsonl").write_text("".join(json.dumps({"scores": s}) + "\n" for s in scores))
+    heldout.keep_best(SimpleNamespace(path=tmp_path), stages)
+    assert json.loads((tmp_path / "best.json").read_text())["stage"] == "grpo"
+    scores = [{STRICT: 1.0, FLEXIBLE: 0.0}] * 3
+    (tmp_path / "base" / "heldout.jsonl").write_text("".join(json.dumps({"scores": s}) + "\n" for s in scores))
+    assert heldout.verdicts(stages) == [[1.0] * 3, [0.0] * 3, [0.0] * 3]

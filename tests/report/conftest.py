@@ -51,20 +51,21 @@ def run_copy(played, tmp_path):
 
 @pytest.fixture
 def judged(run_copy):
-    """judged(stage, verdicts): rewrite a stage's strict verdicts on the held-out problems, and its row."""
+    """judged(stage, verdicts): rewrite a stage's verdicts on the held-out problems, strict alike or all 0, and its row."""
 
-    def rewrite(stage: str, verdicts: list[float]):
+    def rewrite(stage: str, verdicts: list[float], strict: float = 1.0):
         path = run_copy / stage / "heldout.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [rows[i % len(rows)] | {"index": i} for i in range(len(verdicts))]
         for row, verdict in zip(rows, verdicts, strict=True):
-            row["scores"] = {"exact_match,strict-match": verdict, "exact_match,flexible-extract": verdict}
+            row["scores"] = {"exact_match,strict-match": strict * verdict, "exact_match,flexible-extract": verdict}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = json.loads((run_copy / "results.json").read_text())
         for row in results:
             if row["iteration"] == (int(stage[-3:]) if stage.startswith("iter_") else stage):
                 mean = {"value": sum(verdicts) / len(verdicts), "stderr": 0.05, "n": len(verdicts)}
-                row["evaluation"] |= {"heldout/accuracy_strict": mean, "heldout/accuracy_flexible": mean}
+                strictly = mean | {"value": strict * mean["value"]}
+                row["evaluation"] |= {"heldout/accuracy_strict": strictly, "heldout/accuracy_flexible": mean}
         (run_copy / "results.json").write_text(json.dumps(results))
         return run_copy
 

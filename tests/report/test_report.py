@@ -256,6 +256,15 @@ def test_better_worse_and_noise_are_marked(judged):
     assert "better (+50.0 points" in study.story(run)[2]
 
 
+def test_where_nobody_is_strictly_right_the_flexible_reading_decides(judged):
+    """A model that learns by a reward never writes the data's form."""
+    for stage, solved in {"base": 8, "sft": 8, "iter_000": 9, "iter_001": 19}.items():
+        run = read_run(judged(stage, [float(i < solved) for i in range(20)], strict=0.0))
+    assert "The best flexible accuracy on held-out problems is iteration 1's, 95.0%." in study.story(run)[1]
+    problems = Page(page([run])).json["transcript-data"][0]
+    assert [problem["answers"][-1]["right"] for problem in problems] == [True] * 19 + [False]
+
+
 def test_accuracy_at_the_floor_is_called_so(played, judged):
     assert "Every stage answers none of the held-out problems" in study.story(read_run(played[0]))[1]
     for stage in ("base", "sft", "iter_000"):
