@@ -51,7 +51,7 @@ def run_copy(played, tmp_path):
 
 @pytest.fixture
 def judged(run_copy):
-    """judged(stage, verdicts): rewrite a stage's verdicts on the held-out problems, strict alike or all 0, and its row."""
+    """judged(stage, verdicts): rewrite verdicts on the held-out problems, strict alike or all 0, and the row."""
 
     def rewrite(stage: str, verdicts: list[float], strict: float = 1.0):
         path = run_copy / stage / "heldout.jsonl"
