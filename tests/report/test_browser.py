@@ -60,7 +60,7 @@ def test_search_and_filters(browser, report):
 def test_rollouts_by_step_search_and_kind(browser, run_copy):
     add_grpo(run_copy)
     seen = browser.open(write_report([run_copy], png=False)[0], 1280)
-    count = "[...document.querySelectorAll('#rollouts article')].filter(node => node.offsetParent).length"
+    count = "[...document.querySelectorAll('#rollouts article')].filter(node => node.checkVisibility()).length"
     assert browser.run(count) == 3  # the newest is open
     put = "((id, text, event) => { const node = document.getElementById(id); node.value = text; "
     put += "node.dispatchEvent(new Event(event)); })"
