@@ -39,7 +39,7 @@ COLUMNS = {  # metric -> (heading, digits, factor)
     "heldout/eos_rate": ("ended, %", 0, 100),
 }
 SECTIONS = {
-    "answers": (
+    "rewards": (
         "Rewards and answers",
         "Of the answers that were sampled for training, step by step. Lines are running means over a twentieth of the "
         "steps (at least 5), bands are ± 2 standard errors of these means; every step is in metrics.jsonl. Points are "

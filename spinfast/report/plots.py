@@ -128,11 +128,14 @@ def svg(plot: Plot) -> str:
         parts.append(
             f'<text class="tick" x="{px(x)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>'
         )
+    free = 0.0  # where the last label ends
     for x, text in plot.marks:
         parts.append(f'<line class="mark" x1="{px(x)}" x2="{px(x)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         left = px(x) < WIDTH - 80  # room for the label on the right of its line
         anchor, place = ("start", px(x) + 3) if left else ("end", px(x) - 3)
-        parts.append(f'<text class="tick" x="{place}" y="{TOP + 8}" text-anchor="{anchor}">{escape(text)}</text>')
+        if place >= free:
+            parts.append(f'<text class="tick" x="{place}" y="{TOP + 8}" text-anchor="{anchor}">{escape(text)}</text>')
+            free = place + 7 * len(text)
     if plot.level:
         y, text = plot.level
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')

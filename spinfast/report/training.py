@@ -107,7 +107,7 @@ def _answers(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
                 thinned = slice(None, None, max(1, len(x) // POINTS))
                 drawn = (values[thinned] for values in (x, *_running([row[metric] for row in rows])))
                 series.append(Series(run.name, position, *drawn))
-    return _plot(metric, title, "band", series, "answers", level=level)
+    return _plot(metric, title, "band", series, "rewards", level=level)
 
 
 def _running(values: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
@@ -136,4 +136,4 @@ def _look(runs: Sequence[Run], metric: str, title: str) -> Plot:
             bounds = [interval({"value": row[metric], "stderr": row.get(f"{metric}_stderr", math.nan)}) for row in rows]
             low, high = zip(*bounds, strict=True)
             series.append(Series(run.name, position, x, [row[metric] for row in rows], list(low), list(high)))
-    return _plot(metric, f"{title} on the way", "points", series, "answers", name=f"look-{metric}")
+    return _plot(metric, f"{title} on the way", "points", series, "rewards", name=f"look-{metric}")

@@ -114,6 +114,12 @@ def test_page(made, played, several):
     assert 'class="band s0 lap0"' in text
 
 
+def test_no_two_parts_of_the_page_have_one_id(made):
+    """The transcripts were once written over the section of rewards."""
+    ids = re.findall(r' id="([^"]+)"', page([read_run(made)]))
+    assert len(ids) == len({*ids}) > 10
+
+
 def test_the_page_of_other_methods_has_no_rollouts(played):
     text = page(read_runs(played))
     for name in ("rollouts", "answers"):
