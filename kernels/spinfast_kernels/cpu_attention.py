@@ -50,7 +50,7 @@ def forward(q_HTd, k_GTd, v_GTd, segments: Segments, scale: float):
 def _flash(q_HTd, k_GTd, v_GTd, rows: slice, keys: slice, scale: float, starts: Sequence[int] = ()):
     """(output (B, H, d), log-sum-exp (H, B)) of these rows over these keys: all of them, or where answers start at
     `starts` of the rows, which are the keys then, each over its own, causally."""
-    mask = _own(starts, rows.stop - rows.start).to(q_HTd) if len(starts) > 1 else None
+    mask = torch.from_numpy(_own(starts, rows.stop - rows.start)).to(q_HTd, copy=True) if len(starts) > 1 else None
     out_1HBd, lse_1HB = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_HTd[None, :, rows], k_GTd[None, :, keys], v_GTd[None, :, keys], 0.0, len(starts) == 1,
         attn_mask=mask, scale=scale,
@@ -59,10 +59,10 @@ def _flash(q_HTd, k_GTd, v_GTd, rows: slice, keys: slice, scale: float, starts: 
 
 
 @lru_cache(64)
-def _own(starts: tuple[int, ...], rows: int) -> torch.Tensor:
+def _own(starts: tuple[int, ...], rows: int) -> np.ndarray:
     """(B, B): 0 where a row sees another, which is of its answer and not after it; else -inf."""
-    answer_B = torch.tensor(_firsts(starts, rows), device="cpu")
-    return torch.where((answer_B[:, None] == answer_B).tril_(), 0.0, -torch.inf)
+    answer_B = np.array(_firsts(starts, rows))
+    return np.where(np.tril(answer_B[:, None] == answer_B), np.float32(0.0), np.float32(-np.inf))
 
 
 @compiled
