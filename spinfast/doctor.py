@@ -1,4 +1,4 @@
-"""`python -m spinfast.doctor [CONFIG.yaml] [section.key=value ...]`: what this machine can run, and why not.
+"""`spinfast doctor [CONFIG.yaml] [section.key=value ...]`: what this machine can run, and why not.
 
 Prints one Markdown table to paste into an issue: device, versions and the tested set they come nearest to, memory,
 disk, every backend, and whether the config (the default one if none is named) can run. Backends are really imported,
@@ -32,7 +32,7 @@ from spinfast.generation import vllm_compat
 from spinfast.models import default_cache
 from spinfast.ops import choose
 from spinfast.policy import unsloth_environment
-from spinfast.run import default_config, parse
+from spinfast.run import default_config
 from spinfast.session import choose_backend
 from spinfast.store import files
 
@@ -79,10 +79,10 @@ class Finding:
     ok: bool | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    path, overrides, run_dir, *_ = parse(sys.argv[1:] if argv is None else argv)
+def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> int:
+    """Print the table; the exit code says whether the config can run."""
     backends = backend_findings()
-    findings = [*machine_findings(run_dir or Path()), *version_findings(installed_versions()), *backends]
+    findings = [*machine_findings(run_dir), *version_findings(installed_versions()), *backends]
     try:
         path = path or default_config()[0]
         problems = config_problems(load_config(path, overrides), backends)
@@ -306,6 +306,6 @@ def _disk_problem() -> str | None:
 
 
 if __name__ == "__main__":
-    from spinfast.run import main as command
+    from spinfast.run import main
 
-    sys.exit(command(["doctor", *sys.argv[1:]]))
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -12,13 +12,13 @@ from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from spinfast.evaluate import learning
 from spinfast.store.record import memory_now
+from spinfast.terminal import LogFile
 
 log = logging.getLogger("spinfast")
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one phase
@@ -42,16 +42,16 @@ class Display:
         self.console = console or open_console()
 
     def log_to(self, path: Path) -> None:
-        """Send the spinfast logger to this console and append it to `path`."""
+        """Send the spinfast logger to this console and, with what libraries warn of, append it to `path`."""
         log.setLevel(logging.INFO)
         log.propagate = False
-        to_file = logging.FileHandler(path, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
-            handler.close()
-        log.addHandler(to_file)
-        log.addHandler(RichHandler(console=self.console, show_path=False, show_level=False, markup=False))
+        to_file = LogFile(path)
+        for logger in (logging.root, log):  # to the root goes what libraries warn of
+            for handler in [handler for handler in logger.handlers if isinstance(handler, (LogFile, Lines))]:
+                logger.removeHandler(handler)
+                handler.close()
+            logger.addHandler(to_file)
+        log.addHandler(Lines(self.console))
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Tick]:
@@ -63,14 +63,12 @@ class Display:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
+            BarColumn(bar_width=None),
+            TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
             task = progress.add_task(name, total=total, note="")
             tick = Tick(name, total, unit)
             tick.show = lambda: progress.update(task, completed=tick.done, note=tick.note)
@@ -85,6 +83,28 @@ class Display:
         for row in rows:
             if "window" in row["train"]:
                 show_answers(self.console, str(row["iteration"]), row["train"])
+
+
+class Lines(logging.Handler):
+    """A record after its time of day: wrapped beside it on a terminal, elsewhere one line however long."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            warns = record.levelno >= logging.WARNING
+            message = Text("warning: " * warns + record.getMessage(), style="yellow" if warns else "")
+            clock = Text(time.strftime("%H:%M:%S", time.localtime(record.created)), style="dim")
+            if not self.console.is_terminal:
+                self.console.print(clock + " " + message, soft_wrap=True)
+                return
+            line = Table.grid(padding=(0, 1))
+            line.add_row(clock, message)
+            self.console.print(line)
+        except Exception:
+            self.handleError(record)
 
 
 class Tick:

@@ -1,41 +1,37 @@
-"""`python -m spinfast.run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run] [--controls]`
-
-Also `spinfast eval`, `spinfast report`, `spinfast doctor`, `spinfast replay`.
+"""`spinfast run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run] [--controls]`, and all commands.
 
 Without a config one is picked by device. The same command continues an interrupted run of the same config.
+`python -m spinfast.run` is `spinfast run`. What takes long to import is imported late, so that help, a wrong line and a
+wrong config are told at once.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
+import gc
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from spinfast.config import Config, load_config
+from spinfast.commands import COMMANDS, PURPOSE, ConfigParser, overview, split
 from spinfast.errors import UserError
-from spinfast.interrupt import EXIT_CODE, Stopped, catching_signals
+from spinfast.interrupt import EXIT_CODE, Stopped
 from spinfast.names import label
-from spinfast.terminal import Parser, find_home, lasting_streams
+from spinfast.terminal import find_home, lasting_streams
+
+if TYPE_CHECKING:
+    from spinfast.config import Config
 
 log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # wheel, checkout
 LONGEST = 1000  # characters of a complaint
-COMMANDS = {
-    "eval": "spinfast.evaluate.cli",
-    "report": "spinfast.report.cli",
-    "doctor": "spinfast.doctor",
-    "replay": "spinfast.store.failed_step",
-}
-
-
 MENDABLE = {  # what a file system may refuse: its user can choose another name or give rights
     errno.EACCES,
     errno.EPERM,
@@ -49,8 +45,18 @@ MENDABLE = {  # what a file system may refuse: its user can choose another name 
 }
 
 
+def command() -> int:
+    """`spinfast` itself: alone, or asked for help, it says what commands there are."""
+    if sys.argv[1:] not in ([], ["-h"], ["--help"]):
+        return main()
+    with lasting_streams():
+        print(overview())
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with lasting_streams():
         return _main(list(sys.argv[1:] if argv is None else argv))
 
@@ -60,10 +66,8 @@ def _main(argv: list[str]) -> int:
         find_home()
         if any("\0" in word for word in argv):
             raise UserError("a word of the command line holds a null character; expected text")
-        if argv and argv[0] in COMMANDS:
-            return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
-        with catching_signals():
-            return run(*parse(argv))
+        name, words = split(argv)
+        return COMMANDS[name][0](words)
     except Stopped:
         return _complain(
             "stopped by a signal; everything done is saved. Run the same command again to go on", EXIT_CODE
@@ -79,36 +83,38 @@ def _main(argv: list[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
-    parser = Parser(
-        prog="spinfast",
-        description="SFT, self-play (SPIN), preference optimisation (DPO) and GRPO of small language models.",
+    parser = ConfigParser(
+        prog="spinfast run",
+        description=f"{PURPOSE}. The same command continues an interrupted run.",
     )
-    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
     parser.add_argument(
         "--controls", action="store_true", help="then play the controls of self-play too, see methods/controls.py"
     )
     arguments = parser.parse(argv)
-    paths = [Path(word) for word in arguments.config if "=" not in word]
-    if len(paths) > 1:
-        parser.error(f"expected one config file, got {', '.join(map(str, paths))}")
-    overrides = [word for word in arguments.config if "=" in word]
-    return (paths[0] if paths else None), overrides, arguments.run_dir, arguments.dry_run, arguments.controls
+    return arguments.path, arguments.overrides, arguments.run_dir, arguments.dry_run, arguments.controls
 
 
 def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dry_run: bool, controls: bool) -> int:
+    from spinfast.config import load_config
+
     why = "asked for"
     if config_path is None:
         config_path, why = default_config()
     config = load_config(config_path, overrides)
+    spare_imports()
     run_dir = run_dir or Path("runs") / f"{config_path.stem}-{config.hash()}"
     if dry_run:
         from spinfast.dry_run import dry_run as plan_only
 
         plan_only(config)
         return 0
-    return play(config, run_dir, f"{config_path} ({why})", controls)
+    gc.disable()  # until the run is open: what is imported stays, and looking for garbage in it is a fifth of the time
+    try:
+        return play(config, run_dir, f"{config_path} ({why})", controls)
+    finally:
+        gc.enable()
 
 
 def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> int:
@@ -134,6 +140,7 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
         log.info("config: %s, run directory: %s", chosen, run_dir)
         describe(run_dir / "environment.json")
         with open_run(config, record, display) as opened:
+            gc.enable()
             for row in play_methods(opened):
                 log.info("%s done", label(row["iteration"]))
             for name, row in play_controls(opened) if controls else ():
@@ -171,6 +178,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def spare_imports() -> None:
+    """Where scikit-learn is installed, transformers imports it for a way of decoding that nobody here asks for: 1 s."""
+    if "sklearn" not in sys.modules:
+        from transformers.utils import is_sklearn_available
+
+        sys.modules["sklearn"] = None
+        is_sklearn_available()  # remembers that it is not
+        del sys.modules["sklearn"]
+
+
 def default_config() -> tuple[Path, str]:
     """The config for this machine and why it was chosen."""
     import torch
@@ -194,5 +211,4 @@ def _complain(message: str, code: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -102,6 +102,32 @@ def _fill(number: int) -> None:
     os.close(nowhere)
 
 
+class LogFile(logging.FileHandler):
+    """RUN/log.txt: what is logged, with date and level."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+
+@contextmanager
+def notes_to_log() -> Iterator[None]:
+    """What the block writes to the process's stderr, compiled code included, goes to the LogFile if there is one."""
+    file = next((handler for handler in logging.root.handlers if isinstance(handler, LogFile)), None)
+    if file is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.stream.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def find_home() -> None:
     """A name, a home and a place for caches to whoever has none; libraries ask for them while they are imported."""
     try:

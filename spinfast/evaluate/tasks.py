@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
-from spinfast.data.conversations import RowError
-from spinfast.data.sources import Table, open_table
 from spinfast.errors import UserError
 from spinfast.evaluate import references
 from spinfast.evaluate.answers import SCORERS, boxed
+
+if TYPE_CHECKING:
+    from spinfast.data.sources import Table
 
 Row = dict
 FEWSHOT_SEED = 1234  # the harness's
@@ -301,6 +303,8 @@ def load_rows(task: Task, split: str, where: Path | str | None = None) -> list[R
         path = folder / f"{split}.jsonl" if folder else Path(task.source)
         if not path.is_file():
             raise UserError(f"task {task.name}: no such file: {path}")
+        from spinfast.data.sources import open_table
+
         table = open_table(str(path))
         return [_row(task, table, number) for number in range(table.length)]
     from datasets import load_dataset
@@ -316,6 +320,8 @@ def load_rows(task: Task, split: str, where: Path | str | None = None) -> list[R
 
 def _row(task: Task, table: Table, number: int) -> Row:
     """A row that has what the task's functions read of it."""
+    from spinfast.data.conversations import RowError
+
     where = table.where(number)
     try:
         row = table.row(number)

@@ -9,6 +9,8 @@ On a CPU two of vLLM's choices are replaced before the engine starts:
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 import os
 import random
 import sys
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from spinfast.errors import UserError
+from spinfast.terminal import notes_to_log
 from spinfast.types import Adapter
 from spinfast.vllm_environment import SETTINGS
 
@@ -39,7 +42,10 @@ def version() -> tuple[int, int]:
 def prepare(device: torch.device) -> None:
     """Settings that must stand before vLLM is imported, and on a CPU the two replacements."""
     os.environ.update(SETTINGS)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its warnings go where Python's do: into the run's log ...
+        if not logging.root.handlers:  # ... or nowhere
+            logging.getLogger("vllm").setLevel(logging.ERROR)
     if device.type == "cuda":
         return
     dispatch = {"dispatch_cpu_unquantized_gemm": _keep_plain}
@@ -47,6 +53,17 @@ def prepare(device: torch.device) -> None:
         vars(importlib.import_module(f"vllm.{module}")).update(dispatch)
     platform = importlib.import_module("vllm.platforms").current_platform
     type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.single_adapter")
+    if importlib.util.find_spec("vllm.triton_utils.dispatcher"):  # from 0.32 on
+        importlib.import_module("vllm.triton_utils.dispatcher").sys = OwnModules()
+
+
+class OwnModules:
+    """`sys` where vLLM looks for its Triton kernels to replace: not in every object of every module that is loaded,
+    which takes a second and stumbles over some (llvmlite's library handle has a `__dict__` that is no dictionary)."""
+
+    @property
+    def modules(self) -> dict:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
 
 
 def can_sleep(device: torch.device) -> bool:
@@ -165,17 +182,14 @@ def shut_down(engine) -> None:
 def undisturbed() -> Iterator[None]:
     """Undo what starting an engine does to the process: seeds, thread control, the preload list of children.
 
-    And keep out of its sight what it stumbles over: it asks every object of every loaded module for its `__dict__`,
-    and that of Numba's library handle (llvmlite.binding.ffi.lib) is no dictionary.
+    What it says meanwhile goes to the run's log.
     """
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    hidden = {name: sys.modules.pop(name) for name in ("llvmlite.binding.ffi",) if name in sys.modules}
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with notes_to_log(), torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
-        sys.modules.update(hidden)
         torch.set_num_threads = set_num_threads
         random.setstate(python_state)
         np.random.set_state(numpy_state)

@@ -64,13 +64,16 @@ class Phases:
             list(generator.generate(requests, sampling, None))
         return ledger.usage
 
+    def settled(self, optimizer: str) -> TrainState:
+        return settled(self.policy, optimizer, self.profile.scaled_loss)
+
     def train(
         self, groups: Sequence[Group], objective: Objective, optimizer: str, more_microbatches: bool, timeline=False
     ) -> Ledger:
         """One optimizer step on one packed batch, moments in place, gradients too if other microbatches came before."""
         groups = objective.filled(groups)
         budget = Budget(sum(map(packed_length, groups)), self.profile.attention)
-        state = settled(self.policy, optimizer, self.profile.scaled_loss)
+        state = self.settled(optimizer)
         with self.counting(state, timeline) as ledger:
             if more_microbatches:
                 with ledger.allocating("gradients"):
@@ -138,6 +141,13 @@ class Simulation(Phases):
             )
         super().__init__(policy, profile)
         self.packed = list(self._quantise()) if load_in_4bit else []
+        self._settled: dict[str, TrainState] = {}
+
+    def settled(self, optimizer: str) -> TrainState:
+        """Made once: a simulated step moves nothing."""
+        if optimizer not in self._settled:
+            self._settled[optimizer] = super().settled(optimizer)
+        return self._settled[optimizer]
 
     def _quantise(self) -> Iterator[torch.Tensor]:
         """The decoder's linear weights become NF4; bitsandbytes leaves embedding, head and norms as they are."""

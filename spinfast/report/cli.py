@@ -10,9 +10,6 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from spinfast.errors import UserError
-from spinfast.report import plots, study
-from spinfast.report.page import page
-from spinfast.report.read import read_runs
 from spinfast.store import files
 from spinfast.terminal import Parser
 
@@ -42,6 +39,10 @@ def write_report(
     paths: Sequence[Path], output: Path | None = None, watch: int | None = None, png: bool = True
 ) -> tuple[Path, bool]:
     """(the HTML file, whether every run is finished). PNG and CSV go beside it."""
+    from spinfast.report import plots, study
+    from spinfast.report.page import page
+    from spinfast.report.read import read_runs
+
     try:
         runs = read_runs(paths)
         finished = all(run.finished for run in runs)

@@ -54,15 +54,6 @@ def keep(run, stage, objective: Objective, error: NonFinite) -> UserError:
     )
 
 
-def main(argv: Sequence[str]) -> int:
-    """`spinfast replay DIR`"""
-    if len(argv) != 1:
-        raise UserError(f"replay: expected one directory, RUN/failed_step, got {len(argv)}")
-    for line in replay(Path(argv[0])):
-        print(line)
-    return 0
-
-
 def replay(directory: Path) -> list[str]:
     """Make the kept step again, as the run made it, and say what of it is not finite."""
     from spinfast.memory.planner import StepPlan

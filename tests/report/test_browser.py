@@ -7,7 +7,7 @@ import pytest
 from browser import Browser
 from rewarded import add_grpo
 
-from spinfast.report import write_report
+from spinfast.report.cli import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]

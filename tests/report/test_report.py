@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spinfast.errors import UserError
-from spinfast.report import plots, study, training, write_card, write_report
-from spinfast.report.cli import main
+from spinfast.report import plots, study, training
+from spinfast.report.card import write_card
+from spinfast.report.cli import main, write_report
 from spinfast.report.page import page
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import read_run, read_runs

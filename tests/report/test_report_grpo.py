@@ -16,7 +16,8 @@ from test_report import Page
 from spinfast import progress
 from spinfast.config import load_config
 from spinfast.evaluate import learning
-from spinfast.report import rollouts, study, training, write_card
+from spinfast.report import rollouts, study, training
+from spinfast.report.card import write_card
 from spinfast.report.page import page
 from spinfast.report.read import read_run, read_runs
 from spinfast.run import play

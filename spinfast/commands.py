@@ -1,0 +1,97 @@
+"""The line that starts `spinfast`: which commands there are and how they are read. What they do is imported late."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from spinfast.errors import UserError
+from spinfast.interrupt import catching_signals
+from spinfast.terminal import Parser
+
+PURPOSE = "SFT, self-play (SPIN), DPO and GRPO of small language models, in little memory"
+
+
+class ConfigParser(Parser):
+    """Of a command about a config: `path`, None where none is named, and `overrides`, of all that is parsed."""
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        self.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
+        arguments = super().parse(argv)
+        paths = [Path(word) for word in arguments.config if "=" not in word]
+        if len(paths) > 1:
+            self.error(f"expected one config file, got {', '.join(map(str, paths))}")
+        arguments.path = paths[0] if paths else None
+        arguments.overrides = [word for word in arguments.config if "=" in word]
+        return arguments
+
+
+def run(argv: Sequence[str]) -> int:
+    from spinfast.run import parse, run
+
+    words = parse(argv)
+    with catching_signals():
+        return run(*words)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    return import_module("spinfast.evaluate.cli").main(argv)
+
+
+def report(argv: Sequence[str]) -> int:
+    return import_module("spinfast.report.cli").main(argv)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    parser = ConfigParser(
+        prog="spinfast doctor",
+        description="What this machine can run, and why not: one Markdown table to paste into an issue. Exit code 0: "
+        "the config, the default one if none is named, can run; 2: it cannot.",
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path(), help="where runs would go: is there room on that disk?")
+    arguments = parser.parse(argv)
+    from spinfast.doctor import examine
+
+    return examine(arguments.path, arguments.overrides, arguments.run_dir)
+
+
+def replay(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
+    )
+    parser.add_argument("directory", type=Path, metavar="RUN/failed_step")
+    directory = parser.parse(argv).directory
+    from spinfast.store.failed_step import replay
+
+    for line in replay(directory):
+        print(line)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "run": (run, "play CONFIG.yaml; without one, a config for this machine"),
+    "report": (report, "one HTML file about a run, or about several side by side"),
+    "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
+    "doctor": (doctor, "what this machine can run, and why not"),
+    "replay": (replay, "make the step that stopped a run again"),
+}
+
+
+def overview() -> str:
+    lines = [f"  spinfast {name:8}{does}" for name, (_, does) in COMMANDS.items()]
+    return "\n".join([f"{PURPOSE}.", "", *lines, "", "`spinfast COMMAND --help` says more."])
+
+
+def split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """(command, its words). A line that begins with an option, a config or a key is a run."""
+    word = argv[0] if argv else ""
+    if word in COMMANDS:
+        return word, argv[1:]
+    if not word.isidentifier() or Path(word).exists():
+        return "run", argv
+    nearest = difflib.get_close_matches(word, COMMANDS, n=1)
+    expected = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join(COMMANDS)} or a CONFIG.yaml"
+    raise UserError(f"unknown command {word}: {expected}")
