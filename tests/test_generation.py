@@ -115,6 +115,20 @@ def test_answers_do_not_depend_on_batch_size_or_order(policy, sampling):
         assert tokens(answers(policy(), order, sampling, batch_size=batch_size)) == alone
 
 
+def test_greedy_and_drawn_answers_in_one_batch_are_those_of_batches_of_their_own(policy):
+    tiny, asked = policy(), requests(7)
+    ways = [GREEDY, RANDOM, Sampling(0.7, 0.9, 5, RANDOM.stop_ids[:1])]
+    alone = [tokens(answers(tiny, asked, way)) for way in ways]
+    assert alone[0] != alone[1] != alone[2] != alone[0]
+    mixed = [replace(request, sample=k) for request in asked for k in range(len(ways))]
+    for batch_size in (2, 5, 64):
+        with TransformersGenerator(tiny, batch_size=batch_size) as generator:
+            done = list(generator.generate(mixed, ways * len(asked), tiny.adapter()))
+            assert [tokens({c.index: c for c in done if c.sample == k}) for k in range(len(ways))] == alone
+            with pytest.raises(ValueError, match="zip"):
+                generator.generate(mixed, ways, tiny.adapter())
+
+
 def test_answers_follow_the_seed_alone(policy):
     prompt = requests(1)[0].prompt_ids
     asked = [Request(i, prompt, seed) for i, seed in enumerate([7, 8, 7, 2**63 - 1])]

@@ -57,7 +57,7 @@ class HarnessModel(TemplateLM):
         raise UserError("spinfast's harness adapter has no rolling likelihood; use a task that asks questions")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        by_sampling: dict[Sampling, list] = {}
+        asked, samplings, stops = [], [], []
         for index, request in enumerate(requests):  # each may have its own length and temperature
             text, wanted = request.args
             sampling = Sampling(
@@ -68,12 +68,12 @@ class HarnessModel(TemplateLM):
             )
             ids = self.engine.ids(text)[-(self.engine.max_length - sampling.max_tokens) :]
             seed = prompt_seed(self.engine.seed, 0, index, "harness")
-            by_sampling.setdefault(sampling, []).append((Request(index, ids, seed), wanted.get("until", [])))
+            asked.append(Request(index, ids, seed))
+            samplings.append(sampling)
+            stops.append(wanted.get("until", []))
         answers = [""] * len(requests)
-        for sampling, asked in by_sampling.items():
-            until = {request.index: stops for request, stops in asked}
-            for answer in self.engine.generate([request for request, _ in asked], sampling):
-                answers[answer.index] = cut(self.engine.text(answer.token_ids), until[answer.index])
+        for answer in self.engine.generate(asked, samplings):
+            answers[answer.index] = cut(self.engine.text(answer.token_ids), stops[answer.index])
         return answers
 
 

@@ -20,12 +20,13 @@ class Generator(Protocol):
     def __exit__(self, *exc) -> None: ...
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+        self, requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Answers under (base + adapter) as they finish, in any order, one per request, with their log-probs.
 
-        Several answers to one prompt are requests with its index, another sample and another seed each; side by side
-        they share the prompt's keys and values. Any adapter that fits the base may be asked, not only the policy's
+        sampling: one for all requests, or one for each; greedy and drawn answers go in one batch. Several answers to
+        one prompt are requests with its index, another sample and another seed each; side by side they share the
+        prompt's keys and values. Any adapter that fits the base may be asked, not only the policy's
         live one; None means the frozen weights alone, with what merged rounds folded into them. Each prompt must
         leave room for max_tokens in the context.
         """
@@ -40,13 +41,18 @@ def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def check_fits(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:
-    """Raise UserError for the first prompt that leaves no room for max_tokens in the context."""
-    for request in requests:
-        needed = len(request.prompt_ids) + sampling.max_tokens
+def with_sampling(
+    requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], max_model_len: int
+) -> list[tuple[Request, Sampling]]:
+    """Each request and how it is answered; UserError for the first prompt that leaves no room in the context."""
+    given = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
+    asked = list(zip(requests, given, strict=True))
+    for request, how in asked:
+        needed = len(request.prompt_ids) + how.max_tokens
         if needed > max_model_len:
             raise UserError(
                 f"prompt {request.index}: {len(request.prompt_ids)} prompt tokens + max_tokens "
-                f"{sampling.max_tokens} = {needed} do not fit the context of {max_model_len}; "
+                f"{how.max_tokens} = {needed} do not fit the context of {max_model_len}; "
                 "drop the prompt or lower max_tokens"
             )
+    return asked

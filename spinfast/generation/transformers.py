@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
-from spinfast.generation import check_fits
+from spinfast.generation import with_sampling
 from spinfast.policy import Policy
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
@@ -78,11 +78,11 @@ class TransformersGenerator:
         """Nothing to give back: the cache lives as long as the stream of answers."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+        self, requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Completions as they finish; requests are taken in their order."""
-        check_fits(requests, sampling, self.max_model_len)
-        stream = self._stream(deque(requests), sampling, self._player(adapter))
+        asked = with_sampling(requests, sampling, self.max_model_len)
+        stream = self._stream(deque(_Answer(*each) for each in asked), self._player(adapter))
         self._streams.callback(stream.close)
         return stream
 
@@ -104,13 +104,11 @@ class TransformersGenerator:
         finally:
             model.train(was_training)
 
-    def _stream(
-        self, waiting: deque[Request], sampling: Sampling, player: Callable[[], AbstractContextManager]
-    ) -> Iterator[Completion]:
+    def _stream(self, waiting: deque[_Answer], player: Callable[[], AbstractContextManager]) -> Iterator[Completion]:
         """Whoever takes the answers finds the policy as it was: it is another one only while answers are made."""
         if not waiting:
             return
-        longest = max(len(request.prompt_ids) for request in waiting) + sampling.max_tokens
+        longest = max(len(answer.request.prompt_ids) + answer.sampling.max_tokens for answer in waiting)
         slots = min(self.batch_size, len(waiting))
         cache = SlotCache(self.policy, slots, longest, self.attention)
         active: list[_Answer] = []
@@ -119,22 +117,17 @@ class TransformersGenerator:
             with player(), self._evaluating():
                 while not ended:
                     again, fresh = _admit(waiting, active, slots - len(active))
-                    sampled = self._step(cache, active, again, fresh, sampling)
+                    sampled = self._step(cache, active, again, fresh)
                     active += again + fresh
                     for answer, (token, logp) in zip(active, sampled, strict=True):
                         answer.append(int(token), logp)
-                    ended = [answer.completion(sampling) for answer in active if answer.finished(sampling)]
-                    active = cache.keep(active, sampling)
+                    ended = [answer.completion() for answer in active if answer.finished]
+                    active = cache.keep(active)
             yield from ended
 
     @torch.inference_mode()
     def _step(
-        self,
-        cache: SlotCache,
-        active: list[_Answer],
-        again: list[_Answer],
-        fresh: list[_Answer],
-        sampling: Sampling,
+        self, cache: SlotCache, active: list[_Answer], again: list[_Answer], fresh: list[_Answer]
     ) -> list[tuple[float, float]]:
         """One forward: the next (token, log-prob) of every active and admitted answer, read back in one sync."""
         policy = self.policy
@@ -144,9 +137,26 @@ class TransformersGenerator:
         logits_SV = F.linear(output.last_hidden_state[0, last_S], policy.head_VD, policy.head_bias_V)[: len(answers)]
         stream = [[answer.request.seed for answer in answers], [len(answer.token_ids) for answer in answers]]
         seed_S, step_S = torch.tensor(stream).to(policy.device)
-        rows = zip(logits_SV.split(SAMPLED_ROWS), uniform(seed_S, step_S).split(SAMPLED_ROWS), strict=True)
-        drawn = [sample(logits.float(), u, sampling.temperature, sampling.top_p) for logits, u in rows]
-        return torch.cat([torch.stack([token.double(), logp.double()], dim=1) for token, logp in drawn]).tolist()
+        uniform_S, drawn, order = uniform(seed_S, step_S), [], []
+        for (temperature, top_p), places in _by_distribution(answers).items():
+            for some in batched(places, SAMPLED_ROWS):
+                token, logp = sample(logits_SV[some].float(), uniform_S[some], temperature, top_p)
+                drawn.append(torch.stack([token.double(), logp.double()], dim=1))
+            order += places
+        found = dict(zip(order, torch.cat(drawn).tolist(), strict=True))
+        return [found[place] for place in range(len(answers))]
+
+
+def _by_distribution(answers: Sequence[_Answer]) -> dict[tuple[float, float], list[int]]:
+    """(temperature, top_p) -> the places of the answers that are drawn so."""
+    places: dict[tuple[float, float], list[int]] = {}
+    for place, answer in enumerate(answers):
+        places.setdefault((answer.sampling.temperature, answer.sampling.top_p), []).append(place)
+    return places
+
+
+def batched(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def _same(live: Adapter, given: Adapter) -> bool:
@@ -163,6 +173,7 @@ class _Answer:
     """One answer in progress; its place in the active list is its slot in the cache."""
 
     request: Request
+    sampling: Sampling
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     shared: int = 0  # tokens of its prompt that another answer's computed
@@ -188,23 +199,28 @@ class _Answer:
         self.token_ids.append(token)
         self.logps.append(logp)
 
-    def finished(self, sampling: Sampling) -> bool:
-        return self.token_ids[-1] in sampling.stop_ids or len(self.token_ids) == sampling.max_tokens
+    @property
+    def ended(self) -> bool:
+        return self.token_ids[-1] in self.sampling.stop_ids
 
-    def completion(self, sampling: Sampling) -> Completion:
-        reason = "stop" if self.token_ids[-1] in sampling.stop_ids else "length"
+    @property
+    def finished(self) -> bool:
+        return self.ended or len(self.token_ids) == self.sampling.max_tokens
+
+    def completion(self) -> Completion:
+        reason = "stop" if self.ended else "length"
         request = self.request
         return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample, self.shared)
 
 
-def _admit(waiting: deque[Request], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
+def _admit(waiting: deque[_Answer], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
     """As many waiting answers as there are free slots, within the step's token budget (one always fits).
 
     First those whose prompt is in the cache, or will be: an active answer's or one admitted now; then the others.
     """
     again, fresh, tokens = [], [], 0
     while waiting and len(again) + len(fresh) < room:
-        answer = _Answer(waiting[0])
+        answer = waiting[0]
         known = _source(answer, active + fresh) is not None
         tokens += 1 if known else len(answer.request.prompt_ids)
         if (again or fresh) and tokens > PREFILL_TOKENS:
@@ -312,10 +328,10 @@ class SlotCache:
         return out.reshape(1, n, heads, dim)
 
     @torch.inference_mode()
-    def keep(self, active: list[_Answer], sampling: Sampling) -> list[_Answer]:
+    def keep(self, active: list[_Answer]) -> list[_Answer]:
         """The unfinished answers in slots 0, 1, ...: the last ones move into the places of those that ended."""
-        going = [slot for slot, answer in enumerate(active) if not answer.finished(sampling)]
-        holes = [slot for slot in range(len(going)) if active[slot].finished(sampling)]
+        going = [slot for slot, answer in enumerate(active) if not answer.finished]
+        holes = [slot for slot in range(len(going)) if active[slot].finished]
         movers = [slot for slot in going if slot >= len(going)]
         if holes:
             to, source = torch.tensor([holes, movers]).to(self.device)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from spinfast import attention
 from spinfast.errors import UserError
-from spinfast.generation import check_fits, vllm_compat, weight_sharing
+from spinfast.generation import vllm_compat, weight_sharing, with_sampling
 from spinfast.model_check import window
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Completion, Request, Sampling
@@ -141,11 +141,10 @@ class VLLMGenerator:
     # Generation ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
+        self, requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Completions as they finish. Samples of a prompt share its full K/V blocks while none of them is evicted."""
-        check_fits(requests, sampling, self.max_model_len)
-        return self._completions(requests, sampling, adapter)
+        return self._completions(with_sampling(requests, sampling, self.max_model_len), adapter)
 
     def prompt_logps(self, prompt_ids: Sequence[int], adapter: Adapter | None) -> list[float]:
         """Log-probs of prompt_ids[1:], each given what stands before it."""
@@ -156,14 +155,12 @@ class VLLMGenerator:
         scored = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [logps[token].logprob for token, logps in scored]
 
-    def _completions(
-        self, requests: Sequence[Request], sampling: Sampling, adapter: Adapter | None
-    ) -> Iterator[Completion]:
-        prompts = [(request.prompt_ids, _sampling_params(sampling, request.seed)) for request in requests]
+    def _completions(self, asked: Sequence[tuple[Request, Sampling]], adapter: Adapter | None) -> Iterator[Completion]:
+        prompts = [(request.prompt_ids, _sampling_params(sampling, request.seed)) for request, sampling in asked]
         for position, output in self._run(prompts, adapter):
-            answer = output.outputs[0]
+            answer, (request, sampling) = output.outputs[0], asked[position]
             reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
-            request, scored = requests[position], zip(answer.token_ids, answer.logprobs, strict=True)
+            scored = zip(answer.token_ids, answer.logprobs, strict=True)
             logps = tuple(float(logps[token].logprob) for token, logps in scored)
             cached = output.num_cached_tokens or 0
             yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample, cached)

@@ -120,6 +120,17 @@ def test_log_probs_per_token_are_those_of_the_training_forward(generator, traine
         assert (given - expected).abs().max() < BOUNDS[torch.float32]
 
 
+def test_greedy_and_drawn_answers_in_one_batch_are_those_of_batches_of_their_own(generator, trained, prompts):
+    requests, greedy = ask(prompts)
+    ways = [greedy, replace(greedy, temperature=1.0, max_tokens=9)]
+    alone = [tokens(answers(generator, requests, way, trained.adapter())) for way in ways]
+    assert alone[0] != alone[1]
+    mixed = [replace(request, sample=k) for request in requests for k in range(2)]
+    found = {(c.index, c.sample): c for c in generator.generate(mixed, ways * len(requests), trained.adapter())}
+    assert [[found[r.index, k].token_ids for r in requests] for k in range(2)] == alone
+    assert {found[r.index, 1].finish_reason for r in requests if len(found[r.index, 1].token_ids) == 9} <= {"length"}
+
+
 def test_a_prompt_of_many_samples_is_prefilled_once(generator, prompts, monkeypatch):
     """Tokens that the engine computes: of a prompt that stands in the cache only what is beyond its full blocks."""
     core, computed = generator.engine.engine_core.engine_core, []
