@@ -247,7 +247,7 @@ class Spin(Passes):
     loss: Literal["logistic", "hinge", "exponential", "ipo"] = Field("logistic", description="l(z) of Eq. 4.7")
     mix_previous: bool = Field(True, description="train on the previous iteration's pairs as well (paper, 6.1)")
     stop_patience: int = Field(
-        0, ge=0, description="stop after so many iterations without a significant held-out gain; 0 plays all"
+        0, ge=0, description="stop after so many evaluated iterations without a significant gain; 0 plays all"
     )
 
 
@@ -352,6 +352,11 @@ class Evaluate(Section):
     problems: int = Field(64, ge=0, description="held-out problems answered greedily; 0 answers none")
     pairs: int = Field(64, ge=0, description="held-out rows scored, by spin played for pair accuracy; 0 scores none")
     max_tokens: int = Field(256, gt=0, description="tokens of a held-out answer")
+    every: int = Field(
+        1,
+        gt=0,
+        description="SPIN iterations from one evaluation to the next; the last and all other stages have theirs",
+    )
 
 
 class Device(Section):

@@ -47,6 +47,26 @@ def bins(groups: Sequence[Group], max_tokens: int) -> list[list[int]]:
     return [rows for rows, _ in filled]
 
 
+def on_common_prefix(
+    prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], max_tokens: int
+) -> list[tuple[Group, list[int]]]:
+    """Answers to different prompts as few long groups on what all prompts begin with, which is computed once in each.
+
+    The rest of a prompt goes before its answer, unscored. Returns the groups, each at most max_tokens when packed, with
+    the positions of their answers.
+    """
+    first, last = min(prompts), max(prompts)
+    prefix = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    rests = [prompt[len(prefix) :] for prompt in prompts]
+    alone = [Group(rest, (answer,)) for rest, answer in zip(rests, answers, strict=True)]
+
+    def together(rows: Sequence[int]) -> Group:
+        scored = ((False,) * len(rests[i]) + (True,) * len(answers[i]) for i in rows)
+        return Group(prefix, tuple(rests[i] + answers[i] for i in rows), scored=tuple(scored))
+
+    return [(together(rows), rows) for rows in bins(alone, max_tokens - len(prefix))]
+
+
 def pack(groups: Sequence[Group], rows: Sequence[int], backend: str = "sdpa") -> PackedBatch:
     """The groups at `rows` as one batch on the host; `backend` is the attention that will run it."""
     tokens: list[int] = []

@@ -31,6 +31,11 @@ from spinfast.watch import Watched
 
 log = logging.getLogger("spinfast")
 Result = TypeVar("Result")
+Advance = Callable[[int, int], object]  # called with the groups and the tokens that were scored
+
+
+def unseen(groups: int, tokens: int) -> None:
+    """The Advance of whoever shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,10 @@ def batch_sequence_logps(policy: Policy, batch: PackedBatch) -> torch.Tensor:
     return segment_sums(answer_logps(policy, batch), batch.sequence_ids_N, batch.sequences).cpu()
 
 
-def score(
-    policy: Policy, epochs: Epochs, budget: Budget, advance: Callable[[int, int], None]
-) -> tuple[list[list[float]], Budget]:
+def score(policy: Policy, epochs: Epochs, budget: Budget, advance: Advance) -> tuple[list[list[float]], Budget]:
     """Log-prob sums per group and answer, and the budget that fitted.
 
-    Cut into the microbatches of the first epoch. advance(groups, tokens) is called after each step's rows. If memory
+    Cut into the microbatches of the first epoch; advance(groups, tokens) is called after each step's rows. If memory
     runs out all are scored again, so that all are cut alike: another cut rounds otherwise.
     """
     groups = epochs.groups
@@ -144,27 +147,30 @@ def score(
     scores: list[list[float]] = [[] for _ in groups]
     for rows in epochs.first:
         chosen = [groups[row] for row in rows]
-        (sums, tokens), fitting = within_memory(budget, chosen, partial(_scored, policy, chosen))
+        sums, fitting = within_memory(budget, chosen, partial(logps_in_cut, policy, chosen))
         if fitting is not budget:
             return score(policy, epochs, fitting, advance)
         for row, logps in zip(rows, sums, strict=True):
             scores[row] = logps
-        advance(len(rows), tokens)
+        advance(len(rows), sum(map(packed_length, chosen)))
     return scores, budget
 
 
-def sequence_logps(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
+def sequence_logps(
+    policy: Policy, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
+) -> list[list[float]]:
     """Log-prob sums per group and answer, any number of answers each, in the order given."""
     budget = with_room(budget, groups)
-    return within_memory(budget, groups, partial(logps_in_cut, policy, groups))[0] if groups else []
+    attempt = partial(logps_in_cut, policy, groups, advance=advance)
+    return within_memory(budget, groups, attempt)[0] if groups else []
 
 
 def as_step(
-    policy: Policy, objective: Objective, groups: Sequence[Group], budget: Budget
+    policy: Policy, objective: Objective, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
 ) -> tuple[Objective, Sequence[Group], list[list[float]]]:
     """Groups that are only scored, as a step of them: the objective for it, its groups, their log-prob sums."""
     objective, groups = objective.for_step(groups, partial(sequence_logps, policy, budget=budget))
-    return objective, groups, sequence_logps(policy, groups, budget)
+    return objective, groups, sequence_logps(policy, groups, budget, advance)
 
 
 def with_room(budget: Budget, groups: Sequence[Group]) -> Budget:
@@ -172,20 +178,17 @@ def with_room(budget: Budget, groups: Sequence[Group]) -> Budget:
     return replace(budget, microbatch_tokens=max(budget.microbatch_tokens, *map(packed_length, groups), 0))
 
 
-def logps_in_cut(policy: Policy, groups: Sequence[Group], budget: Budget) -> list[list[float]]:
+def logps_in_cut(
+    policy: Policy, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
+) -> list[list[float]]:
     """The same in the budget's microbatches and no others; raises torch.OutOfMemoryError."""
-    return _scored(policy, groups, budget)[0]
-
-
-def _scored(policy, groups, budget) -> tuple[list[list[float]], int]:
-    """The log-prob sums, and the tokens that it took."""
     scores: list[list[float]] = [[] for _ in groups]
-    packed = batches(groups, budget)
-    for batch in packed:
+    for batch in batches(groups, budget):
         sums = iter(batch_sequence_logps(policy, batch).tolist())
         for row in batch.rows:
             scores[row] = [next(sums) for _ in groups[row].answers]
-    return scores, sum(batch.tokens for batch in packed)
+        advance(len(batch.rows), batch.tokens)
+    return scores
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from spinfast import ops
 from spinfast.config import Spin
 from spinfast.errors import UserError
 from spinfast.objectives import REFERENCE, Nll, Pairwise
-from spinfast.packing import bins, pack, packed_length
-from spinfast.train import Budget, Epochs, score, start_training, train, train_step
+from spinfast.packing import bins, on_common_prefix, pack, packed_length
+from spinfast.train import Budget, Epochs, logps_in_cut, score, start_training, train, train_step
+from spinfast.types import Group
 
 LONGEST = 24 * 3
 shapes = lengths()
@@ -32,6 +33,40 @@ def test_bins(shape, budget):
     assert max(used) <= budget
     assert all(a + b > budget for a, b in pairwise(used)), "two bins in a row fit into one"
     assert filled == bins(list(groups), budget)
+
+
+@given(shapes, st.integers(0, 20), st.integers(LONGEST + 20, 4 * LONGEST))
+def test_prompts_with_a_common_start_are_packed_on_it(shape, common, budget):
+    """Every answer once, scored alone, after its own prompt; the start of all prompts once in each group."""
+    groups, start = make_groups(shape * 3), tuple(range(1000, 1000 + common))
+    prompts, answers = [start + g.prompt_ids for g in groups], [g.answers[0] for g in groups]
+    packed = on_common_prefix(prompts, answers, budget)
+    assert sorted(row for _, rows in packed for row in rows) == list(range(len(groups)))
+    for group, rows in packed:
+        assert packed_length(group) <= budget
+        assert group.prompt_ids[:common] == start
+        assert {group.prompt_ids} == {prompt[: len(group.prompt_ids)] for prompt in prompts}
+        for row, answer, scored in zip(rows, group.answers, group.scored, strict=True):
+            assert group.prompt_ids + answer == prompts[row] + answers[row]
+            assert scored == (False,) * (len(answer) - len(answers[row])) + (True,) * len(answers[row])
+    size = sum(packed_length(group) for group, _ in packed)
+    whole = sum(packed_length(Group(*pair)) for pair in zip(prompts, [(a,) for a in answers], strict=True))
+    assert size == whole - (len(groups) - len(packed)) * len(packed[0][0].prompt_ids)
+
+
+@pytest.mark.parametrize("common", [0, 7])
+def test_an_answer_on_the_common_start_has_the_log_prob_of_its_own_prompt(tiny_model, common):
+    """Also where one prompt is the start of all others, or there is no common one."""
+    policy, groups = tiny_policy(tiny_model("llama")), make_groups([(n, (m,)) for n, m in [(5, 9), (1, 1), (12, 3)]])
+    start = tuple(range(3, 3 + common))
+    prompts, answers = [start + g.prompt_ids for g in groups], [g.answers[0] for g in groups]
+    prompts, answers = [*prompts, start or prompts[0]], [*answers, (8, 9)]
+    alone = [Group(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=True)]
+    own = [logps_in_cut(policy, [group], Budget(64, "sdpa"))[0][0] for group in alone]
+    found = {}
+    for group, rows in on_common_prefix(prompts, answers, 24):
+        found |= zip(rows, logps_in_cut(policy, [group], Budget(24, "sdpa"))[0], strict=True)
+    assert [found[row] for row in range(len(prompts))] == pytest.approx(own, abs=1e-4)
 
 
 def test_bins_refuse_a_group_over_budget():

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 from spinfast.evaluate import learning
@@ -20,13 +19,14 @@ LOOK = 10  # steps
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Every rule over every row, in order. The first row, the base, stands beside itself."""
-    found = []
-    for previous, row in itertools.pairwise([*rows[:1], *rows]):
+    """Every rule over every row, in order, beside the last one before it that was evaluated; the base beside itself."""
+    found, previous = [], rows[0] if rows else {}
+    for row in rows:
         said = [rule(row, previous) for rule in RULES]
         said += learning.advise(row["train"]).values() if "window" in row["train"] else ()
         name = label(row["iteration"])
         found += [f"{name[0].upper()}{name[1:]}: {sentence}" for sentence in said if sentence]
+        previous = row if row["evaluation"] else previous
     return found
 
 
@@ -116,7 +116,7 @@ def _length(row: Row, previous: Row) -> str | None:
     if now and before and not 0.67 < now["value"] / before["value"] < 1.5 and apart(now, before):
         change = "grew" if now["value"] > before["value"] else "shrank"
         return (
-            f"answers {change} from {before['value']:.0f} to {now['value']:.0f} tokens in one iteration. Length has "
+            f"answers {change} from {before['value']:.0f} to {now['value']:.0f} tokens since the last look. Length has "
             "become part of the game. Check that real answers end with the end-of-turn token, raise "
             "max_tokens if answers are cut, or lower the learning rate."
         )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from spinfast.evaluate import stopping
+from spinfast.evaluate import game, stopping
 from spinfast.evaluate.preferences import (
     likelihood_metrics,
     preference_metrics,
@@ -20,27 +19,20 @@ from spinfast.evaluate.preferences import (
 )
 from spinfast.evaluate.references import ACCURACY, score
 from spinfast.evaluate.rewarded import reward_metrics
-from spinfast.evaluate.selfplay import (
-    Metrics,
-    fresh_opponent_metrics,
-    generation_metrics,
-    kl_metrics,
-    log_ratios,
-    selfplay_metrics,
-)
+from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
 from spinfast.objectives import Pairwise, Preference, Unpaired
-from spinfast.policy import Policy
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import Budget, as_step, logps_in_cut, sequence_logps, with_room, within_memory
+from spinfast.train import as_step, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 log = logging.getLogger("spinfast")
 LOGPS = "heldout_logps.safetensors"
-OUTPUTS = ("heldout.jsonl", "heldout_samples.jsonl", LOGPS, "eval.json")
+SAMPLES = "heldout_samples.jsonl"
+OUTPUTS = ("heldout.jsonl", SAMPLES, LOGPS, "eval.json")
 
 
 def evaluate(
@@ -48,7 +40,7 @@ def evaluate(
     stage: Stage,
     previous: Stage,
     opponent: Adapter,
-    game: Pairwise,
+    objective: Pairwise,
     judged: tuple[Preference | Unpaired, Sequence[Group]] | None = None,
 ) -> None:
     """Write OUTPUTS for the policy as it stands; `opponent` is the adapter that the stage started from.
@@ -57,30 +49,33 @@ def evaluate(
     margin 0. Without pairs to play there are no samples and no log-probs of them. Elsewhere the data's own answers are
     scored, and where `judged` says how, their preferences.
     """
-    settings, session, metrics = run.config.evaluate, run.session, {}
+    settings, generation, session, metrics = run.config.evaluate, run.config.generation, run.session, {}
     text = session.machine.renderer.text
     problems = answered(run)
     players = [example for example in run.heldout if example.wanted][: settings.pairs]
+    if plays := "spin" in run.config.method:
+        players = playable(players)
+    greedy = problems, session.sampling(0.0, settings.max_tokens)
+    drawn = players if plays else [], session.sampling(generation.temperature, generation.max_tokens)
+    answers, samples = draw(run, stage, run.policy.adapter(), greedy, drawn)
     if problems:
-        answers = draw(run, stage, problems, session.sampling(0.0, settings.max_tokens))
         scores = verdict(problems, answers, text)
         write_transcripts(stage, problems, answers, scores, text)
         metrics |= accuracies(scores)
         if run.rewards:
             metrics |= reward_metrics(run, problems, answers)[0]
-    if "spin" in run.config.method and (players := playable(players)):
-        generation = run.config.generation
-        sampling = session.sampling(generation.temperature, generation.max_tokens)
-        samples = draw(run, stage, players, sampling)
+    if samples:
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
-        files.write_text(stage.path("heldout_samples.jsonl"), files.jsonl(rows))
-        rivals = read_samples(previous)
-        alone = stage.method == "base" and session.machine.start is None
-        metrics |= play(run.policy, run.budget, stage, players, samples, rivals, None if alone else opponent, game)
+        files.write_text(stage.path(SAMPLES), files.jsonl(rows))
+        if previous.path(SAMPLES).exists():
+            rivals = read_samples(previous)
+        else:  # the last iteration was not looked at
+            (rivals,) = draw(run, stage, opponent, drawn, of=previous)
+        metrics |= play(run, stage, previous, players, samples, rivals, opponent, objective)
     elif players:
         metrics |= likelihood(run, stage, players)
     if settings.pairs and judged is not None and judged[1]:
-        metrics |= judge(run, *judged)
+        metrics |= judge(run, stage, *judged)
     files.write_json(stage.path("eval.json"), metrics)
 
 
@@ -103,20 +98,24 @@ def playable(examples: Sequence[Example]) -> list[Example]:
 def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
     """The data's answers under the policy, and beside the base's; of ranked ones who is likelier."""
     groups = [example.group for example in players]
-    logps = np.array(sequence_logps(run.policy, groups, run.budget))[:, 0]
+    ranked = [example.ranked for example in players if example.others]
+    with run.display.phase(f"{stage.name} score held-out", len(groups) + len(ranked), "rows") as tick:
+        logps = np.array(sequence_logps(run.policy, groups, run.budget, tick.advance))[:, 0]
+        of_ranked = sequence_logps(run.policy, ranked, run.budget, tick.advance)
     save_file({"policy.real": torch.from_numpy(logps)}, stage.path(LOGPS))
     base = load_file(run.directory.path / "base" / LOGPS)["policy.real"].numpy()
     metrics = likelihood_metrics(
         logps, [group.lengths[0] for group in groups], None if stage.method == "base" else base
     )
-    if ranked := [example.ranked for example in players if example.others]:
-        metrics |= ranking_metrics(ranked, sequence_logps(run.policy, ranked, run.budget))
+    if ranked:
+        metrics |= ranking_metrics(ranked, of_ranked)
     return metrics
 
 
-def judge(run, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
+def judge(run, stage: Stage, objective: Preference | Unpaired, groups: Sequence[Group]) -> Metrics:
     """Held-out preferences."""
-    objective, groups, logps = as_step(run.policy, objective, groups, run.budget)
+    with run.display.phase(f"{stage.name} judge held-out", len(groups), "rows") as tick:
+        objective, groups, logps = as_step(run.policy, objective, groups, run.budget, tick.advance)
     return (preference_metrics if isinstance(objective, Preference) else unpaired_metrics)(objective, groups, logps)
 
 
@@ -160,106 +159,55 @@ def write_transcripts(
 
 
 def play(
-    policy: Policy,
-    budget: Budget,
+    run,
     stage: Stage,
+    previous: Stage,
     players: Sequence[Example],
     samples: Sequence[Completion],
     rivals: Sequence[Completion],
-    opponent: Adapter | None,
-    game: Pairwise,
+    opponent: Adapter,
+    objective: Pairwise,
 ) -> Metrics:
-    """Score real answers, the opponent's samples (rivals) and the policy's own under policy, opponent and base.
-
-    Without an opponent the policy is the base.
-    """
-    groups = [Group(e.prompt_ids, (e.real_ids, c.token_ids)) for e, c in zip(players, samples, strict=True)]
-    groups += [Group(e.prompt_ids, (c.token_ids,)) for e, c in zip(players, rivals, strict=True)]
-    budget = with_room(budget, groups)
-    scored, _ = within_memory(budget, groups, partial(score_players, policy, groups, opponent))
-    sides = {"real": [e.real_ids for e in players], "sample": [c.token_ids for c in samples]}
-    sides["rival"] = [c.token_ids for c in rivals]
-    columns = {who: answer_columns(groups, logps, players, sides) for who, logps in scored.items()}
-    own, before, base = columns["policy"], columns["opponent"], columns.get("base")
-    arrays = {f"{who}.{what}": torch.from_numpy(x) for who, has in columns.items() for what, x in has.items()}
-    save_file(arrays, stage.path(LOGPS))
-    real_lengths = [len(e.real_ids) for e in players]
-    sample_lengths = [len(c.token_ids) for c in samples]
-    metrics = selfplay_metrics(
-        own["real"],
-        own["rival"],
-        before["real"],
-        before["rival"],
-        real_lengths,
-        [len(c.token_ids) for c in rivals],
-        game.beta,
-        game.kind,
-        base_real_logps=base["real"] if base else None,
-        base_generated_logps=base["rival"] if base else None,
+    """Score real answers, the opponent's samples (rivals) and the policy's own, as far as the last look did not."""
+    sides = {"real": [e.real_ids for e in players]}
+    sides |= {"rival": [c.token_ids for c in rivals], "sample": [c.token_ids for c in samples]}
+    columns, keys = game.scored(
+        run.policy,
+        opponent,
+        [e.prompt_ids for e in players],
+        sides,
+        run.budget,
+        game.Known(previous.path(LOGPS)),
+        partial(run.display.phase, f"{stage.name} score held-out"),
     )
-    ended = [c.finish_reason == "stop" for c in samples]
-    metrics |= generation_metrics([c.token_ids for c in samples], real_lengths, ended)
-    metrics |= fresh_opponent_metrics(
-        log_ratios(own["real"], before["real"]),
-        log_ratios(own["sample"], before["sample"]),
-        real_lengths,
-        sample_lengths,
-        [True] * len(players),
-        ended,
-    )
-    return metrics | (kl_metrics(own["sample"], base["sample"], sample_lengths) if base else {})
+    game.write(stage.path(LOGPS), columns, keys)
+    return game.metrics(columns, players, samples, rivals, objective)
 
 
-def answer_columns(
-    groups: Sequence[Group],
-    logps: Sequence[Sequence[float]],
-    players: Sequence[Example],
-    sides: Mapping[str, Sequence[tuple[int, ...]]],
-) -> dict[str, np.ndarray]:
-    """side -> log-prob of its answer to each player; equal answers have one, or rounding would tell them apart."""
-    known: dict[tuple, float] = {}
-    for group, sums in zip(groups, logps, strict=True):
-        for answer, value in zip(group.answers, sums, strict=True):
-            known.setdefault((group.prompt_ids, answer), value)
-    return {
-        side: np.array([known[e.prompt_ids, answer] for e, answer in zip(players, answers, strict=True)])
-        for side, answers in sides.items()
-    }
+def draw(
+    run, stage: Stage, adapter: Adapter, *asked: tuple[Sequence[Example], Sampling], of: Stage | None = None
+) -> list[list[Completion]]:
+    """For each (examples, how they are answered) the answers in their order, all of them drawn in one batch.
 
-
-def score_players(
-    policy: Policy, groups: Sequence[Group], opponent: Adapter | None, budget: Budget
-) -> dict[str, list[list[float]]]:
-    """Log-probs of the groups under policy, opponent and, where it is still there, base: all in one cut.
-
-    They are compared, and another cut rounds otherwise. Without an opponent the policy is the base, which plays
-    itself and is scored once.
+    Answers to one prompt stand side by side, so that they share its keys and values. `of`: the stage whose adapter
+    answers, where it is another.
     """
-    parts = {"policy": nullcontext, "opponent": partial(policy.playing, opponent)}
-    if not policy.folded:
-        parts["base"] = policy.base_only
-    if opponent is None:
-        return dict.fromkeys(parts, logps_in_cut(policy, groups, budget))
-    scored = {}
-    for who, playing in parts.items():
-        with playing():
-            scored[who] = logps_in_cut(policy, groups, budget)
-    return scored
-
-
-def draw(run, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:
-    """One completion per example, in their order."""
-    requests = [
-        Request(e.index, e.prompt_ids, prompt_seed(run.config.seed, stage.number, e.index, f"heldout {stage.name}"))
-        for e in examples
-    ]
+    of = of or stage
+    wanted = sorted(
+        ((example, kind) for kind, (examples, _) in enumerate(asked) for example in examples),
+        key=lambda each: (each[0].index, each[1]),
+    )
+    seeds = [prompt_seed(run.config.seed, of.number, e.index, f"heldout {of.name}") for e, _ in wanted]
+    requests = [Request(e.index, e.prompt_ids, seed, kind) for (e, kind), seed in zip(wanted, seeds, strict=True)]
     answers = {}
+    if not requests:
+        return [[] for _ in asked]
     with run.display.phase(f"{stage.name} evaluate", len(requests), "answers") as tick:
-        for completion in run.generator.generate(requests, sampling, run.policy.adapter()):
-            answers[completion.index] = completion
+        for completion in run.generator.generate(requests, [asked[kind][1] for _, kind in wanted], adapter):
+            answers[completion.index, completion.sample] = completion
             tick.advance(tokens=len(completion.token_ids))
             stop_if_asked()
-    return [answers[example.index] for example in examples]
+    return [[answers[example.index, kind] for example in examples] for kind, (examples, _) in enumerate(asked)]
 
 
 def verdicts(played: Sequence[Stage]) -> list[list[float]]:
@@ -271,27 +219,34 @@ def verdicts(played: Sequence[Stage]) -> list[list[float]]:
     return next((r for r in readings if any(map(any, r))), next((r for r in readings if any(r)), [[] for _ in played]))
 
 
+def looked_at(played: Sequence[Stage]) -> tuple[list[Stage], list[list[float]]]:
+    """The stages that have verdicts, and those."""
+    looks = [look for look in zip(played, verdicts(played), strict=True) if look[1]]
+    return [stage for stage, _ in looks], [found for _, found in looks]
+
+
 def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
-    """Why to play no further iteration, or None."""
-    results = verdicts(played)
-    if not patience or not results[0]:
+    """Why to play no further iteration, or None. Stages that were not looked at do not count."""
+    stages, results = looked_at(played)
+    if not patience or not results:
         return None
-    before = [stage.method for stage in played if stage.method != played[-1].method]
+    numbers = [stage.number for stage in stages if stage.method == played[-1].method]
+    before = [stage.method for stage in stages if stage.method != played[-1].method]
     starts = ["the base" if method == "base" else method.upper() for method in before]
-    return stopping.stop_reason(results, patience, starts=starts)
+    return stopping.stop_reason(results, patience, starts=starts, numbers=numbers)
 
 
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
     """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
-    results = verdicts(played)
-    position = stopping.kept(results) if results[0] else len(played) - 1
-    best = {"stage": played[position].name, "adapter": f"{played[position].name}/adapter"}
-    files.write_json(run.path / "best.json", best | {"of": [stage.name for stage in played]})
-    log.info("best: %s, %s", best["adapter"], "by held-out accuracy" if results[0] else "the last stage")
+    stages, results = looked_at(played)
+    name = stages[stopping.kept(results)].name if results else played[-1].name
+    best = {"stage": name, "adapter": f"{name}/adapter", "of": [stage.name for stage in played]}
+    files.write_json(run.path / "best.json", best)
+    log.info("best: %s, %s", best["adapter"], "by held-out accuracy" if results else "the last stage")
 
 
 def read_samples(stage: Stage) -> list[Completion]:
     return [
         Completion(row["index"], tuple(row["token_ids"]), row["finish_reason"])
-        for row in files.read_jsonl(stage.path("heldout_samples.jsonl"))
+        for row in files.read_jsonl(stage.path(SAMPLES))
     ]

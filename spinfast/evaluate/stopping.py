@@ -28,11 +28,13 @@ def stop_reason(
     patience: int,
     confidence: float = 0.95,
     starts: Sequence[str] = ("the base",),
+    numbers: Sequence[int] = (),
 ) -> str | None:
     """Why to stop: none of the last `patience` iterations is significantly better than the best before them.
 
     None means go on. patience counts iterations; what they start from never stops a run.
     starts: names of the first results, which are no iterations: the base and, where there was one, the SFT stage.
+    numbers: the iterations' own, where not every one was looked at; 0, 1, ... without.
     """
     if patience < 1:
         raise ValueError(f"patience: expected at least 1 iteration, got {patience}")
@@ -43,7 +45,8 @@ def stop_reason(
     if any(change["verdict"] == "better" for change in changes):
         return None
     last = changes[-1]
-    against = starts[champion] if champion < len(starts) else f"iteration {champion - len(starts)}"
+    names = [*starts, *(f"iteration {number}" for number in numbers or range(len(results) - len(starts)))]
+    against = names[champion]
     return (
         f"no held-out gain over {against} in the last {patience} iteration{'s' * (patience > 1)}: the last one is "
         f"{last['difference']:+.4f} [{last['low']:+.4f}, {last['high']:+.4f}] on {last['n']} items, "

@@ -65,7 +65,7 @@ def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]
         start = run.become(last)
         pairs = deal(run, same, stage, CONTROLS[name])
         imitate(run, same, pairs) if name == "sft" else train_policy(run, same, pairs)
-        yield conclude(run, same, last, start, game(run.config, stage.number))
+        yield conclude(run, same, last, start, game(run.config, stage.number), look=bool(stage.read("eval.json")))
         last, apart = same, True
 
 

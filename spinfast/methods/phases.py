@@ -191,8 +191,9 @@ def conclude(
     start: Adapter,
     game: Pairwise | None = None,
     judged: tuple[Preference | Unpaired, Sequence[Group]] | None = None,
+    look: bool = True,
 ) -> dict:
-    """Evaluate the stage's adapter on held-out data and add its row to results.json.
+    """Evaluate the stage's adapter on held-out data, if it is to be looked at, and add its row to results.json.
 
     `start` is the adapter that the stage started from, `game` what it is played by on held-out pairs, `judged` the
     objective and held-out groups, given their reference, by which preferences are held out.
@@ -203,7 +204,7 @@ def conclude(
     if stage.path("metrics.jsonl").exists():
         run.directory.restore_metrics(stage, files.read_jsonl(stage.path("metrics.jsonl")))
     run.policy.restore(adapters.load(stage.path("adapter")))
-    looked_at = run.heldout and (run.config.evaluate.problems or run.config.evaluate.pairs)
+    looked_at = look and run.heldout and (run.config.evaluate.problems or run.config.evaluate.pairs)
     if looked_at and not stage.finished("evaluate"):
         with stage.phase("evaluate", *heldout.OUTPUTS):
             heldout.evaluate(run, stage, last, start, game or run.game, judged)
@@ -216,11 +217,12 @@ def conclude(
         "pairs": len(read_pairs(pairs)) if pairs.exists() else 0,
         "rejected": stage.read("rejected.json"),
         "train": stage.read("train.json"),
-        "evaluation": stage.read("eval.json"),
+        "evaluation": stage.read("eval.json") if looked_at else {},
         "seconds": stage.seconds(),
     }
     run.check_base()
     run.directory.result(row)
     write_card(stage.path("adapter"), run.directory.path, stage.name)
-    run.played.append(stage)
+    if stage not in run.played:
+        run.played.append(stage)
     return row

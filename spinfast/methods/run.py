@@ -114,6 +114,8 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
         directory.remember_rewards(rewards.fingerprints())
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
+    if config.evaluate.every > 1 and "spin" not in config.method:
+        log.warning("evaluate.every has no use: only spin plays iterations, every other stage is evaluated")
     if sampled and not any(load.answers for load in work):
         log.warning("generation.%s has no use: no method of the run samples answers", sampled[0])
     plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])

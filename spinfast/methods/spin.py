@@ -47,9 +47,11 @@ def spin(run: Run, last: Stage) -> Iterator[dict]:
         pairs = pair(run, stage, examples, rollout(run, stage, examples, sampling), last)
         if not pairs:
             log.info("the game is won: every answer of the opponent is the real one, nothing is left to learn")
+            if t and not due(run.config, t - 1):  # the last one played always is
+                yield conclude(run, last, last.after, run.become(last.after), game(run.config, t - 1))
             return
         train_policy(run, stage, pairs)
-        yield conclude(run, stage, last, start, game(run.config, t))
+        yield conclude(run, stage, last, start, game(run.config, t), look=due(run.config, t))
         last = stage
         if reason := heldout.stop_reason(run.played, c.stop_patience):
             log.info("the game is over: %s", reason)
@@ -84,6 +86,11 @@ def train_policy(run: Run, stage: Stage, pairs: Sequence[Pair]) -> None:
 def game(config: Config, t: int) -> Pairwise:
     """What iteration t is played by."""
     return Pairwise(config.spin.loss, at(config.spin.beta, t))
+
+
+def due(config: Config, t: int) -> bool:
+    """Whether iteration t is evaluated: every evaluate.every-th, and the last."""
+    return (t + 1) % config.evaluate.every == 0 or t + 1 == config.spin.iterations
 
 
 def load(config: Config, examples: Sequence[Example]) -> Load:

@@ -1,25 +1,23 @@
 """The held-out look after a round, in runs of the whole program on a tiny model."""
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from fixtures import FailingCall
 from safetensors.torch import load_file
 from test_methods import configured, opened
-from test_run import SMALL, play
+from test_run import SMALL, fingerprints, play
 
 from spinfast import methods, train
 from spinfast.config import Data, Source
 from spinfast.data import load_data
 from spinfast.evaluate import heldout
 from spinfast.evaluate.references import FLEXIBLE, STRICT
-from spinfast.objectives import Pairwise
+from spinfast.methods import spin
+from spinfast.report.cli import write_report
 from spinfast.report.read import read_run
-from spinfast.train import Budget
-from spinfast.types import Adapter, Completion
+from spinfast.run import main
 
 
 def evaluations(run_dir):
@@ -92,7 +90,7 @@ def test_prompts_alone_are_answered_and_compared_and_no_likelihood_is_taken(tmp_
     ]
 
 
-@pytest.mark.parametrize("fails_at", range(1, 12))
+@pytest.mark.parametrize("fails_at", range(1, 7))
 def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch, fails_at):
     """Memory runs out at any forward; a policy that did not move (lr 0) has its opponent's log-probs, bit for bit."""
     monkeypatch.setattr(train, "batch_sequence_logps", FailingCall(train.batch_sequence_logps, fails_at))
@@ -110,22 +108,6 @@ def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch,
             assert logps[f"policy.{answer}"].equal(logps[f"base.{answer}"])
 
 
-def test_an_answer_that_both_sides_gave_has_one_score(tmp_path, monkeypatch):
-    """At the game's fixed point the opponent answers as the data does; rounding by place would choose a winner."""
-    random = np.random.default_rng(0)
-    monkeypatch.setattr(
-        heldout, "logps_in_cut", lambda policy, groups, budget: [[*-random.random(len(g.answers))] for g in groups]
-    )
-    policy = SimpleNamespace(folded=[], playing=lambda adapter: nullcontext(), base_only=nullcontext)
-    stage = SimpleNamespace(method="spin", path=lambda name: tmp_path / name)
-    players = [SimpleNamespace(prompt_ids=(1, i), real_ids=(5, i, 2)) for i in range(8)]
-    answers = [Completion(i, example.real_ids, "stop") for i, example in enumerate(players)]
-    metrics = heldout.play(policy, Budget(64, "sdpa"), stage, players, answers, answers, Adapter({}, {}), Pairwise())
-    assert metrics["heldout/pair_accuracy"] == metrics["fresh/auc_log_ratio"] == {"value": 0.5, "stderr": 0.0, "n": 8}
-    assert metrics["heldout/margin"] == {"value": 0.0, "stderr": 0.0, "n": 8}
-    assert metrics["heldout/real_logp_change"]["stderr"] > 0
-
-
 def test_the_best_is_kept_by_a_reading_that_says_something(tmp_path):
     """A model that learns by a reward need never write the data's form: its strict verdicts are all 0."""
     stages = []
@@ -139,3 +121,64 @@ def test_the_best_is_kept_by_a_reading_that_says_something(tmp_path):
     scores = [{STRICT: 1.0, FLEXIBLE: 0.0}] * 3
     (tmp_path / "base" / "heldout.jsonl").write_text("".join(json.dumps({"scores": s}) + "\n" for s in scores))
     assert heldout.verdicts(stages) == [[1.0] * 3, [0.0] * 3, [0.0] * 3]
+
+
+# evaluate.every ---------------------------------------------------------------------------------------------------
+
+FOUR = {"iterations": 4, "mix_previous": False}
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory, tiny_model):
+    """Four iterations, all looked at, and the same with a look at every third."""
+    folder = tmp_path_factory.mktemp("sparse")
+    return [play(folder, tiny_model("llama"), f"every{n}", spin=FOUR, evaluate={"every": n}) for n in (1, 3)]
+
+
+def test_only_every_nth_iteration_and_the_last_are_evaluated_and_no_figure_of_theirs_depends_on_it(sparse):
+    """An iteration whose opponent was not looked at draws that one's samples for itself."""
+    all_of_them, some = map(fingerprints, sparse)
+    looks = [name for name in ("base", "iter_000", "iter_001", "iter_002", "iter_003") if f"{name}/eval.json" in some]
+    assert looks == ["base", "iter_002", "iter_003"]
+    assert {path for path in all_of_them if path not in some} == {
+        f"iter_00{t}/{name}" for t in (0, 1) for name in heldout.OUTPUTS
+    }
+    assert {path for path in some if some[path] != all_of_them[path]} <= {"config.yaml", "best.json"}
+    rows = evaluations(sparse[1])
+    assert rows == evaluations(sparse[0]) | {0: {}, 1: {}}
+
+
+def test_a_run_that_is_not_looked_at_everywhere_is_resumed_reported_and_has_a_best(sparse, tmp_path):
+    before = fingerprints(sparse[1])
+    assert main([str(sparse[1].parent / "config.yaml"), "--run-dir", str(sparse[1])]) == 0
+    assert fingerprints(sparse[1]) == before
+    assert " again" not in (sparse[1] / "log.txt").read_text()
+    best = json.loads((sparse[1] / "best.json").read_text())
+    assert best["of"] == ["base", *(f"iter_00{t}" for t in range(4))]
+    assert best["stage"] in ("base", "iter_002", "iter_003")
+    assert write_report(sparse, tmp_path / "report.html")
+
+
+def test_patience_counts_the_iterations_that_were_looked_at(tmp_path, tiny_model):
+    spin = FOUR | {"iterations": 6, "stop_patience": 2}
+    run_dir = play(tmp_path, tiny_model("llama"), spin=spin, evaluate={"every": 2, "pairs": 0})
+    assert [*evaluations(run_dir)] == ["base", 0, 1, 2, 3]
+    assert "no held-out gain over the base in the last 2 iterations" in (run_dir / "log.txt").read_text()
+
+
+def test_the_last_iteration_of_a_game_that_is_won_is_evaluated(tmp_path, tiny_model, monkeypatch):
+    make = spin.make_pairs
+    monkeypatch.setattr(spin, "make_pairs", lambda *args: ([], {}) if args[2] == 2 else make(*args))
+    settings = {"spin": FOUR, "evaluate": {"every": 3}, "adapter": {"init": "merge"}}
+    run_dir = play(tmp_path, tiny_model("llama"), **settings)
+    assert {name: bool(found) for name, found in evaluations(run_dir).items()} == {"base": True, 0: False, 1: True}
+    assert json.loads((run_dir / "best.json").read_text())["of"] == ["base", "iter_000", "iter_001"]
+    before = fingerprints(run_dir)
+    play(tmp_path, tiny_model("llama"), **settings)
+    assert fingerprints(run_dir) == before
+
+
+def test_a_stride_of_looks_without_iterations_is_told(tmp_path, tiny_model):
+    config = configured(tmp_path, tiny_model("llama"), method="sft", spin=None, sft={}, evaluate={"every": 2})
+    with opened(config, tmp_path / "run"):
+        assert "evaluate.every has no use" in (tmp_path / "run/log.txt").read_text()

@@ -145,6 +145,11 @@ def rank_axis(name: str) -> int:
     return int("lora_B." in name or "lora_embedding_B" in name)
 
 
+def idle(adapter: Adapter) -> bool:
+    """Whether it changes nothing: every B is zero."""
+    return not any(tensor.any() for name, tensor in adapter.tensors.items() if rank_axis(name))
+
+
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or inf."""
     return next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None)
