@@ -65,7 +65,7 @@ def echo_load(config: EchoConfig, examples: Sequence[Example]) -> Load:
 
 @pytest.fixture
 def register(monkeypatch):
-    """register(play, load): the method "echo" is there as if config.py had its section."""
+    """register(play, load): the method "echo" is there as if config/ had its section."""
 
     def add(play: Callable = echo, load: Callable = echo_load) -> None:
         monkeypatch.setitem(methods.METHODS, "echo", Method(play, load))

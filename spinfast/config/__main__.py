@@ -1,0 +1,3 @@
+from spinfast.config import reference_table
+
+print(reference_table())
