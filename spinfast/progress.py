@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from spinfast.evaluate import learning
 from spinfast.store.record import memory_now
 from spinfast.terminal import LogFile
 
@@ -74,15 +73,6 @@ class Display:
             tick.show = lambda: progress.update(task, completed=tick.done, note=tick.note)
             yield tick
         log.info(tick.line())
-
-    def table(self, rows: list[dict]) -> None:
-        """The closing table: one line per iteration, each value with its standard error."""
-        title, cells = "iterations on held-out problems (± one standard error)", list(map(_cells, rows))
-        if any(any(row[1:]) for row in cells):
-            show(self.console, title, ("iteration", "pairs", "loss first→last", *COLUMNS.values()), cells)
-        for row in rows:
-            if "window" in row["train"]:
-                show_answers(self.console, str(row["iteration"]), row["train"])
 
 
 class Lines(logging.Handler):
@@ -154,60 +144,6 @@ class PlainTick(Tick):
 
     def close(self) -> None:
         log.info(self.line())
-
-
-COLUMNS = {
-    "heldout/reward": "held-out reward",
-    "heldout/accuracy_strict": "accuracy strict",
-    "heldout/accuracy_flexible": "accuracy flexible",
-    "heldout/preference_accuracy": "preference accuracy",
-    "heldout/pair_accuracy": "pair accuracy",
-    "heldout/margin": "margin",
-    "heldout/perplexity": "perplexity",
-    "heldout/chosen_logp_change": "Δ log p(chosen)",
-    "heldout/real_logp_vs_base": "Δ log p(real)",
-    "heldout/length": "tokens",
-    "heldout/eos_rate": "ended",
-}
-
-
-ANSWERS = {  # of sampled ones, beside their rewards
-    "completions/mean_length": "tokens of an answer",
-    "completions/clipped_ratio": "share of answers cut",
-    "groups/dead": "share of groups dead",
-    "entropy": "entropy, nats per token",
-    "kl": "KL, nats per token",
-    "sampling/sampling_logp_difference/mean": "sampler and trainer apart",
-}
-
-
-def show_answers(console: Console, name: str, train: dict) -> None:
-    """A table of what a stage's sampled answers were like at first and at last; `train` is learning.summary's."""
-    functions = {f"rewards/{function}/mean": f"reward by {function}" for function in learning.functions(train)}
-    ends, n = [train["first"], train["last"]], train["window"]
-    lines = [
-        (label, *(_cell(end.get(metric)) for end in ends))
-        for metric, label in ({"reward": "reward"} | functions | ANSWERS).items()
-        if any(metric in end for end in ends)
-    ]
-    title = f"{name}: sampled answers over {train['steps']} steps (± one standard error)"
-    show(console, title, (f"mean over {n} steps", "first", "last"), lines)
-
-
-def _cells(row: dict) -> list[str]:
-    """A row of results.json; ± is one standard error. The loss of a stage with rewards says nothing, whatever it is."""
-    train = row["train"]
-    losses = f"{train['first_loss']:.3f}→{train['last_loss']:.3f}" if train and "window" not in train else ""
-    metrics = [_cell(row["evaluation"].get(metric)) for metric in COLUMNS]
-    return [str(row["iteration"]), str(row["pairs"] or ""), losses, *metrics]
-
-
-def _cell(estimate: dict | None) -> str:
-    if estimate is None:
-        return ""
-    digits = 1 if abs(estimate["value"]) >= 10 else 3
-    error = "" if estimate["stderr"] is None else f" ± {estimate['stderr']:.{digits}f}"
-    return f"{estimate['value']:.{digits}f}{error}"
 
 
 def show(

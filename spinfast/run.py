@@ -128,6 +128,8 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     from spinfast.methods.controls import check, play_controls
     from spinfast.methods.run import open_run
     from spinfast.progress import Display
+    from spinfast.report.closing import closing
+    from spinfast.report.read import read_run
     from spinfast.store.record import RunDir
 
     if controls:
@@ -145,10 +147,10 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
                 log.info("%s done", label(row["iteration"]))
             for name, row in play_controls(opened) if controls else ():
                 log.info("control %s: %s done", name, label(row["iteration"]))
-        display.table(record.results())
         for sentence in warnings(record.results()):
             log.warning(sentence)
         log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
+        closing(read_run(run_dir), display.console)
         return 0
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -194,7 +196,7 @@ def default_config() -> tuple[Path, str]:
 
     if torch.cuda.is_available():
         return CONFIGS / "qwen2.5-0.5b-t4.yaml", "no config given; a CUDA GPU is visible"
-    return CONFIGS / "smollm2-135m-cpu.yaml", "no config given; no CUDA GPU is visible"
+    return CONFIGS / "smollm2-135m-sums-cpu.yaml", "no config given; no CUDA GPU is visible"
 
 
 def _disk_is_full(error: OSError | SafetensorError) -> bool:

@@ -19,7 +19,8 @@ from rich.console import Console
 from test_run import write_config
 
 from spinfast.evaluate.cli import parse as parse_eval
-from spinfast.progress import ANSWERS, COLUMNS, Display, open_console, show
+from spinfast.progress import Display, open_console, show
+from spinfast.report.closing import ANSWERS, HEADLINES, SHOWN, table
 from spinfast.run import main, parse
 from spinfast.terminal import PLAIN, lasting_streams
 
@@ -75,7 +76,7 @@ def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_pat
     shutil.copy(CASES / "22-terminal-that-is-not-utf8" / "task.jsonl", task)
     model = yaml.safe_load(config.read_text())["model"]["name"]
     words = {
-        "run": [str(config), "--run-dir", str(run_dir)],  # a finished run: it prints its table
+        "run": [str(config), "--run-dir", str(run_dir)],  # a finished run: it prints its closing
         "dry-run": [str(config), "--dry-run"],
         "report": ["report", str(run_dir), "--no-png", "--output", str(tmp_path / "α.html")],
         "eval": ["eval", "--model", model, "--tasks", str(task), "--output", str(tmp_path / "out"), "--profile", "cpu"],
@@ -220,7 +221,7 @@ def rows(*names):
     estimate = {"value": 0.12345, "stderr": 0.0123, "n": 5}
     train = {"first_loss": 0.6931, "last_loss": 0.512}
     return [
-        {"iteration": name, "pairs": 400, "train": train, "evaluation": dict.fromkeys(COLUMNS, estimate)}
+        {"iteration": name, "pairs": 400, "train": train, "evaluation": dict.fromkeys(HEADLINES, estimate)}
         for name in names
     ]
 
@@ -229,12 +230,13 @@ def rows(*names):
 @pytest.mark.parametrize("name", [0, "a-stage-with-quite-a-long-name"])
 def test_the_results_fit(width, name):
     console = Console(file=io.StringIO(), width=width)
-    Display(console).table(rows("base", name))
+    table(rows("base", name), console)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     text = " ".join(console.file.getvalue().split())
-    assert text.count("0.123 ± 0.012") == 2 * len(COLUMNS)  # no value is cut or broken
+    assert text.count("0.123 ± 0.012") == 2 * SHOWN  # no value is cut or broken
     assert ("┃" in text) == (width >= 60)
+    assert text.count("┏") == (width >= 60)  # one table, whatever the width
 
 
 @pytest.mark.parametrize("width", [160, 80, 40])
@@ -244,10 +246,10 @@ def test_what_answers_were_paid_for_fits(width):
     train = {"first": dict.fromkeys(names, early), "last": dict.fromkeys(names, late), "window": 10, "steps": 100}
     console = Console(file=io.StringIO(), width=width)
     row = {"iteration": "grpo", "pairs": 0, "train": train | {"first_loss": 0.7777, "last_loss": 0.0}, "evaluation": {}}
-    Display(console).table([*rows("base"), row])
+    table([*rows("base"), row], console)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
-    assert text.count("0.123 ± 0.012") == len(names) + len(COLUMNS)
+    assert text.count("0.123 ± 0.012") == len(names) + SHOWN
     assert text.count("0.568") == len(names)
     assert "reward by my_rewards.py:correct" in " ".join(text.split())
     assert "0.778" not in text  # a loss that says nothing
@@ -352,9 +354,9 @@ def test_terminals_that_cannot_or_shall_not(variable, value):
     display = Display(console)
     with display.phase("score", 2, "groups") as tick:
         tick.advance(2)
-    display.table(rows("base", 0))
+    table(rows("base", 0), console)
     printed = console.file.getvalue()
     assert not re.search(r"\x1b\[(\d+;)*[349]\d", printed)  # colours
-    assert "margin" in printed
+    assert "held-out reward" in " ".join(printed.split())
     if variable == "TERM":
         assert "\x1b" not in printed

@@ -85,7 +85,7 @@ def own_run(arguments, work: dict, run_dir: Path) -> float:
         "spin.lr=5.0e-5", "spin.schedule=constant", "spin.warmup_ratio=0", f"device.dtype={work['dtype']}",
         f"model.name={work['model']}", "prompt.max_prompt_tokens=1024", "prompt.max_answer_tokens=1024",
     ]  # fmt: skip
-    config = Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml"
+    config = Path(__file__).parents[2] / "configs" / "smollm2-135m-gsm-cpu.yaml"
     start = time.perf_counter()
     child.finished([sys.executable, "-m", "spinfast.run", str(config), *overrides, "--run-dir", str(run_dir)], {})
     return time.perf_counter() - start

@@ -60,10 +60,12 @@ def evaluate(
     answers, samples = draw(run, stage, run.policy.adapter(), greedy, drawn)
     if problems:
         scores = verdict(problems, answers, text)
-        write_transcripts(stage, problems, answers, scores, text)
         metrics |= accuracies(scores)
+        paid = None
         if run.rewards:
-            metrics |= reward_metrics(run, problems, answers)[0]
+            found, paid = reward_metrics(run, problems, answers)
+            metrics |= found
+        write_transcripts(stage, problems, answers, scores, text, paid)
     if samples:
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
         files.write_text(stage.path(SAMPLES), files.jsonl(rows))
@@ -141,7 +143,9 @@ def write_transcripts(
     answers: Sequence[Completion],
     scores: Sequence[dict[str, float]],
     text: Callable[[Sequence[int]], str],
+    rewards: Sequence[float] | None = None,
 ) -> None:
+    """`rewards` has what each answer was paid, NaN where no function applies."""
     transcripts = [
         {
             "index": example.index,
@@ -155,6 +159,8 @@ def write_transcripts(
         }
         for example, completion, found in zip(problems, answers, scores, strict=True)
     ]
+    for line, reward in zip(transcripts, () if rewards is None else rewards, strict=False):
+        line["reward"] = None if np.isnan(reward) else float(reward)
     files.write_text(stage.path("heldout.jsonl"), files.jsonl(transcripts))
 
 

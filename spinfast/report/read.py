@@ -99,6 +99,11 @@ class Run:
         rows = self.transcripts.get(stage, [])
         return {f"{row['index']} {row['prompt']}": row["scores"][metric] for row in rows if metric in row["scores"]}
 
+    def rewards(self, stage: str) -> dict[str, float]:
+        """What the reward functions gave for greedy answers, their weighted sum, by problem as scores are."""
+        rows = self.transcripts.get(stage, [])
+        return {f"{row['index']} {row['prompt']}": row["reward"] for row in rows if row.get("reward") is not None}
+
 
 def read_run(path: Path) -> Run:
     """Raises UserError if `path` is not a run directory."""

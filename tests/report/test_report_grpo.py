@@ -13,10 +13,9 @@ import torch
 from rewarded import STEPS, add_grpo, metrics, rollout, write_rollout
 from test_report import Page
 
-from spinfast import progress
 from spinfast.config import load_config
 from spinfast.evaluate import learning
-from spinfast.report import rollouts, study, training
+from spinfast.report import closing, rollouts, study, training
 from spinfast.report.card import write_card
 from spinfast.report.page import page
 from spinfast.report.read import read_run, read_runs
@@ -185,9 +184,24 @@ def test_text_of_a_rollout_stays_text(copy):
 def test_every_metric_is_explained(real):
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     written = {name for row in read_run(real).steps for name in row} - {"stage", "phase", "step", "steps"}
-    for name in (*learning.KEPT, *learning.LOOKS, *training.ANSWERS, *progress.ANSWERS, *written):
+    for name in (*learning.KEPT, *learning.LOOKS, *training.ANSWERS, *closing.ANSWERS, *written):
         general = re.sub(r"rewards/digits|rewards/gsm8k", "rewards/NAME", name).removesuffix("_stderr")
         assert f"`{general}`" in page, name
+
+
+def test_without_references_the_closing_goes_by_what_greedy_answers_are_paid(real, copy):
+    run = read_run(real)
+    paid = [run.rewards(stage) for stage in run.stages]
+    for row, values in zip(run.rows, paid, strict=True):
+        assert statistics.mean(values.values()) == pytest.approx(row["evaluation"]["heldout/reward"]["value"])
+    assert closing.gains(run)[0].startswith("Strict accuracy")  # there are references, which say more
+    path = copy / "grpo" / "heldout.jsonl"
+    for stage, values in (("base", [0.5, 0.5]), ("grpo", [1.5, 1.25])):
+        lines = [json.loads(line) for line in path.read_text().splitlines()[:2]]
+        rows = [line | {"scores": {}, "reward": value} for line, value in zip(lines, values, strict=True)]
+        (copy / stage / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (sentence,) = closing.gains(read_run(copy))
+    assert "The reward of greedy answers went from 0.5 to 1.38 on 2 held-out rows (base to GRPO): +0.875" in sentence
 
 
 def test_a_real_run_is_shown_as_it_was(real):
