@@ -11,7 +11,7 @@ from spinfast.data.sources import open_table
 RESULTS = {"gcd": math.gcd, "lcm": math.lcm}
 
 
-def problems(family, split, rows=200):
+def problems(family, split, rows):
     table = open_table(f"reasoning_gym:{family}", split=split, rows=rows, seed=5)
     return [table.row(i) for i in range(table.length)]
 
@@ -32,11 +32,12 @@ def expected(family, row):
 
 @pytest.mark.parametrize("family", ["chain_sum", "chain_sum/two", "products", "gcd", "lcm", "simple_equations"])
 def test_every_step_and_the_result_are_right(family):
-    rows = {split: problems(family, split) for split in ("train", "test")}
+    count = 60 if family == "chain_sum/two" else 200  # of two terms there are only 200 in all
+    rows = {split: problems(family, split, count) for split in ("train", "test")}
     questions = {split: {row["question"] for row in found} for split, found in rows.items()}
     assert not questions["train"] & questions["test"]
     for found in rows.values():
-        assert len({row["question"] for row in found}) == len(found) >= 80  # of two terms there are no more
+        assert len({row["question"] for row in found}) == len(found) == count
     for row in (*rows["train"], *rows["test"]):
         *steps, end = row["answer"].split("\n")
         assert end == f"#### {row['reference']}"
@@ -55,7 +56,7 @@ def test_every_step_and_the_result_are_right(family):
         ("h - 8 = 0", "h = 0 + 8 = 8\n#### 8"),
         ("15*x = 30", "x = 30 / 15 = 2\n#### 2"),
         ("0 = 0", None),  # of which reasoning-gym asks for the unknown too
-        ("7 = 7", None),
+        ("x = 7", None),
     ],
 )
 def test_linear_equations(equation, solution):

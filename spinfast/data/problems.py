@@ -104,7 +104,7 @@ def euclid(numbers: list[int], multiple: bool = False) -> str:
 
 
 def solved(equation: str) -> str | None:
-    """ "3*x + 5 = 20" -> "3*x = 20 - 5 = 15\\nx = 15 / 3 = 5\\n#### 5"; None where the unknown cancelled out."""
+    """ "3*x + 5 = 20" -> "3*x = 20 - 5 = 15\\nx = 15 / 3 = 5\\n#### 5"; None where nothing is to be done, or the unknown is gone."""
     left, _, right = equation.partition(" = ")
     terms = {"": 0} | {
         name: int(f"{sign}{number or 1}")
@@ -121,7 +121,7 @@ def solved(equation: str) -> str | None:
         lines.append(f"{'' if factor == 1 else '-' if factor == -1 else f'{factor}*'}{unknown} = {sides} = {result}")
     if factor != 1:
         lines.append(f"{unknown} = {result} / {factor} = {result // factor}")
-    return "\n".join([*lines, f"#### {result // factor}"])
+    return "\n".join([*lines, f"#### {result // factor}"]) if lines else None
 
 
 SOURCES = {

@@ -53,8 +53,9 @@ def closing(run: Run, console: Console) -> None:
         console.print()
         console.print(transcript)
     console.print()
-    for line in what_next(run):
-        console.print(line, markup=False, soft_wrap=True)  # commands stay whole
+    for what, command in what_next(run).items():
+        console.print(f"# {what}", markup=False)
+        console.print(command, markup=False, soft_wrap=True)  # stays whole, to be pasted
 
 
 # The table -----------------------------------------------------------------------------------------------------------
@@ -230,18 +231,14 @@ def _short(text: str) -> str:
 # What next -----------------------------------------------------------------------------------------------------------
 
 
-def what_next(run: Run) -> Iterator[str]:
-    """Commands that can be pasted here, each under what it does."""
+def what_next(run: Run) -> dict[str, str]:
+    """What can be done now -> the command, to be pasted here."""
     here = shlex.quote(min(str(run.path), os.path.relpath(run.path), key=len))
-    commands = {
-        "curves, intervals and all answers in one HTML file": f"report {here}",
-        "the best adapter on questions of your own (rows of question and answer)": f"eval --adapter {here} "
-        "--tasks mine.jsonl",
-        "your own data: a config of five lines, see README.md": "mine.yaml",
+    return {
+        "curves, intervals and all answers in one HTML file": f"{program()} report {here}",
+        "the best adapter on questions of your own": f"{program()} eval --adapter {here} --tasks mine.jsonl",
+        "your own data, by a config of five lines (README.md)": f"{program()} mine.yaml",
     }
-    for what, command in commands.items():
-        yield f"# {what}"
-        yield f"{program()} {command}"
 
 
 def program() -> str:
