@@ -104,7 +104,10 @@ def euclid(numbers: list[int], multiple: bool = False) -> str:
 
 
 def solved(equation: str) -> str | None:
-    """ "3*x + 5 = 20" -> "3*x = 20 - 5 = 15\\nx = 15 / 3 = 5\\n#### 5"; None where nothing is to be done, or the unknown is gone."""
+    """ "3*x + 5 = 20" -> "3*x = 20 - 5 = 15\\nx = 15 / 3 = 5\\n#### 5".
+
+    None where nothing is left to be done (x = 7), or the unknown is gone (0 = 0).
+    """
     left, _, right = equation.partition(" = ")
     terms = {"": 0} | {
         name: int(f"{sign}{number or 1}")
