@@ -116,8 +116,7 @@ def gains(run: Run) -> list[str]:
     """Plain sentences: what the run gained over its base on the same held-out items, and whether that is noise."""
     if not run.config["heldout"]:
         return ["Nothing was held out (the config has no heldout), so this run cannot tell whether it helped."]
-    best = study.best_row(run)
-    row = shown_row(run)
+    best, row = study.best_row(run), shown_row(run)
     if row is None:
         return ["Nothing was trained, so there is nothing to compare."]
     measures = (_accuracies, _rewards, _preferences, _likelihoods)
