@@ -16,9 +16,9 @@ from spinfast.run import main
 RIGHT, HALF = [1.0] * 60, [float(i % 2) for i in range(60)]
 
 
-def printed(run, width=80):
+def printed(width, write):
     console = Console(file=io.StringIO(), width=width)
-    closing.closing(run, console)
+    write(console)
     return console.file.getvalue()
 
 
@@ -84,18 +84,18 @@ def test_the_same_problem_before_and_after(judged, width):
     lines[1] |= {"text": "It\n\n is 105.\x1b[2J\n#### 105", "finish_reason": "stop"}
     lines[0] |= {"text": "words " * 100, "finish_reason": "length"}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = printed(read_run(run), width)
+    text = printed(width, lambda console: closing.closing(read_run(run), console))
     assert max(len(line) for line in text.splitlines() if "spinfast " not in line) <= width
     assert "\x1b" not in text
-    gained, failed = text.split("\nproblem")[1:]  # what was gained first, then what is still wrong
-    words = " ".join(gained.split())
-    for part in ("What is 51 plus 52?", "expected 103", "base (wrong", "iteration 1 (right)", "It is 105.", "#### 105"):
-        assert part in words
-    words = " ".join(failed.split())
-    assert "What is 50 plus 51?" in words
-    assert "iteration 1 (wrong, cut)" in words
-    assert words.count("words") == 40
-    assert "…" in words
+    tables = closing.transcripts(read_run(run))
+    gained, failed = (" ".join(printed(160, lambda console, t=t: console.print(t)).split()) for t in tables)
+    asked = [line["prompt"][-1]["content"] for line in lines]
+    assert f"problem {asked[1]} expected {lines[1]['reference']} base (wrong" in gained  # first what was gained
+    assert gained.endswith("iteration 1 (right) It is 105. [2J #### 105")
+    assert asked[0] in failed  # then what is still wrong
+    assert "iteration 1 (wrong, cut)" in failed
+    assert failed.count("words") == 40
+    assert failed.endswith("…")
 
 
 def test_what_is_named_next_can_be_done(run_copy, monkeypatch, capsys):
