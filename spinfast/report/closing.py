@@ -105,6 +105,7 @@ def _cell(estimate: dict | None) -> str:
 # What was gained -----------------------------------------------------------------------------------------------------
 
 Values = Mapping[Hashable, float]  # by held-out item
+SAME = "no gain."
 VERDICTS = {
     "better": "That is a gain, not noise.",
     "worse": "That is a loss, not noise.",
@@ -125,7 +126,7 @@ def gains(run: Run) -> list[str]:
         return ["Nothing held out was evaluated before and after, so this run cannot tell whether it helped."]
     if best and best["stage"] == "base":
         said = ["No stage did better than the base on held-out problems.", *said]
-    elif best and len(run.rows) > 2:
+    elif best and len(run.rows) > 2 and not said[0].endswith(SAME):
         said = [*said, "It is the best stage on these very problems, which flatters it a little."]
     return said
 
@@ -178,7 +179,7 @@ def _change(name: str, row: dict, before: Values, after: Values, percent: bool =
     first, last = (f"{scale * sum(side) / len(items):{form}}" for side in sides)
     where = f"on {len(items)} held-out rows (base to {label(row['iteration'])})"
     if sides[0] == sides[1]:
-        return f"{name} stayed at {first}{unit} {where}: no gain."
+        return f"{name} stayed at {first}{unit} {where}: {SAME}"
     difference, low, high = (f"{scale * outcome[key]:+{form}}" for key in ("difference", "low", "high"))
     p = "< 0.001" if outcome["p"] < 0.001 else f"= {outcome['p']:.2g}"
     return (
