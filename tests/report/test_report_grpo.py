@@ -200,7 +200,7 @@ def test_without_references_the_closing_goes_by_what_greedy_answers_are_paid(rea
         lines = [json.loads(line) for line in path.read_text().splitlines()[:2]]
         rows = [line | {"scores": {}, "reward": value} for line, value in zip(lines, values, strict=True)]
         (copy / stage / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (sentence,) = closing.gains(read_run(copy))
+    sentence, *_ = closing.gains(read_run(copy))
     assert "The reward of greedy answers went from 0.5 to 1.38 on 2 held-out rows (base to GRPO): +0.875" in sentence
 
 
