@@ -126,7 +126,7 @@ def gains(run: Run) -> list[str]:
         return ["Nothing held out was evaluated before and after, so this run cannot tell whether it helped."]
     if best and best["stage"] == "base":
         said = ["No stage did better than the base on held-out problems.", *said]
-    elif best and len(run.rows) > 2 and not said[0].endswith(SAME):
+    elif best and len(run.rows) > 2 and not all(each.endswith(SAME) for each in said):
         said = [*said, "It is the best stage on these very problems, which flatters it a little."]
     return said
 
@@ -196,9 +196,10 @@ def transcripts(run: Run) -> Iterator[Table]:
     if (row := shown_row(run)) is None:
         return
     before, after = ({line["index"]: line for line in run.transcripts.get(s, [])} for s in ("base", row["stage"]))
+    reading = study.deciding(run)
 
     def gained(index: int) -> tuple[float, float]:
-        was, is_now = (_verdict(side[index]) or 0.0 for side in (before, after))
+        was, is_now = (side[index]["scores"].get(reading, 0.0) for side in (before, after))
         return is_now - was, is_now
 
     shared = sorted((index for index in before if index in after), key=gained, reverse=True)
@@ -206,18 +207,13 @@ def transcripts(run: Run) -> Iterator[Table]:
         problem = before[index]
         said = {"problem": problem["prompt"][-1]["content"], "expected": problem["reference"] or problem["real"]}
         for name, side in (("base", before), (label(row["iteration"]), after)):
-            verdict, cut = _verdict(side[index]), side[index]["finish_reason"] == "length"
+            verdict, cut = side[index]["scores"].get(reading), side[index]["finish_reason"] == "length"
             notes = [*(["right" if verdict else "wrong"] if verdict is not None else ()), *(["cut"] if cut else ())]
             said[f"{name} ({', '.join(notes)})" if notes else name] = side[index]["text"]
         lines = Table.grid(padding=(0, 2))
         for name, text in said.items():
             lines.add_row(name, Text(_short(text), overflow="fold"))
         yield lines
-
-
-def _verdict(line: dict) -> float | None:
-    """Strict, if it has that."""
-    return next(iter(line["scores"].values()), None)
 
 
 def _short(text: str) -> str:
@@ -237,7 +233,7 @@ def what_next(run: Run) -> dict[str, str]:
     return {
         "curves, intervals and all answers in one HTML file": f"{program()} report {here}",
         "the best adapter on questions of your own": f"{program()} eval --adapter {here} --tasks mine.jsonl",
-        "your own data, by a config of five lines (README.md)": f"{program()} mine.yaml",
+        "your own data, by a config of five lines (README.md)": f"{program()} run mine.yaml",
     }
 
 

@@ -106,4 +106,4 @@ def test_what_is_named_next_can_be_done(run_copy, monkeypatch, capsys):
     assert main([*report[report.index("report") :], "--no-png"]) == 0
     assert (named / "report" / "index.html").is_file()
     assert evaluation[1:] == ["eval", "--adapter", "a run's", "--tasks", "mine.jsonl"]
-    assert own[-1] == "mine.yaml"
+    assert own[-2:] == ["run", "mine.yaml"]
