@@ -55,7 +55,7 @@ PEERS="bare GEMMs,spinfast,eager"
 has trl && PEERS+=",trl" && has liger_kernel && PEERS+=",trl-liger"
 has trl unsloth && PEERS+=",unsloth"
 
-whole_run() {  # two iterations of self-play after an SFT, by vLLM on the policy's weights, on sums made on the spot
+whole_run() {  # SFT, two iterations of self-play, GRPO and, by itself, DPO: vLLM on the policy's weights, sums made here
   has vllm || { say "step 2 needs vllm"; return 1; }
   "$PYTHON" - "$WORK" "${SPINFAST_MODEL:-}" <<'EOF'
 import json, sys
@@ -64,17 +64,23 @@ from bench import shapes
 
 work, model = Path(sys.argv[1]), sys.argv[2]
 model = model or shapes.random_model(work / "model", shapes.shape("tiny-256"))
-rows = [{"question": f"What is {i} plus {7 * i}?", "answer": f"{i} + {7 * i} = {8 * i}\n#### {8 * i}"} for i in range(80)]
-for name, part in {"data": rows[:64], "heldout": rows[64:]}.items():
-    (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-config = {
-    "method": ["sft", "spin"], "model": {"name": str(model)}, "data": {"source": str(work / "data.jsonl")},
-    "heldout": {"source": str(work / "heldout.jsonl")}, "spin": {"iterations": 2},
-    "generation": {"max_tokens": 48, "backend": "vllm"}, "evaluate": {"max_tokens": 48},
+sums = [(f"What is {i} plus {7 * i}?", f"{i} + {7 * i} = {8 * i}\n#### ", 8 * i) for i in range(80)]
+answers = [{"question": asked, "answer": f"{steps}{result}"} for asked, steps, result in sums]
+pairs = [{"prompt": asked, "chosen": f"{steps}{n}", "rejected": f"{steps}{n + 1}"} for asked, steps, n in sums]
+runs = {
+    "answers": (answers, {"method": ["sft", "spin", "grpo"], "spin": {"iterations": 2}, "grpo": {"rewards": "coin", "steps": 4}}),
+    "pairs": (pairs, {"method": "dpo"}),
 }
-(work / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+for name, (rows, config) in runs.items():
+    for part, chosen in {"data": rows[:64], "heldout": rows[64:]}.items():
+        (work / f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        config[part] = {"source": str(work / f"{name}_{part}.jsonl")}
+    config |= {"model": {"name": str(model)}, "generation": {"backend": "vllm"}, "evaluate": {"max_tokens": 48}}
+    (work / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML
 EOF
-  "$PYTHON" -m spinfast.run "$WORK/config.yaml" "device.profile=${PROFILE:-t4}" --run-dir "$WORK/run"
+  for name in answers pairs; do
+    "$PYTHON" -m spinfast.run "$WORK/$name.yaml" "device.profile=${PROFILE:-t4}" --run-dir "$WORK/$name" || return 1
+  done
 }
 profile_and_roofline() {
   "$PYTHON" -m bench profile --model $SHAPE --count 16 && "$PYTHON" -m bench roofline --model $SHAPE --tokens 2048 8192

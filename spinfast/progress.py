@@ -138,7 +138,7 @@ class PlainTick(Tick):
         self.shown = self.started
 
     def show(self) -> None:
-        if time.monotonic() - self.shown >= PLAIN_INTERVAL:
+        if self.done < self.total and time.monotonic() - self.shown >= PLAIN_INTERVAL:
             self.shown = time.monotonic()
             log.info(self.line())
 
