@@ -42,7 +42,7 @@ TARGETS = [  # device, method, peer, what, target; the row's field and whether m
     ("any", "spin", "TRL + vLLM", "end-to-end iteration, times the script's", 2.0, "spinfast_speedup", True),
 ]  # fmt: skip
 KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
-STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives.py", "spinfast/packing.py", "spinfast/policy",
+STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives", "spinfast/packing.py", "spinfast/policy",
         "spinfast/sums.py", "spinfast/train.py")  # fmt: skip
 MEASURED = {  # benchmark -> the files that its rows describe
     "generation": (*KERNELS, "spinfast/attention.py", "spinfast/generation", "spinfast/policy"),
