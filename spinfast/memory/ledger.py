@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = self._without_data(func, args, kwargs) if self.simulated else NotImplemented
         if out is NotImplemented:
-            out = _asked_once(func, args, kwargs) if self.simulated else func(*args, **kwargs)
+            out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage(), self.kind)
@@ -128,57 +128,6 @@ class Ledger(TorchDispatchMode):
             self._see(scratch.untyped_storage(), self.kind)
             return *(torch.empty_like(x) for x in (q, k, v)), torch.empty(0, device=q.device)
         return NotImplemented
-
-
-_rules: dict[torch._ops.OpOverload, str] = {}
-_answers: dict[tuple, tuple] = {}
-
-
-def _asked_once(func, args: tuple, kwargs: dict):
-    """func(*args, **kwargs) on meta tensors; what it makes of arguments of one kind is asked once and then known.
-
-    Most meta functions are Python, and every layer asks the same. FakeTensorMode keeps such a cache too.
-    """
-    if func not in _rules:
-        _rules[func] = _rule(func)
-    if not (rule := _rules[func]):
-        return func(*args, **kwargs)
-    question = (func, _kind_of(args), _kind_of(tuple(kwargs.items())))
-    if question not in _answers:
-        out = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if all(leaf.is_meta for leaf in given) and (rule == "changes" or _is_new(out, given)):
-            _answers[question] = () if rule == "changes" else (out.shape, out.stride(), out.dtype)
-        return out
-    if rule == "changes":
-        return args[0] if func._schema.returns else None
-    shape, stride, dtype = _answers[question]
-    return torch.empty_strided(shape, stride, dtype=dtype, device=META)
-
-
-def _rule(func) -> str:
-    """ "makes" one new tensor, "changes" the data of its first argument alone, or neither."""
-    schema = func._schema
-    if schema.is_mutable:
-        changed = [i for i, argument in enumerate(schema.arguments) if argument.alias_info]
-        return "changes" if changed == [0] and torch.Tag.inplace_view not in func.tags else ""
-    alone = [str(returned.type) for returned in schema.returns] == ["Tensor"]
-    return "makes" if alone and not schema.returns[0].alias_info else ""
-
-
-def _is_new(out: torch.Tensor, given: list[torch.Tensor]) -> bool:
-    """Whether it lies alone in a storage of its own, on meta."""
-    key = out.untyped_storage()._cdata
-    return out.is_meta and all(key != tensor.untyped_storage()._cdata for tensor in given)
-
-
-def _kind_of(value) -> tuple:
-    """All that a meta function sees of an argument; equal numbers of different types differ."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_kind_of, value))
-    return type(value), value
 
 
 @contextmanager
