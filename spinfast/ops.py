@@ -49,7 +49,7 @@ def choose(name: Literal["auto", "eager", "triton", "numba"], device: torch.devi
     if name == "auto" and obstacle:
         return EAGER, f"eager: {obstacle}"
     if obstacle:
-        raise UserError(f"ops: {name} was asked for but {obstacle}; use ops=eager or ops=auto")
+        raise UserError(f"device.kernels: {name} was asked for but {obstacle}; use device.kernels=eager or auto")
     table = EAGER if wanted == "eager" else compiled(wanted)
     return table, f"{wanted}: {f'the compiled kernels of {kind}' if name == 'auto' else 'asked for'}"
 

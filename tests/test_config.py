@@ -51,6 +51,7 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("adapter.kind=tiny_lora", ["adapter.kind", "'lora'", "'tiny_lora'"]),
         ("lora.r=8", ["lora: is now adapter"]),
         ("method=ppo", ["method", "expected sft, spin, dpo", "'ppo' is none of them"]),
+        ("base_model=x", ["unknown key 'base_model'; it is model: {name: ...} here"]),
         ("method=GRPO", ["'GRPO' is none of them; names are in lower case"]),
         ("method=kto", ["'kto' is none of them; it is a dpo.loss"]),
         ("method=[spin, sft, spin]", ["method", "each method once"]),

@@ -189,6 +189,17 @@ TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to an
 }
 
 
+OTHERS = {  # of other tools' files: they begin with what is not here
+    "model_name_or_path": "model: {name: ...}",
+    "base_model": "model: {name: ...}",
+    "model_name": "model: {name: ...}",
+    "dataset_name": "data: {source: ...}",
+    "dataset": "data: {source: ...}",
+    "datasets": "data: {source: ...}",
+    "output_dir": "--run-dir",
+}
+
+
 def at(values: Sequence[float], number: int) -> float:
     """The value for this round; the last one holds for all later ones."""
     return values[min(number, len(values) - 1)]
@@ -256,7 +267,8 @@ def _override(tree: dict, override: str) -> None:
 
 
 def _one_line(error: ValidationError, kind: type[Config]) -> str:
-    first = error.errors()[0]
+    errors = error.errors()  # what is there and unknown says more of a foreign file than what is not there
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     first["loc"] = tuple(part for part in first["loc"] if part not in (ONE, SEVERAL))
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -265,6 +277,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
         if key in TRL_NAMES:
             return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
+        if key in OTHERS:
+            return f"unknown key {dotted!r}; it is {OTHERS[key]} here"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"

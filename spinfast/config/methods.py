@@ -134,7 +134,7 @@ class Grpo(Watched, Optimisation):
     )
     reward_timeout: float = Field(60.0, gt=0, le=1e6, description="seconds that a call of a reward may take")
     completions: Literal["auto", "text", "messages"] = Field(
-        "auto", description="how rewards get prompts and answers; auto: as text where the data's prompt is text"
+        "auto", description="how rewards get prompts and answers; auto: as messages where a row has a conversation"
     )
     prompts_per_step: int = Field(8, gt=0, description="prompts of one optimizer step")
     samples: int = Field(8, gt=0, description="answers to each prompt, its group")

@@ -30,6 +30,7 @@ from spinfast.train import as_step, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 log = logging.getLogger("spinfast")
+REWARD = "reward"
 LOGPS = "heldout_logps.safetensors"
 SAMPLES = "heldout_samples.jsonl"
 OUTPUTS = ("heldout.jsonl", SAMPLES, LOGPS, "eval.json")
@@ -217,11 +218,20 @@ def draw(
 
 
 def verdicts(played: Sequence[Stage]) -> list[list[float]]:
-    """By stage, 1 or 0 per held-out problem: the greedy answers' strict scores, or the flexible ones where no problem
-    has a strict verdict or no stage a strict success; empty without references."""
+    """By stage, a number per held-out problem: the greedy answers' rewards where the run has such, else 1 or 0 by their
+    strict scores, or by the flexible ones where no problem has a strict verdict or no stage a strict success.
+
+    A reward of which all are 0 says nothing either. Empty without references and rewards.
+    """
     paths = [stage.path("heldout.jsonl") for stage in played]
-    scores = [[row["scores"] for row in files.read_jsonl(path)] if path.exists() else [] for path in paths]
-    readings = [[[s[reading] for s in of_stage if reading in s] for of_stage in scores] for reading in ACCURACY]
+    told = [
+        [row["scores"] | {REWARD: row.get("reward")} for row in files.read_jsonl(path)] if path.exists() else []
+        for path in paths
+    ]
+    readings = [
+        [[each[name] for each in of_stage if each.get(name) is not None] for of_stage in told]
+        for name in (REWARD, *ACCURACY)
+    ]
     return next((r for r in readings if any(map(any, r))), next((r for r in readings if any(r)), [[] for _ in played]))
 
 
@@ -243,12 +253,14 @@ def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
 
 
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
-    """Name the stage with the highest held-out accuracy in best.json; the last one without held-out problems."""
+    """Name the stage with the best held-out verdicts in best.json; the last one where these do not tell."""
     stages, results = looked_at(played)
-    name = stages[stopping.kept(results)].name if results else played[-1].name
+    told = len({float(np.mean(found)) for found in results}) > 1
+    name = stages[stopping.best(results)].name if told else played[-1].name
     best = {"stage": name, "adapter": f"{name}/adapter", "of": [stage.name for stage in played]}
     files.write_json(run.path / "best.json", best)
-    log.info("best: %s, %s", best["adapter"], "by held-out accuracy" if results else "the last stage")
+    why = "by held-out problems" if told else "the last stage" + ": all did equally well" * bool(results)
+    log.info("best: %s, %s", best["adapter"], why)
 
 
 def read_samples(stage: Stage) -> list[Completion]:

@@ -42,7 +42,7 @@ def batch(
     text = [renderer.text(answer.token_ids) for answer in answers]
     mode = config.grpo.completions
     if mode == "auto":
-        mode = "text" if all(isinstance(example.columns.get("prompt"), str) for example in data) else "messages"
+        mode = "messages" if any(map(has_turns, data)) else "text"
     if mode == "messages":
         prompts = [[dict(turn) for turn in example.messages] for example in examples]
         completions = [[{"role": "assistant", "content": words}] for words in text]
@@ -52,6 +52,12 @@ def batch(
         prompts = [prompt if isinstance(prompt, str) else words for prompt, words in zip(own, last, strict=True)]
         completions = text
     return Batch(prompts, completions, [list(answer.token_ids) for answer in answers], columns(examples), state)
+
+
+def has_turns(example: Example) -> bool:
+    """Whether its row has a conversation, which is what TRL gives reward functions messages for."""
+    turns = (value[0] for value in example.columns.values() if isinstance(value, list) and value)
+    return any(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 
 
 def columns(examples: Sequence[Example]) -> dict[str, list]:

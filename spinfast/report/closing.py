@@ -120,8 +120,7 @@ def gains(run: Run) -> list[str]:
     best, row = study.best_row(run), shown_row(run)
     if row is None:
         return ["Nothing was trained, so there is nothing to compare."]
-    measures = (_accuracies, _rewards, _preferences, _likelihoods)
-    said = next(filter(None, (measure(run, row) for measure in measures)), None)
+    said = [*_rewards(run, row), *_accuracies(run, row)] or _preferences(run, row) or _likelihoods(run, row)
     if not said:
         return ["Nothing held out was evaluated before and after, so this run cannot tell whether it helped."]
     if best and best["stage"] == "base":
@@ -145,14 +144,20 @@ def _accuracies(run: Run, row: dict) -> list[str]:
 
 
 def _rewards(run: Run, row: dict) -> list[str]:
+    """None where they say what accuracy says."""
     both = run.rewards("base"), run.rewards(row["stage"])
+    if any(both == (run.scores("base", r), run.scores(row["stage"], r)) for r in (STRICT, FLEXIBLE)):
+        return []
     return [_change("The reward of greedy answers", row, *both)] if _comparable(*both) else []
 
 
 def _likelihoods(run: Run, row: dict) -> list[str]:
     logps = (run.logps.get(stage, {}).get("policy.real", ()) for stage in ("base", row["stage"]))
     both = [dict(enumerate(map(float, values))) for values in logps]
-    return [_change("The log-probability of the data's answers, in nats,", row, *both)] if _comparable(*both) else []
+    if not _comparable(*both):
+        return []
+    without = ["No held-out row states a result, so there is no accuracy."] if run.transcripts.get("base") else []
+    return [*without, _change("The log-probability of the data's answers, in nats,", row, *both)]
 
 
 def _preferences(run: Run, row: dict) -> list[str]:

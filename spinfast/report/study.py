@@ -22,6 +22,7 @@ from spinfast.report import training
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
+REWARD = "heldout/reward"
 HELDOUT = {
     "heldout/reward": ("Reward of greedy answers", None),
     "heldout/accuracy_strict": ("Accuracy, strict", None),
@@ -204,6 +205,8 @@ class Change:
     def figures(self) -> tuple[str, str, str]:
         """(difference with its unit, 95 % interval, p) as text."""
         factor, unit = (100, "points") if self.measure.startswith("accuracy") else (1, "nats per answer")
+        if self.measure == "reward":
+            unit = "per answer"
         difference, low, high = (factor * self.outcome[name] for name in ("difference", "low", "high"))
         p = self.outcome["p"]
         return f"{difference:+.1f} {unit}", f"{low:+.1f} to {high:+.1f}", f"= {p:.3g}" if p >= 1e-4 else "< 0.0001"
@@ -234,16 +237,22 @@ def against_base(run: Run, row: dict, metric: str) -> Change | None:
 
 
 def deciding(run: Run) -> str:
-    """The reading that the best is chosen by (heldout.verdicts): strict, or flexible where no problem has a strict
+    """The reading of accuracy that says something: strict, or flexible where no problem has a strict
     verdict or no stage a strict success."""
     found = {r: [row["evaluation"][metric]["value"] for row in run.rows if metric in row["evaluation"]]
              for r, metric in ACCURACY.items()}  # fmt: skip
     return next((r for r in found if any(found[r])), next((r for r in found if found[r]), STRICT))
 
 
+def judge(run: Run) -> str:
+    """The metric that the best is chosen by (heldout.verdicts): held-out reward, or where all are 0 an accuracy."""
+    rewards = [row["evaluation"].get(REWARD, {}).get("value") for row in run.rows]
+    return REWARD if any(rewards) else ACCURACY[deciding(run)]
+
+
 def best_row(run: Run) -> dict | None:
-    """The row with the highest accuracy, the earliest of equals; None where nothing was scored."""
-    metric = ACCURACY[deciding(run)]
+    """The row that does best, the earliest of equals; None where nothing was scored."""
+    metric = judge(run)
     scored = [row for row in run.rows if metric in row["evaluation"]]
     if not scored:
         return None
@@ -290,10 +299,11 @@ def story(run: Run) -> list[str]:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
     if len(run.rows) == 1:
         return [*sentences, "Nothing can be compared with it yet."]
-    reading = deciding(run)
-    kind, metric = ACCURACY[reading].rpartition("_")[2], ACCURACY[reading]
+    reading, metric = deciding(run), judge(run)
+    kind, rewarded = ACCURACY[reading].rpartition("_")[2], metric == REWARD
+    judged = "reward" if rewarded else f"{kind} accuracy"
     values = {row["evaluation"].get(metric, {}).get("value") for row in run.rows} - {None}
-    if values in ({0.0}, {1.0}):
+    if not rewarded and values in ({0.0}, {1.0}):
         share = "none" if values == {0.0} else "all"
         return [
             *sentences,
@@ -301,10 +311,13 @@ def story(run: Run) -> list[str]:
             "gain nor loss; look at log p(real) and the transcripts, or change the problems.",
         ]
     if top["iteration"] == "base":
-        return [*sentences, f"No stage did better than the base on held-out problems ({kind} accuracy)."]
+        return [*sentences, f"No stage did better than the base on held-out problems ({judged})."]
     value = top["evaluation"][metric]["value"]
-    sentences.append(f"The best {kind} accuracy on held-out problems is {label(top['iteration'])}'s, {value:.1%}.")
-    if verdict := against_base(run, top, reading):
+    shown = f"{value:.3g}" if rewarded else f"{value:.1%}"
+    sentences.append(f"The best {judged} on held-out problems is {label(top['iteration'])}'s, {shown}.")
+    sides = run.rewards(top["stage"]), "base", run.rewards("base")
+    verdict = change(label(top["iteration"]), *sides, "reward") if rewarded else against_base(run, top, reading)
+    if verdict:
         sentences.append(verdict.sentence()[0].upper() + verdict.sentence()[1:] + ".")
         sentences.append("It was chosen as the best of several, which favours it; a fresh held-out set would not.")
     return sentences

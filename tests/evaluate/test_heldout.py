@@ -121,6 +121,21 @@ def test_the_best_is_kept_by_a_reading_that_says_something(tmp_path):
     scores = [{STRICT: 1.0, FLEXIBLE: 0.0}] * 3
     (tmp_path / "base" / "heldout.jsonl").write_text("".join(json.dumps({"scores": s}) + "\n" for s in scores))
     assert heldout.verdicts(stages) == [[1.0] * 3, [0.0] * 3, [0.0] * 3]
+    for stage, paid in zip(stages, (0.5, 0.25, 0.75), strict=True):  # with rewards these decide
+        lines = [json.dumps({"scores": s, "reward": paid}) + "\n" for s in scores]
+        stage.path("heldout.jsonl").write_text("".join(lines))
+    heldout.keep_best(SimpleNamespace(path=tmp_path), stages)
+    assert json.loads((tmp_path / "best.json").read_text())["stage"] == "more"
+
+
+def test_where_all_did_equally_well_the_last_stage_is_kept_and_called_so(tmp_path, caplog):
+    stages = [SimpleNamespace(name=name, path=(tmp_path / name).joinpath) for name in ("base", "sft")]
+    for stage in stages:
+        stage.path("").mkdir()
+        stage.path("heldout.jsonl").write_text(json.dumps({"scores": {STRICT: 0.0}}) + "\n")
+    with caplog.at_level("INFO", logger="spinfast"):
+        heldout.keep_best(SimpleNamespace(path=tmp_path), stages)
+    assert "best: sft/adapter, the last stage: all did equally well" in caplog.text
 
 
 # evaluate.every ---------------------------------------------------------------------------------------------------

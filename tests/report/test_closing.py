@@ -53,7 +53,8 @@ def test_nothing_gained_and_nothing_held_out_are_said(played, run_copy):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = [row | {"evaluation": {}} for row in json.loads((run_copy / "results.json").read_text())]
     (run_copy / "results.json").write_text(json.dumps(results))
-    (sentence,) = closing.gains(read_run(run_copy))
+    lacking, sentence = closing.gains(read_run(run_copy))
+    assert lacking == "No held-out row states a result, so there is no accuracy."
     assert sentence.startswith("The log-probability of the data's answers, in nats, went from -")
     for path in run_copy.glob("*/heldout*"):
         path.unlink()
