@@ -1,4 +1,4 @@
-"""A T4 that is not there: torch's queries answered for it, tensors of shapes alone on it, Triton's launches compiled for it.
+"""A T4 that is not there: torch's queries answered, tensors of shapes alone on it, Triton compiling for it.
 
 What is faked: the answers of torch.cuda, vLLM's platform, the values of tensors. What is real: torch's own rules of
 shapes, dtypes and devices (FakeTensorMode), the host code of every kernel, Triton's compiler with sm_75 as its target.
@@ -66,10 +66,10 @@ def _on_meta(cls, data, requires_grad=False, **_):
 
 
 def _new_fake_tensor():
-    """FakeTensor.__new__, but C++ is not told of the card: to Python a fake tensor is on it, to autograd's threads, which
-    would ask the driver for a stream, it stays where its shape is, on meta."""
+    """FakeTensor.__new__, but C++ is not told of the card. To Python a fake tensor is on it; to autograd's threads,
+    which would ask the driver for a stream, it stays where its shape is, on meta."""
     new = FakeTensor.__new__
-    changes = {"Tensor": SimpleNamespace(_make_subclass=_on_meta), "init_gpu_context": lambda *_: None}
+    changes = {"Tensor": SimpleNamespace(_make_subclass=_on_meta), "init_gpu_context": mock.Mock()}
     made = FunctionType(new.__code__, vars(fake_tensor) | changes, new.__name__, new.__defaults__, new.__closure__)
     made.__kwdefaults__ = new.__kwdefaults__
     return staticmethod(made)
@@ -77,7 +77,7 @@ def _new_fake_tensor():
 
 def _swap_tensors(a, b, swap=torch.utils.swap_tensors):
     """Module.to swaps fake tensors, and minds the weak references that the mode holds to them."""
-    with mock.patch("weakref.getweakrefs", lambda _: []):
+    with mock.patch("weakref.getweakrefs", return_value=[]):
         swap(a, b)
 
 

@@ -159,7 +159,7 @@ def drawn_adapter(source) -> Adapter:
         for name, value in peft.state_dict().items()
         if "lora_" in name
     }
-    settings = {key: value for key, value in peft.peft_config["default"].to_dict().items()}
+    settings = peft.peft_config["default"].to_dict()
     peft.unload()
     return Adapter(settings | {"target_modules": targets}, tensors)
 
