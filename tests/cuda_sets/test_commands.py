@@ -12,7 +12,7 @@ from spinfast.dry_run import dry_run
 from spinfast.progress import open_console
 
 REACHED = """spinfast.run spinfast.session spinfast.generation.vllm spinfast.policy.transformers spinfast.memory.planner
-spinfast.methods.run spinfast.evaluate.harness spinfast.report.page spinfast_kernels.triton_ops transformers peft
+spinfast.methods.run spinfast.report.page spinfast_kernels.triton_ops transformers peft
 datasets triton numba bitsandbytes gguf math_verify tensorboard vllm trl xformers.ops"""
 
 
