@@ -134,7 +134,7 @@ class Host(TorchDispatchMode):
         return result
 
 
-def _unpinned(*args, tensor=torch.tensor, pin_memory=False, **kwargs):
+def unpinned(*args, tensor=torch.tensor, pin_memory=False, **kwargs):
     return tensor(*args, **kwargs)  # memory is pinned by the driver
 
 
@@ -161,7 +161,7 @@ def in_use():
         undo.enter_context(mock.patch.object(FakeTensor, "__new__", _new_fake_tensor()))
         undo.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda x: x.device.type == "cuda")))
         undo.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap_tensors))
-        undo.enter_context(mock.patch.object(torch, "tensor", _unpinned))
+        undo.enter_context(mock.patch.object(torch, "tensor", unpinned))
         undo.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         compiled = undo.enter_context(caught_launches(75))
         launch = JITFunction.run

@@ -60,4 +60,5 @@ def vllm_on_t4(driver, t4, monkeypatch):
 
     monkeypatch.setattr(vllm.platforms, "_current_platform", T4())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # the driver pins
+    monkeypatch.setattr(torch, "tensor", card.unpinned)
     return vllm
