@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: setup run test test-gpu test-slow test-faults lint bench rehearse-t4
+.PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 lint bench rehearse-t4
 setup: .venv/.installed
 
 run: setup
@@ -25,6 +25,11 @@ GPU_PYTHON ?= python
 test-gpu:
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py tests/test_sums.py \
 	  -m "not slow and not faults"
+
+# a GPU's set, installed for real and driven without a card (docs/without-a-gpu.md); the first time downloads 5 GB
+check-t4 check-cuda13: check-%:
+	python=$$(tests/cuda_sets/environment.sh $*) && TRITON_INTERPRET=0 PYTHONPATH=.:kernels $$python -m pytest \
+	  tests/cuda_sets tests/engine/test_single_adapter.py tests/kernels/test_compile.py -m "not gpu and not faults"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not slow"

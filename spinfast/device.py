@@ -194,7 +194,10 @@ def _xformers_obstacle() -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "is not installed"
     try:
+        from xformers import _cpp_lib
         from xformers.ops import fmha
     except (ImportError, OSError) as error:
         return f"cannot be imported ({str(error).splitlines()[0]})"
-    return None if fmha.cutlass.FwOp.is_available() else "has no cutlass kernel that loads beside this torch"
+    # its cutlass operator is aten's and always there; without its own C++ part it refuses every tensor of a GPU
+    loads = _cpp_lib._built_with_cuda and fmha.cutlass.FwOp.is_available()
+    return None if loads else "has no cutlass kernel that loads beside this torch"

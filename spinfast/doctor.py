@@ -66,6 +66,8 @@ SETS = {  # requirements/, as far as versions must go together
         "unsloth": "2026.10.7",
     },
 }
+PYTHON = {"cpu": "3.11", "t4": "3.12", "cuda13": "3.12"}  # that each lock was resolved for
+CUDA13_DRIVER = 580  # the first driver of CUDA 13
 IMPORT_SECONDS = 180
 MIN_DISK = 5 * GIB  # a 0.5B model, its data, a run's checkpoints
 
@@ -82,7 +84,7 @@ class Finding:
 def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> int:
     """Print the table; the exit code says whether the config can run."""
     backends = backend_findings()
-    findings = [*machine_findings(run_dir), *version_findings(installed_versions()), *backends]
+    findings = [*machine_findings(run_dir), *version_findings(installed_versions(), fitting_set()), *backends]
     try:
         path = path or default_config()[0]
         problems = config_problems(load_config(path, overrides), backends)
@@ -140,14 +142,27 @@ def _existing(path: Path) -> Path:
 # The versions --------------------------------------------------------------------------------------------------
 
 
-def version_findings(installed: dict[str, str]) -> list[Finding]:
-    """Installed versions, and how far they are from the nearest tested set."""
+def version_findings(installed: dict[str, str], fitting: str) -> list[Finding]:
+    """Installed versions, their distance from the nearest tested set, and how to get the one that fits the machine."""
     name, differences = nearest_set(installed)
     found = "as tested" if not differences else "; ".join(differences)
-    return [
+    findings = [
         Finding("versions", ", ".join(f"{package} {version}" for package, version in installed.items())),
         Finding(f"set {name}", found, not differences),
     ]
+    if differences or name != fitting:
+        line = f"pip install --no-deps --require-hashes -r requirements/{fitting}.lock"
+        findings.append(Finding(f"set {fitting} fits here", f"{line} (Python {PYTHON[fitting]})"))
+    return findings
+
+
+def fitting_set() -> str:
+    """The version set for this machine: by its GPU, and by what its driver can run."""
+    capability = profile().capability
+    if capability is None:
+        return "cpu"
+    major = _driver().partition(".")[0]
+    return "cuda13" if capability >= (8, 0) and major.isdigit() and int(major) >= CUDA13_DRIVER else "t4"
 
 
 def nearest_set(installed: dict[str, str]) -> tuple[str, list[str]]:

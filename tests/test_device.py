@@ -17,25 +17,29 @@ from spinfast.policy.adapters.lora import _seeded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
 
+NAMES = ("xformers", "xformers._cpp_lib", "xformers.ops", "xformers.ops.fmha")
+
 
 @pytest.fixture
 def xformers(tmp_path, monkeypatch):
-    """xformers(code of its fmha.cutlass.FwOp.is_available, code run on import): puts such a package on the path."""
+    """xformers(code of its fmha.cutlass.FwOp.is_available, code run on import, did its C++ part load?): puts such a
+    package on the path."""
 
-    def install(available: str, on_import: str = ""):
+    def install(available: str, on_import: str = "", built: bool = True):
         package = tmp_path / "xformers" / "ops"
         package.mkdir(parents=True)
         (package.parent / "__init__.py").write_text("")
+        (package.parent / "_cpp_lib.py").write_text(f"_built_with_cuda = {built}\n")
         (package / "__init__.py").write_text(on_import)
         (package / "fmha.py").write_text(
             f"class cutlass:\n    class FwOp:\n        is_available = staticmethod(lambda: {available})\n"
         )
-        for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
+        for name in NAMES:
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.syspath_prepend(tmp_path)
 
     yield install
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
+    for name in NAMES:
         sys.modules.pop(name, None)
 
 
@@ -50,15 +54,16 @@ def test_xformers_that_loads_is_taken(xformers):
 
 
 @pytest.mark.parametrize(
-    ("available", "on_import", "reason"),
+    ("available", "on_import", "built", "reason"),
     [
-        ("True", "raise ImportError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
-        ("True", "raise OSError('undefined symbol: _ZN3c10\\nmore')", "undefined symbol: _ZN3c10)"),
-        ("False", "", "has no cutlass kernel that loads beside this torch"),
+        ("True", "raise ImportError('libcudart.so.12: cannot open shared object file')", True, "libcudart.so.12"),
+        ("True", "raise OSError('undefined symbol: _ZN3c10\\nmore')", True, "undefined symbol: _ZN3c10)"),
+        ("False", "", True, "has no cutlass kernel that loads beside this torch"),
+        ("True", "", False, "has no cutlass kernel that loads beside this torch"),
     ],
 )
-def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import, reason):
-    xformers(available, on_import)
+def test_xformers_that_does_not_load_is_not_taken(xformers, available, on_import, built, reason):
+    xformers(available, on_import, built)
     found = t4()
     assert found.attention == "aten_efficient"
     assert reason in found.reasons["attention"]

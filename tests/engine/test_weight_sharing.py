@@ -172,33 +172,3 @@ def test_plain_linear_is_linear(rows, dtype, biased):
     assert found.dtype == dtype
     bound = 2 * (eager - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert (found - exact).abs().max() <= bound
-
-
-@pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.parametrize("vocabulary", [70, 64])  # the adapter's part of it: padded, or the padding left out
-def test_single_adapter_computes_what_vllm_does(adapted, vocabulary):
-    pytest.importorskip("vllm")
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    def wrapper(build):
-        made = build(16, 4, torch.device("cpu"))
-        ids = (7 if adapted else 0,) * 5
-        made.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7], 1, 66)
-        return made
-
-    draw = torch.Generator().manual_seed(0)
-    x, linear, logits = (torch.randn(5, width, generator=draw) for width in (12, 20, 66))
-    a = [torch.randn(1, 1, 4, 12, generator=draw) for _ in range(3)]
-    b = [torch.randn(1, 1, width, 4, generator=draw) for width in (14, 6, vocabulary)]
-    results = []
-    for each in (wrapper(PunicaWrapperCPU), wrapper(vllm_compat.single_adapter)):
-        y, z = linear.clone(), logits.clone()
-        each.add_lora_linear(y, x, tuple(a[:2]), tuple(b[:2]), 0.5, (14, 6))
-        if adapted:  # vLLM's own adds the last slot's product to tokens that have no adapter
-            each.add_lora_logits(z, x, a[2], b[2], 0.5)
-        results.append((y, z))
-    (y, z), (found_y, found_z) = results
-    torch.testing.assert_close(found_y, y)
-    torch.testing.assert_close(found_z, z)
-    assert torch.equal(found_y, linear) != adapted

@@ -11,7 +11,7 @@ import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from spinfast.errors import UserError
-from spinfast.evaluate import tasks
+from spinfast.evaluate import cli, tasks
 from spinfast.evaluate.benchmark import evaluate, judge_choices
 from spinfast.evaluate.cli import main, open_engine, parse
 from spinfast.types import Group, Request, Sampling
@@ -338,6 +338,12 @@ def test_adapter_is_what_answers(tiny_model, tmp_path):
 def test_cli_says_what_is_wrong_before_it_loads_a_model(argv, said):
     with pytest.raises(UserError, match=said):
         main(["--model", "none", *argv])
+
+
+def test_a_missing_harness_is_told_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="lm_eval is not installed; pip install lm_eval"):
+        main(["--model", "none", "--tasks", "mine", "--harness"])
 
 
 def test_missing_rows(tmp_path):

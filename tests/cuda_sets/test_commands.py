@@ -1,0 +1,48 @@
+"""A user's first commands on a T4: the doctor, and --dry-run of every config for it, with the set's own packages."""
+
+import importlib
+
+import pytest
+from test_configs import SHAPES, T4, stand_in  # noqa: F401, a fixture
+
+from spinfast import doctor
+from spinfast.config import load_config
+from spinfast.device import profile
+from spinfast.dry_run import dry_run
+from spinfast.progress import open_console
+
+REACHED = """spinfast.run spinfast.session spinfast.generation.vllm spinfast.policy.transformers spinfast.memory.planner
+spinfast.methods.run spinfast.report.page spinfast_kernels.triton_ops transformers peft
+datasets triton numba bitsandbytes gguf math_verify tensorboard vllm trl xformers.ops"""
+
+
+@pytest.mark.parametrize("module", REACHED.split())
+def test_imports(module):
+    importlib.import_module(module)
+
+
+def test_the_profile_is_a_t4s(t4):
+    found = profile()
+    assert (found.name, found.capability, str(found.dtype)) == ("t4", (7, 5), "torch.float16")
+    assert found.attention in ("xformers", "aten_efficient")
+
+
+def test_doctor_names_this_set(t4, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_start_import", lambda module: None)  # a process of its own would see no card
+    assert doctor.main([str(T4[0])]) == 2  # its model and data are on the hub, which is off here
+    table = capsys.readouterr().out
+    assert "as tested" in table
+    assert "| yes | device.kernels: triton" in table
+    assert "| yes | generation.backend: vllm" in table
+    assert "| yes | model.load_in_4bit: true" in table
+    assert "float16: capability < 8.0" in table
+
+
+@pytest.mark.parametrize("path", T4, ids=lambda path: path.stem)
+def test_dry_run(t4, path, stand_in, capsys):  # noqa: F811
+    config = load_config(path, stand_in(load_config(path).model.name))
+    planned = dry_run(config, open_console())
+    assert planned.peak <= planned.budget
+    text = capsys.readouterr().out
+    assert "Tesla T4, capability 7.5" in text
+    assert f"of {SHAPES[config.model.name][2]} layers checkpointed" in text

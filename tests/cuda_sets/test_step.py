@@ -1,0 +1,118 @@
+"""Scoring and training at the models' own widths on a card of shapes: no tensor of the wrong device, layout or dtype,
+every launch compiled for sm_75, and the host waits for the card twice a step: for the loss and the gradient's norm.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench import shapes
+from bench.compile import inspect, problems
+from spinfast import attention
+from spinfast.config import Lora
+from spinfast.device import profile
+from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
+from spinfast.objectives import Nll, Pairwise, Preference, Surrogate
+from spinfast.ops import choose
+from spinfast.packing import pack, packed_length
+from spinfast.policy.transformers import load_policy
+from spinfast.train import Budget, batch_sequence_logps, start_training, token_logps, train_step
+from spinfast.types import Request, Sampling
+
+WAITS = {"item": 2, "cuda to cpu": 0, "cpu to cuda": 0}
+
+
+def made_policy(name, on, layers=2):
+    config = shapes.shape(name, num_hidden_layers=layers)
+    with on.device:
+        base = AutoModelForCausalLM.from_config(config, dtype=on.dtype, attn_implementation=attention.NAME)
+    ops, _ = choose("auto", on.device)
+    assert ops.name == "triton"
+    return load_policy(None, "shapes", None, lora=Lora(), ops=ops, profile=on, load_in_4bit=False, seed=0, base=base)
+
+
+def waited(host):
+    found = {name: host.waits[name] for name in WAITS}
+    host.waits.clear()
+    return found
+
+
+NAMES = ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-0.6B", "SmolLM2-135M"]
+CASES = [
+    (name, kernel, False) for kernel, names in {"auto": NAMES, "aten_efficient": NAMES[:1]}.items() for name in names
+]
+
+
+@pytest.mark.parametrize(("name", "kernel", "recomputed"), [*CASES, ("Qwen2.5-0.5B", "auto", True)])
+def test_scoring_and_training(t4_in_use, name, kernel, recomputed):
+    host, compiled = t4_in_use
+    on = profile(attention=kernel)
+    assert (on.capability, on.dtype, on.scaled_loss) == ((7, 5), torch.float16, True)
+    policy, groups = made_policy(name, on), shapes.draw(6)
+    if recomputed:
+        apply_checkpointing(policy, 1, offload=True)
+        apply_head_chunk(policy, 256)
+    host.waits.clear()
+    budget = Budget(max(map(packed_length, groups)), on.attention)
+    batch_sequence_logps(policy, pack(groups, range(2), on.attention))
+    assert waited(host) == {**WAITS, "item": 0, "cuda to cpu": 1}
+    state = start_training(policy, "adamw", 0.0, on.scaled_loss)
+    for _ in range(2):
+        metrics, _ = train_step(policy, groups, Nll(), 1.0, budget, state)
+        assert metrics["train/tokens"] == sum(map(packed_length, groups))
+        assert waited(host) == WAITS
+    for parameter in policy.trainable_parameters().values():
+        assert (parameter.dtype, parameter.device.type) == (torch.float32, "cuda")
+    assert len(compiled) > 8
+    found = {key: problems(75, inspect(binary)) for key, binary in compiled.items()}
+    assert {key: said for key, said in found.items() if said} == {}
+
+
+OBJECTIVES = [
+    Pairwise(),
+    Preference(),
+    Surrogate(),
+    Surrogate("gspo", beta=0.1, correction="sequence_mask"),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: f"{type(objective).__name__}")
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_every_objective(t4_in_use, objective, optimizer):
+    host, _ = t4_in_use
+    on = profile()
+    policy, groups = (
+        made_policy("Qwen2.5-0.5B", on, 1),
+        objective.filled(shapes.draw(4, 3 if "Surr" in str(objective) else 2)),
+    )
+    state = start_training(policy, optimizer, 0.0, on.scaled_loss)
+    host.waits.clear()
+    metrics, _ = train_step(policy, groups, objective, 1.0, Budget(4096, on.attention), state)
+    named = len([name for name in metrics if name not in ("train/grad_spike", "train/loss_scale", "train/overflows")])
+    assert waited(host)["item"] <= named
+    token_logps(policy, groups, Budget(4096, on.attention))
+
+
+def test_a_step_that_is_not_finite_is_skipped(t4_in_use):
+    host, _ = t4_in_use
+    host.number = float("nan")
+    on = profile()
+    policy, groups = made_policy("SmolLM2-135M", on, 1), shapes.draw(2)
+    state = start_training(policy, "adamw", 0.0, on.scaled_loss)
+    train_step(policy, groups, Nll(), 1.0, Budget(4096, on.attention), state)
+    assert (state.overflows, state.loss_scale) == (1, 2.0**11)
+
+
+def test_generation_by_the_policy_itself(t4_in_use):
+    from spinfast.generation.transformers import TransformersGenerator
+
+    host, _ = t4_in_use
+    host.number = 0.0  # the nucleus is found at once
+    on = profile()
+    policy = made_policy("Qwen2.5-0.5B", on, 2)
+    requests = [Request(i, (5,) * length, seed=i) for i, length in enumerate((7, 3, 90))]
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=5, stop_ids=(2,))
+    with TransformersGenerator(policy, batch_size=2, max_model_len=128, attention=on.attention) as generator:
+        answers = list(generator.generate(requests, sampling, None))
+    assert sorted(answer.index for answer in answers) == [0, 1, 2]
+    assert {len(answer.token_ids) for answer in answers} == {5}
