@@ -150,7 +150,7 @@ def test_a_harmed_rollout_is_made_again(tmp_path, model, harm, caplog):
 def test_dead_groups_are_counted_and_refilled(tmp_path, model):
     (tmp_path / "own.py").write_text(
         "def even(prompts, completions, completion_ids, **kwargs):\n"
-        "    return [float(len(p[-1]['content']) > 17 and ids[0] % 2) for p, ids in zip(prompts, completion_ids)]\n"
+        "    return [float(len(p) > 17 and ids[0] % 2) for p, ids in zip(prompts, completion_ids)]\n"
     )
     grpo = {"rewards": f"{tmp_path}/own.py:even", "steps": 4}
     plain = train_rows(play(tmp_path, model, "plain", grpo=grpo))

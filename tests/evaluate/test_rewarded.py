@@ -9,7 +9,7 @@ TURNS = [{"role": "user", "content": "2 + 3?"}]
 
 
 @pytest.mark.parametrize(
-    "row, messages",
+    ("row", "messages"),
     [
         ({"prompt": "2 + 3?"}, False),
         ({"question": "2 + 3?", "answer": "5"}, False),  # docs/rewards.md's own function reads text
