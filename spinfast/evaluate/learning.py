@@ -177,7 +177,8 @@ def _dead(seen: Summary) -> str | None:
     else:
         why = "Some prompts are always solved, others never: problems in between, or a higher temperature."
     return (
-        f"{share:.0%} of the groups are dead: all answers to a prompt have the same reward, so it teaches nothing. "
+        f"in the last {seen['window']} steps {share:.0%} of the groups are dead: all answers to a prompt have the same "
+        "reward, so it teaches nothing. "
         f"{why} grpo.refill replaces dead groups by fresh prompts."
     )
 

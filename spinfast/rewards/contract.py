@@ -301,6 +301,7 @@ _WANT_TEXT = (
     "expected string or bytes-like object",
     "'list' object has no attribute",
     "not list",
+    "not dict",
     "'dict' object has no",
 )
 
