@@ -228,11 +228,11 @@ def verdicts(played: Sequence[Stage]) -> list[list[float]]:
         [row["scores"] | {REWARD: row.get("reward")} for row in files.read_jsonl(path)] if path.exists() else []
         for path in paths
     ]
-    readings = [
-        [[each[name] for each in of_stage if each.get(name) is not None] for of_stage in told]
+    readings = {
+        name: [[each[name] for each in of_stage if each.get(name) is not None] for of_stage in told]
         for name in (REWARD, *ACCURACY)
-    ]
-    return next((r for r in readings if any(map(any, r))), next((r for r in readings if any(r)), [[] for _ in played]))
+    }
+    return readings[stopping.telling(readings) or REWARD]
 
 
 def looked_at(played: Sequence[Stage]) -> tuple[list[Stage], list[list[float]]]:
@@ -255,8 +255,8 @@ def stop_reason(played: Sequence[Stage], patience: int) -> str | None:
 def keep_best(run: RunDir, played: Sequence[Stage]) -> None:
     """Name the stage with the best held-out verdicts in best.json; the last one where these do not tell."""
     stages, results = looked_at(played)
-    told = len({float(np.mean(found)) for found in results}) > 1
-    name = stages[stopping.best(results)].name if told else played[-1].name
+    told = stopping.apart(results)
+    name = stages[stopping.kept(results)].name if told else played[-1].name
     best = {"stage": name, "adapter": f"{name}/adapter", "of": [stage.name for stage in played]}
     files.write_json(run.path / "best.json", best)
     why = "by held-out problems" if told else "the last stage" + ": all did equally well" * bool(results)

@@ -6,7 +6,7 @@ then the iterations'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,9 +18,20 @@ def best(results: Sequence[Sequence[float]]) -> int:
     return int(np.argmax([np.mean(items) for items in results]))
 
 
+def apart(results: Sequence[Sequence[float]]) -> bool:
+    """Whether any did better than another."""
+    return len({float(np.mean(items)) for items in results}) > 1
+
+
 def kept(results: Sequence[Sequence[float]]) -> int:
     """The position to keep: the best, or the last where all are equal and so say nothing."""
-    return best(results) if len({float(np.mean(items)) for items in results}) > 1 else len(results) - 1
+    return best(results) if apart(results) else len(results) - 1
+
+
+def telling(readings: Mapping[str, Sequence[Sequence[float]]]) -> str | None:
+    """Of several readings, each by stage, the first in which a stage has a success, else the first that there is."""
+    some = [name for name, of_stages in readings.items() if any(of_stages)]
+    return next((name for name in some if any(map(any, readings[name]))), next(iter(some), None))
 
 
 def stop_reason(

@@ -16,7 +16,7 @@ import numpy as np
 
 from spinfast.evaluate.references import ACCURACY, STRICT
 from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
-from spinfast.evaluate.stopping import kept
+from spinfast.evaluate.stopping import kept, telling
 from spinfast.names import label, source_name
 from spinfast.report import training
 from spinfast.report.plots import Plot, Series
@@ -239,9 +239,11 @@ def against_base(run: Run, row: dict, metric: str) -> Change | None:
 def deciding(run: Run) -> str:
     """The reading of accuracy that says something: strict, or flexible where no problem has a strict
     verdict or no stage a strict success."""
-    found = {r: [row["evaluation"][metric]["value"] for row in run.rows if metric in row["evaluation"]]
-             for r, metric in ACCURACY.items()}  # fmt: skip
-    return next((r for r in found if any(found[r])), next((r for r in found if found[r]), STRICT))
+    found = {
+        reading: [[row["evaluation"][metric]["value"]] for row in run.rows if metric in row["evaluation"]]
+        for reading, metric in ACCURACY.items()
+    }
+    return telling(found) or STRICT
 
 
 def judge(run: Run) -> str:
