@@ -1,8 +1,11 @@
 """Attention over packed segments on a CPU.
 
-Forward: torch's flash kernel on views. A later answer attends causally to itself and to its group's prompt; the two
-parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135). Short later answers of a group go together, up
-to RUN rows: what one masked product wastes costs less than a call each (GRPO's answers of a few tokens).
+Short groups, up to SHORT rows, attend side by side: each is a square of its own with a mask, groups of about one
+length are a batch, and a product serves them all. At this size a call costs more than what it computes.
+
+The rest, forward: torch's flash kernel on views. A later answer attends causally to itself and to its group's prompt;
+the two parts meet through their log-sum-exps (Dao et al., arXiv 2205.14135). Short later answers of a group go
+together, up to RUN rows: what one masked product wastes costs less than a call each.
 
 Backward: dense products (AMX where there is bf16) around one compiled row pass, because torch's flash kernel
 multiplies in fp32 there and gains nothing from a second thread.
@@ -15,7 +18,8 @@ rows together, and dK, dV come out summed over them. Queries go in blocks of BLO
 and end at the last key the block sees. All is fp32, but with bf16 inputs the products round their operands to bf16,
 as flash attention on a GPU does.
 
-Shapes: T tokens, H query heads, G key heads, d head dim, B rows of a block, R = (H / G) B stacked rows, K keys.
+Shapes: T tokens, H query heads, G key heads, d head dim, N groups of a batch, B rows of a block or of a group in a
+batch, R = (H / G) B stacked rows, K keys.
 """
 
 from __future__ import annotations
@@ -23,16 +27,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import prange
 
-from spinfast_kernels.cpu import compiled, exp, launch, narrow, widen
+from spinfast_kernels.cpu import compiled, exp, larger, launch, narrow, widen
 
+SHORT = 192
+BATCH = 1024  # rows of a batch of groups
 BLOCK = 256
 RUN = 128
 Segments = Sequence[tuple[int, int]]  # (queries, keys): a segment sees itself, causally, and keys - queries before it
+
+
+class Squares(NamedTuple):
+    """Rows side by side, whole short groups or a block of a long one, and which of their keys each sees."""
+
+    starts_N: np.ndarray  # where the rows start among all
+    lengths_N: np.ndarray  # how many there are; the rest up to B is padding, and sees nothing
+    seen_NB: np.ndarray  # a row sees so many keys from the first, its prompt,
+    firsts_NB: np.ndarray  # and those of its own answer from this one
+    lasts_NB: np.ndarray  # to before this one
+
+    def spread(self, x_HTd: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The groups' rows (N, H, B, d), zeros below them."""
+        (H, _, d), (N, B) = x_HTd.shape, self.seen_NB.shape
+        y_NHBd = x_HTd.new_empty(N, H, B, d, dtype=dtype)
+        launch(_spread_kernel, x_HTd, self.starts_N, self.lengths_N, y_NHBd)
+        return y_NHBd
+
+    def collect(self, y_NHBd: torch.Tensor, x_HTd: torch.Tensor) -> None:
+        """The groups' rows of y into their places in x."""
+        launch(_collect_kernel, y_NHBd, self.starts_N, self.lengths_N, x_HTd)
 
 
 def forward(q_HTd, k_GTd, v_GTd, segments: Segments, scale: float):
@@ -40,7 +68,16 @@ def forward(q_HTd, k_GTd, v_GTd, segments: Segments, scale: float):
     H, T, d = q_HTd.shape
     out_THd = q_HTd.new_empty(T, H, d)
     lse_HT = q_HTd.new_empty(H, T, dtype=torch.float32)
-    for rows, seen, starts in _runs(segments):
+    squares, runs = _plan(segments)
+    with _products_in(q_HTd.dtype):
+        for square in squares:
+            q_NHBd, *kv = (square.spread(x, torch.float32) for x in (q_HTd, k_GTd, v_GTd))
+            k_XBd, v_XBd = (x.flatten(0, 1) for x in kv)
+            p_XRB = torch.bmm(q_NHBd.view(len(k_XBd), -1, d), k_XBd.transpose(1, 2))
+            p_NHBB = p_XRB.view(*q_NHBd.shape[:3], -1)
+            launch(_softmax_kernel, p_NHBB, lse_HT, *square, float(scale))
+            square.collect(torch.bmm(p_XRB, v_XBd).view_as(q_NHBd), out_THd.transpose(0, 1))
+    for rows, seen, starts in runs:
         out_THd[rows], lse_HT[:, rows] = _flash(q_HTd, k_GTd, v_GTd, rows, rows, scale, starts)
         if seen.stop > seen.start:
             launch(_merge_kernel, out_THd[rows], lse_HT[:, rows], *_flash(q_HTd, k_GTd, v_GTd, rows, seen, scale))
@@ -83,74 +120,175 @@ def _merge_kernel(out_BHd, lse_HB, more_BHd, more_lse_HB):
 
 def backward(grad_THd, q_HTd, k_GTd, v_GTd, out_THd, lse_HT, segments: Segments, scale: float):
     """(dq, dk, dv) in the shapes and dtype of q, k, v: bf16 or fp32, any strides; lse_HT fp32."""
-    H, G = len(q_HTd), len(k_GTd)
+    grad_HTd = grad_THd.transpose(0, 1)
     dq_HTd = torch.empty_like(q_HTd)
     dk_GTd, dv_GTd = (torch.zeros_like(x, dtype=torch.float32) for x in (k_GTd, v_GTd))
+    squares, runs = _plan(segments)
     with _products_in(q_HTd.dtype):
-        for rows, seen, starts in _runs(segments):
-            firsts_B = np.array(_firsts(starts, rows.stop - rows.start))
+        for square in squares:
+            q_NHBd, grad_NHBd, *kv = (square.spread(x, torch.float32) for x in (q_HTd, grad_HTd, k_GTd, v_GTd))
+            kv_XKd = [x.flatten(0, 1) for x in kv]
+            dkv_XKd = [torch.zeros_like(x) for x in kv_XKd]
+            dq_NHBd = _block(q_NHBd, grad_NHBd, *kv_XKd, *dkv_XKd, out_THd, lse_HT, square, scale)
+            square.collect(dq_NHBd, dq_HTd)
+            for part, total, like in zip(dkv_XKd, (dk_GTd, dv_GTd), kv, strict=True):
+                square.collect(part.view_as(like), total)
+        for rows, seen, starts in runs:
             before, own = seen.stop - seen.start, rows.stop - rows.start
             k_GKd, v_GKd = (_padded(x[:, seen], x[:, rows]) for x in (k_GTd, v_GTd))
             dk_GKd, dv_GKd = torch.zeros_like(k_GKd), torch.zeros_like(v_GKd)
             for start in range(0, own, BLOCK):
                 stop = min(start + BLOCK, own)
                 block, K = slice(rows.start + start, rows.start + stop), _rounded(before + stop)
-                q_HBd, grad_HBd = _padded(q_HTd[:, block]), _padded(grad_THd[block].transpose(0, 1))
-                q_GRd, grad_GRd = (x.view(G, -1, x.shape[2]) for x in (q_HBd, grad_HBd))
-                p_GRK = torch.bmm(q_GRd, k_GKd[:, :K].transpose(1, 2))
-                ds_GRK = torch.bmm(grad_GRd, v_GKd[:, :K].transpose(1, 2))
-                p_HBK, ds_HBK = (x.view(H, -1, K) for x in (p_GRK, ds_GRK))
-                launch(
-                    _row_kernel, p_HBK, ds_HBK, grad_HBd, out_THd[block], lse_HT[:, block],
-                    firsts_B[start:stop], before, start, float(scale),
-                )  # fmt: skip
-                dv_GKd[:, :K].baddbmm_(p_GRK.transpose(1, 2), grad_GRd)
-                dk_GKd[:, :K].baddbmm_(ds_GRK.transpose(1, 2), q_GRd)
-                dq_HBd = torch.bmm(ds_GRK, k_GKd[:, :K]).view_as(q_HBd)
-                dq_HTd[:, block] = dq_HBd[:, : stop - start]
+                q_HBd, grad_HBd = _padded(q_HTd[:, block]), _padded(grad_HTd[:, block])
+                firsts = [before + first for first in _firsts(starts, own)[start:stop]]
+                lasts = range(before + start + 1, before + stop + 1)
+                square = _square(block.start, [before] * (stop - start), firsts, lasts, q_HBd.shape[1])
+                upto = (x[:, :K] for x in (k_GKd, v_GKd, dk_GKd, dv_GKd))
+                dq_1HBd = _block(q_HBd[None], grad_HBd[None], *upto, out_THd, lse_HT, square, scale)
+                dq_HTd[:, block] = dq_1HBd[0, :, : stop - start]
             for total, part in ((dk_GTd, dk_GKd), (dv_GTd, dv_GKd)):
                 total[:, seen] += part[:, :before]
                 total[:, rows] += part[:, before : before + own]
     return dq_HTd, dk_GTd.to(k_GTd.dtype), dv_GTd.to(v_GTd.dtype)
 
 
+def _block(q_NHBd, grad_NHBd, k_XKd, v_XKd, dk_XKd, dv_XKd, out_THd, lse_HT, rows: Squares, scale: float):
+    """dq of these rows, in fp32; what they give to their keys is added to dk and dv. X = N G."""
+    (N, H, B, d), (X, K, _) = q_NHBd.shape, k_XKd.shape
+    q_XRd, grad_XRd = (x.view(X, -1, d) for x in (q_NHBd, grad_NHBd))
+    p_XRK = torch.bmm(q_XRd, k_XKd.transpose(1, 2))
+    ds_XRK = torch.bmm(grad_XRd, v_XKd.transpose(1, 2))
+    p_NHBK, ds_NHBK = (x.view(N, H, B, K) for x in (p_XRK, ds_XRK))
+    launch(_row_kernel, p_NHBK, ds_NHBK, grad_NHBd, out_THd, lse_HT, *rows, float(scale))
+    dv_XKd.baddbmm_(p_XRK.transpose(1, 2), grad_XRd)
+    dk_XKd.baddbmm_(ds_XRK.transpose(1, 2), q_XRd)
+    return torch.bmm(ds_XRK, k_XKd).view_as(q_NHBd)
+
+
 @compiled
-def _row_kernel(score_HBK, dp_HBK, grad_HBd, out_BHd, lse_HB, firsts_B, before, start, scale):
-    """Scores to P and dP to dS in place, 0 where a row may not look and in the rows of the padding.
-
-    Row b, the run's row start + b, sees the `before` keys of the prompt and of its run's those from firsts_B[b] on
-    up to its own.
-    """
-    H, B, K = score_HBK.shape
-    for row in prange(H * B):
-        h, b = row // B, row % B
-        score_K, dp_K = score_HBK[h, b], dp_HBK[h, b]
-        prompt = first = last = 0
-        if b < len(out_BHd):
-            prompt, first, last = before, before + firsts_B[b], before + start + b + 1
-            factor, lse, delta = np.float32(scale), lse_HB[h, b], np.float32(0.0)
-            grad_d, out_d = grad_HBd[h, b], out_BHd[b, h]
-            for c in range(len(grad_d)):
-                delta += grad_d[c] * widen(out_d[c])
-            for low, high in ((0, prompt), (first, last)):
-                for k in range(low, high):
-                    p = exp(score_K[k] * factor - lse)
-                    score_K[k] = p
-                    dp_K[k] = p * (dp_K[k] - delta) * factor
-        for low, high in ((prompt, first), (last, K)):
-            for k in range(low, high):
-                score_K[k] = np.float32(0.0)
-                dp_K[k] = np.float32(0.0)
+def _softmax_kernel(score_NHBK, lse_HT, starts_N, lengths_N, seen_NB, firsts_NB, lasts_NB, scale):
+    """Scores to P in place, 0 where a row may not look; rows of the padding stay as they are."""
+    N, H, B, K = score_NHBK.shape
+    for row in prange(N * H * B):
+        n, h, b = row // (H * B), row // B % H, row % B
+        if b < lengths_N[n]:
+            score_K, seen, first, last = score_NHBK[n, h, b], seen_NB[n, b], firsts_NB[n, b], lasts_NB[n, b]
+            top, total = np.float32(-np.inf), np.float32(0.0)
+            for k in range(K):  # all of them here and below, so that the loops are vectors throughout
+                score_K[k] *= np.float32(scale)
+                top = larger(top, score_K[k] if k < seen or first <= k < last else np.float32(-np.inf))
+            for k in range(K):
+                p = exp(score_K[k] - top)
+                score_K[k] = p if k < seen or first <= k < last else np.float32(0.0)
+                total += score_K[k]
+            for k in range(K):
+                score_K[k] /= total
+            lse_HT[h, starts_N[n] + b] = top + np.log(total)
 
 
-def _runs(segments: Segments) -> list[tuple[slice, slice, tuple[int, ...]]]:
-    """(rows, those before them that they see, where answers start among them): a segment that sees none before, or
-    later answers of a group, which see its prompt."""
-    runs, row = [], 0
-    group = 0
+@compiled
+def _row_kernel(
+    score_NHBK, dp_NHBK, grad_NHBd, out_THd, lse_HT, starts_N, lengths_N, seen_NB, firsts_NB, lasts_NB, scale
+):
+    """Scores to P and dP to dS in place, 0 where a row may not look and in the rows of the padding."""
+    N, H, B, K = score_NHBK.shape
+    for row in prange(N * H * B):
+        n, h, b = row // (H * B), row // B % H, row % B
+        score_K, dp_K = score_NHBK[n, h, b], dp_NHBK[n, h, b]
+        if b >= lengths_N[n]:
+            for k in range(K):
+                score_K[k] = dp_K[k] = np.float32(0.0)
+            continue
+        seen, first, last, t = seen_NB[n, b], firsts_NB[n, b], lasts_NB[n, b], starts_N[n] + b
+        factor, lse, delta = np.float32(scale), lse_HT[h, t], np.float32(0.0)
+        grad_d, out_d = grad_NHBd[n, h, b], out_THd[t, h]
+        for c in range(len(grad_d)):
+            delta += grad_d[c] * widen(out_d[c])
+        for k in range(K):  # all of them, see _softmax_kernel
+            p = exp(score_K[k] * factor - lse)
+            p = p if k < seen or first <= k < last else np.float32(0.0)
+            score_K[k] = p
+            dp_K[k] = p * (dp_K[k] - delta) * factor
+
+
+@compiled
+def _spread_kernel(x_HTd, starts_N, lengths_N, y_NHBd):
+    N, H, B, d = y_NHBd.shape
+    for row in prange(N * H * B):
+        n, h, b = row // (H * B), row // B % H, row % B
+        y_d = y_NHBd[n, h, b]
+        if b < lengths_N[n]:
+            x_d = x_HTd[h, starts_N[n] + b]
+            for c in range(d):
+                y_d[c] = narrow(widen(x_d[c]), y_d[c])
+        else:
+            for c in range(d):
+                y_d[c] = narrow(np.float32(0.0), y_d[c])
+
+
+@compiled
+def _collect_kernel(y_NHBd, starts_N, lengths_N, x_HTd):
+    N, H, B, d = y_NHBd.shape
+    for row in prange(N * H * B):
+        n, h, b = row // (H * B), row // B % H, row % B
+        if b < lengths_N[n]:
+            y_d, x_d = y_NHBd[n, h, b], x_HTd[h, starts_N[n] + b]
+            for c in range(d):
+                x_d[c] = narrow(widen(y_d[c]), x_d[c])
+
+
+@lru_cache(64)
+def _plan(segments: Segments) -> tuple[list[Squares], list[tuple[slice, slice, tuple[int, ...]]]]:
+    """Short groups in batches of about one length, and the runs of the others."""
+    short, runs, start = {}, [], 0
+    for group in _groups(segments):
+        rows = sum(queries for queries, _ in group)
+        if rows <= SHORT:
+            short.setdefault(_rounded(rows), []).append(_group_square(start, group, _rounded(rows)))
+        else:
+            runs += _runs(start, group)
+        start += rows
+    squares = [
+        Squares(*map(np.concatenate, zip(*squares[i : i + BATCH // B], strict=True)))
+        for B, squares in short.items()
+        for i in range(0, len(squares), BATCH // B)
+    ]
+    return squares, runs
+
+
+def _groups(segments: Segments) -> Iterator[list[tuple[int, int]]]:
+    """A group begins with a segment that sees none before it."""
+    group = []
     for queries, keys in segments:
-        group = row if queries == keys else group
-        seen, (rows, prompt, starts) = slice(group, group + keys - queries), runs[-1] if runs else (slice(0), None, ())
+        if queries == keys and group:
+            yield group
+            group = []
+        group.append((queries, keys))
+    yield group
+
+
+def _group_square(start: int, group: Segments, rows: int) -> Squares:
+    seen, firsts, row = [], [], 0
+    for queries, keys in group:
+        seen += [keys - queries] * queries
+        firsts += [row] * queries
+        row += queries
+    return _square(start, seen, firsts, range(1, row + 1), rows)
+
+
+def _square(start: int, seen: Sequence[int], firsts: Sequence[int], lasts: Sequence[int], rows: int) -> Squares:
+    """One group, or one block of a run, with padding up to `rows`."""
+    padded = (np.pad(np.array(x), (0, rows - len(x)))[None] for x in (seen, firsts, lasts))
+    return Squares(np.array([start]), np.array([len(seen)]), *padded)
+
+
+def _runs(start: int, group: Segments) -> list[tuple[slice, slice, tuple[int, ...]]]:
+    """(rows, those before them that they see, where answers start among them): the first segment, and later answers,
+    which see its prompt."""
+    runs, row = [], start
+    for queries, keys in group:
+        seen, (rows, prompt, starts) = slice(start, start + keys - queries), runs[-1] if runs else (slice(0), None, ())
         if queries < keys and seen == prompt and row + queries - rows.start <= RUN:
             runs[-1] = slice(rows.start, row + queries), seen, (*starts, row - rows.start)
         else:
