@@ -104,11 +104,15 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
         return None
     path = adapters.find(expanded(config.adapter.start))
     start = adapters.load(path, model.revision, name=model.name)
+    if start.kind != config.adapter.kind:
+        raise UserError(
+            f"adapter.start: {path} is a {start.kind}, adapter.kind is {config.adapter.kind}; give that kind"
+        )
     if start.config["r"] > config.adapter.r:
         raise UserError(
             f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
         )
-    log.info("adapter.start: %s, rank %d, %d matrices", path, start.config["r"], len(start.tensors))
+    log.info("adapter.start: %s, %s, rank %d, %d tensors", path, start.kind, start.config["r"], len(start.tensors))
     return start
 
 
@@ -222,7 +226,9 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
         ) as generator:
             if config.model.backend == "transformers":
                 new_policy = partial(new_policy, base=generator.shared_model(attention.NAME))
-            yield new_policy(), generator
+            policy = new_policy()
+            generator.as_lora = policy.lora
+            yield policy, generator
         return
     policy = new_policy()
     generator = nullcontext()

@@ -194,7 +194,11 @@ def _moved(value, device):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter outside a model: PEFT's config and its tensors under PEFT's saved names."""
+    """An adapter outside a model in its kind's own form, LoRA as PEFT's config and tensors under PEFT's names."""
 
-    config: dict  # the content of adapter_config.json
+    config: dict  # lora: the content of adapter_config.json; another kind says so under "kind"
     tensors: dict[str, torch.Tensor]  # "base_model.model.<module>.lora_A.weight" (r, in), "...lora_B.weight" (out, r)
+
+    @property
+    def kind(self) -> str:
+        return self.config.get("kind", "lora")

@@ -73,7 +73,7 @@ def test_whole_model(tiny_model, ops, arch, dtype):
     model = peft_model(tiny_model(arch), dtype)
     exact = logps_and_gradients(copy.deepcopy(model).double())
     stock = logps_and_gradients(model)
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     fused = logps_and_gradients(model)
     assert fused.keys() == stock.keys() == exact.keys()
     for name, truth in exact.items():
@@ -87,7 +87,7 @@ def test_whole_model(tiny_model, ops, arch, dtype):
 def test_some_projections_without_an_adapter(tiny_model, ops, targets):
     model = peft_model(tiny_model(), target_modules=targets)
     stock = logps_and_gradients(model)
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     fused = logps_and_gradients(model)
     assert fused.keys() == stock.keys()
     for name, value in stock.items():
@@ -99,7 +99,7 @@ def test_undone_by_one_call(tiny_model, ops, arch):
     """Off again, the model is the very same program: bit-equal results, nothing left on the instances."""
     model = peft_model(tiny_model(arch), torch.bfloat16)
     before, keys = logps_and_gradients(model), set(get_peft_model_state_dict(model))
-    unfuse = fuse(model, ops)
+    unfuse = fuse(model.get_base_model(), ops)
     logps_and_gradients(model)
     assert set(get_peft_model_state_dict(model)) == keys
     unfuse()
@@ -111,7 +111,7 @@ def test_undone_by_one_call(tiny_model, ops, arch):
 def test_peft_switches_are_read_at_every_call(tiny_model, ops):
     """Disabled, changed and merged adapters: what PEFT would compute, without fusing again."""
     stock, fused = (peft_model(tiny_model()) for _ in range(2))
-    fuse(fused, ops)
+    fuse(fused.get_base_model(), ops)
 
     def same():
         with torch.no_grad():
@@ -134,7 +134,7 @@ def test_peft_switches_are_read_at_every_call(tiny_model, ops):
 
 def test_gradient_checkpointing(tiny_model, ops):
     model = peft_model(tiny_model())
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     kept = logps_and_gradients(model)
     for layer in model.get_base_model().get_decoder().layers:
         layer.gradient_checkpointing = True
@@ -147,7 +147,7 @@ def test_generates_the_same_tokens_from_its_cache(tiny_model, ops):
     model = peft_model(tiny_model("qwen3")).eval()
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     stock = model.generate(input_ids=tokens(1, 9), **settings)
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     assert torch.equal(model.generate(input_ids=tokens(1, 9), **settings), stock)
 
 
@@ -161,7 +161,7 @@ def test_keywords_reach_the_attention_interface(tiny_model, ops):
     keywords = {"position_ids": batch.position_ids_T[None], "layout": batch.layout, "use_cache": False}
     decoder = model.get_base_model().get_decoder()
     stock = decoder(input_ids=batch.token_ids_T[None], **keywords).last_hidden_state
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     fused = decoder(input_ids=batch.token_ids_T[None], **keywords).last_hidden_state
     torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-4)
 
@@ -170,7 +170,7 @@ def test_activations_kept_per_token_and_layer(tiny_model, ops):
     """At most half of what PEFT's own forward keeps for its backward (bf16, attention's part included)."""
     model = peft_model(tiny_model("qwen2", hidden=128), torch.bfloat16)
     stock = kept_bytes(model)
-    fuse(model, ops)
+    fuse(model.get_base_model(), ops)
     assert kept_bytes(model) <= 0.5 * stock
 
 

@@ -96,7 +96,13 @@ class Bigram:
 
     restore = load_adapter
 
-    def save_adapter(self, path: Path) -> None:
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        return start
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def save_adapter(self, path: Path, exact: bool = False) -> None:
         adapters.save(self.adapter(), path)
 
     def restart(self, seed: int) -> None:

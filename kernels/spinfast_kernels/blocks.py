@@ -117,10 +117,12 @@ def _input_gradient(grads_TO, projections, need_dx):
 
 
 def _adapter_gradients(grads_TO, projections, x_TD, xa_TK, dxa_TK):
-    """[(dA, dB)] in fp32: dA = (s dy B)^T x, dB = s dy^T (x A^T)."""
+    """[(dA, dB)] in fp32: dA = (s dy B)^T x, dB = s dy^T (x A^T). None for an A that is fixed."""
     if dxa_TK is None:
         return [(None, None)] * len(projections)
-    dA = iter(mm_fp32(dxa_TK.t(), x_TD).split([p.rank for p in projections if p.rank]))
+    ranks = [p.rank for p in projections if p.rank]
+    trained = any(p.rank and p.lora_A.requires_grad for p in projections)
+    dA = iter(mm_fp32(dxa_TK.t(), x_TD).split(ranks) if trained else [None] * len(ranks))
     return [
         (next(dA), mm_fp32(xa_TR.t(), dy).mul_(p.scaling).t()) if p.rank else (None, None)
         for dy, p, xa_TR in zip(grads_TO, projections, _split(xa_TK, projections), strict=True)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from spinfast.config.adapters import KINDS, Adapter, Lora, LoraXs, TinyLora
 from spinfast.config.methods import (
     PAIRED,
     REFERENCE_FREE,
@@ -31,13 +32,10 @@ from spinfast.config.methods import (
     Watched,
 )
 from spinfast.config.sections import (
-    ONE,
-    SEVERAL,
     Data,
     Device,
     Evaluate,
     Generation,
-    Lora,
     Model,
     Prompt,
     Section,
@@ -55,12 +53,14 @@ __all__ = [
     "Data",
     "Dpo",
     "Lora",
+    "LoraXs",
     "Optimisation",
     "Passes",
     "Section",
     "Sft",
     "Source",
     "Spin",
+    "TinyLora",
     "Watched",
     "at",
     "load_config",
@@ -77,7 +77,7 @@ class Config(Section):
     data: Data
     heldout: Data | None = Field(None, description="held-out data; null: no evaluation")
     prompt: Prompt = Prompt()
-    adapter: Lora = Lora()
+    adapter: Adapter = Lora()
     sft: Sft = Sft()
     spin: Spin = Spin()
     dpo: Dpo = Dpo()
@@ -269,8 +269,7 @@ def _override(tree: dict, override: str) -> None:
 def _one_line(error: ValidationError, kind: type[Config]) -> str:
     errors = error.errors()  # what is there and unknown says more of a foreign file than what is not there
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    first["loc"] = tuple(part for part in first["loc"] if part not in (ONE, SEVERAL))
-    dotted = ".".join(str(part) for part in first["loc"])
+    dotted = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "extra_forbidden":
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
@@ -279,9 +278,14 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
             return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
         if key in OTHERS:
             return f"unknown key {dotted!r}; it is {OTHERS[key]} here"
+        if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in first["loc"]]:
+            return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
+    if first["type"] == "union_tag_invalid":
+        expected = ", ".join(tag[1:-1] for tag in KINDS)
+        return f"{dotted}.kind: expected {expected}, got {first['input'].get('kind')!r}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
     said = first["msg"].removeprefix("Value error, ")
@@ -290,12 +294,18 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 
+def _is_tag(part: str | int) -> bool:
+    """Which member of a union is meant, no key."""
+    return not str(part).replace("_", "").isalnum()
+
+
 def _siblings(location: tuple, kind: type[Config]) -> list[str]:
     section: Any = kind
     for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        section = _section_of(section.model_fields[part].annotation)
+        if part in KINDS:
+            section = KINDS[part]
+        elif not isinstance(part, int) and not _is_tag(part):
+            section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields)
 
 
@@ -316,18 +326,22 @@ def reference_table() -> str:
     """Every key with its default and meaning, as Markdown; of a method's keys its own first."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in Config.model_fields.items():
-        is_section = any(
-            isinstance(o, type) and issubclass(o, Section)
-            for o in getattr(field.annotation, "__args__", (field.annotation,))
-        )
-        if not is_section:
+        if _section_of(field.annotation) is None:
             lines.append(f"| `{name}` | `{_shown(field.default)}` | {field.description} |")
             continue
         keys = _section_of(field.annotation).model_fields
         for key, inner in sorted(keys.items(), key=lambda item: item[0] in Optimisation.model_fields):
-            default = "required" if inner.is_required() else f"`{_shown(inner.get_default(call_default_factory=True))}`"
-            lines.append(f"| `{name}.{key}` | {default} | {inner.description} |")
+            lines.append(_row(f"{name}.{key}", inner, inner.description))
+        for tag, section in KINDS.items() if name == "adapter" else ():
+            for key, inner in section.model_fields.items():
+                if key != "kind" and (key not in keys or inner.default != keys[key].default):
+                    lines.append(_row(f"{name}.{key}", inner, f"of {tag[1:-1]}: {inner.description}"))
     return "\n".join(lines)
+
+
+def _row(name: str, field: Any, meaning: str) -> str:
+    default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
+    return f"| `{name}` | {default} | {meaning} |"
 
 
 def _shown(value: Any) -> Any:

@@ -111,20 +111,6 @@ class Prompt(Section):
     template: dict[str, JsonValue] = Field(default_factory=dict, description="extra variables of the chat template")
 
 
-class Lora(Section):
-    kind: Literal["lora"] = Field("lora", description="what is trained beside the frozen base")
-    r: int = Field(16, gt=0, description="rank")
-    alpha: float = Field(32, gt=0, description="scaling is alpha / r")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's target_modules")
-    start: str | None = Field(
-        None, description="directory of an adapter that the run trains on (or of a run: its best); null: a fresh one"
-    )
-    init: Literal["continue", "merge"] = Field(
-        "continue",
-        description="the next round or stage trains the same adapter on, or merges it and starts a fresh one",
-    )
-
-
 class Generation(Section):
     backend: Literal["auto", "transformers", "vllm"] = Field("auto", description="auto: vLLM where it can run")
     temperature: float = Field(1.0, ge=0, description="sampling temperature")

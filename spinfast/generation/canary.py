@@ -22,7 +22,7 @@ import torch
 
 from spinfast.packing import pack
 from spinfast.policy import Policy
-from spinfast.policy.adapters.files import rank_axis
+from spinfast.policy.adapters.files import linear
 from spinfast.train import answer_logps
 from spinfast.types import Adapter, Group
 
@@ -75,7 +75,7 @@ def _with_adapter(policy: Policy, factor: float) -> AbstractContextManager:
 
 def amplified(adapter: Adapter, factor: float) -> Adapter:
     """The adapter with its B multiplied: what it adds to the weights, times `factor`."""
-    tensors = {name: tensor * (factor if rank_axis(name) else 1) for name, tensor in adapter.tensors.items()}
+    tensors = {name: tensor * (factor if linear(name) else 1) for name, tensor in adapter.tensors.items()}
     return Adapter(adapter.config, tensors)
 
 
@@ -93,8 +93,8 @@ def check_adapter(
         torch.tensor(generator.prompt_logps(prompt_ids, None)),
         torch.tensor(policy_logps(prompt_ids, 0)),
     )
-    parts = [[t for name, t in adapter.tensors.items() if bool(rank_axis(name)) == side] for side in (True, False)]
-    trained = all(any(tensor.any() for tensor in part) for part in parts)  # an embedding's A is what starts at zero
+    parts = [[t for name, t in adapter.tensors.items() if linear(name) == side] for side in (True, False)]
+    trained = all(any(t.any() for t in part) for part in parts if part)  # an embedding's A is what starts at zero
     factor, policy_move = _strong(policy_logps, prompt_ids, policy_base) if trained else (1.0, None)
     strong = torch.tensor(generator.prompt_logps(prompt_ids, amplified(adapter, factor))) if trained else base
     adapted = torch.tensor(generator.prompt_logps(prompt_ids, adapter))  # last: it stays in the engine's slot

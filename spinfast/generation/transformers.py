@@ -30,6 +30,7 @@ from spinfast.attention import packed_attention
 from spinfast.errors import UserError
 from spinfast.generation import with_sampling
 from spinfast.policy import Policy
+from spinfast.policy.adapters.files import settings
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
 TRIM = 64  # decode attention reads the cache up to the longest answer, rounded up to this
@@ -161,8 +162,7 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 def _same(live: Adapter, given: Adapter) -> bool:
     """Equal scaling and equal values, NaN too, whatever dtype `given` was stored in."""
-    scalings = [adapter.config["lora_alpha"] / adapter.config["r"] for adapter in (live, given)]
-    if scalings[0] != scalings[1] or live.tensors.keys() != given.tensors.keys():
+    if settings(live) != settings(given) or live.tensors.keys() != given.tensors.keys():
         return False
     twins = [(tensor, given.tensors[name].to(tensor)) for name, tensor in live.tensors.items()]
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in twins)

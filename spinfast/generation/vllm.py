@@ -8,7 +8,7 @@ prompts with a common start share their K/V blocks. vLLM is imported only on ent
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,6 +69,7 @@ class VLLMGenerator:
         self._made = engine
         self._sleeps = engine is None and vllm_compat.can_sleep(device)
         self._asleep = False
+        self.as_lora: Callable[[Adapter], Adapter] = lambda adapter: adapter  # the policy's, whose kind may be another
         self._engine = None
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
@@ -194,10 +195,11 @@ class VLLMGenerator:
 
         content = adapters.fingerprint(adapter)
         if self._adapter is None or self._adapter[0] != content:
-            if adapter.config["r"] > self.max_lora_rank:
-                raise UserError(f"adapter: rank {adapter.config['r']} exceeds max_lora_rank {self.max_lora_rank}")
+            lora = self.as_lora(adapter)
+            if lora.config["r"] > self.max_lora_rank:
+                raise UserError(f"adapter: rank {lora.config['r']} exceeds max_lora_rank {self.max_lora_rank}")
             self._adapter, number = None, next(self._numbers)
-            vllm_compat.install_adapter(self.engine, adapter, number)
+            vllm_compat.install_adapter(self.engine, lora, number)
             self._adapter = content, number
         number = self._adapter[1]
         return LoRARequest(f"adapter-{number}", number, "in-memory")

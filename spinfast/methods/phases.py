@@ -38,7 +38,7 @@ def base_stage(run: Run) -> Stage:
     stage, start = run.stage("base", None, "base"), run.session.machine.start
     if not stage.finished("save"):
         if start:
-            run.policy.load_adapter(adapters.grown(start, run.policy.adapter()))
+            run.policy.load_adapter(run.policy.grown(start, run.policy.adapter()))
         with stage.phase("save", "adapter"):
             files.write_directory(stage.path("adapter"), run.policy.save_adapter)
     run.policy.load_adapter(adapters.load(stage.path("adapter")))
@@ -156,7 +156,10 @@ def _player(run: Run, of: str, adapter: str) -> tuple[AbstractContextManager, st
         return run.policy.base_only(), ""
     model = run.session.machine.model
     other = adapters.load(adapters.find(files.expanded(of)), model.revision, name=model.name)
-    return run.policy.playing(adapters.grown(other, amplified(run.policy.adapter(), 0))), adapters.fingerprint(other)
+    if other.kind != run.config.adapter.kind:
+        raise UserError(f"reference {of}: a {other.kind}, this run trains a {run.config.adapter.kind}; give that kind")
+    idle = amplified(run.policy.adapter(), 0)
+    return run.policy.playing(run.policy.grown(other, idle)), adapters.fingerprint(other)
 
 
 def _check_finite(stage: Stage, logps: Sequence[Sequence[float]]) -> None:

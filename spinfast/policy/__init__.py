@@ -72,14 +72,22 @@ class Policy(Protocol):
     def adapter(self) -> Adapter:
         """A copy on the host, relative to the base with everything folded so far; later training does not change it."""
 
+    def lora(self, adapter: Adapter) -> Adapter:
+        """An adapter of this policy as plain LoRA."""
+
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        """A foreign adapter in the place of `own`, an idle one of this policy. Raises UserError if it can't."""
+
     def load_adapter(self, adapter: Adapter) -> None:
         """Train on from an adapter() of this policy. Raises UserError if it does not fit."""
 
     def playing(self, adapter: Adapter) -> AbstractContextManager[None]:
         """Another adapter in place of the trained one, of its rank or lower, for the duration of the block."""
 
-    def save_adapter(self, path: Path) -> None:
-        """Plain PEFT layout, relative to the original base: what is folded and what is trained."""
+    def save_adapter(self, path: Path, exact: bool = False) -> None:
+        """In the kind's own form (LoRA: PEFT's), relative to the original base: what is folded and what is trained.
+
+        A kind may round to what it is shipped as, and then trains on from that; `exact` leaves everything as it is."""
 
     def restore(self, adapter: Adapter) -> None:
         """Become the original base + `adapter` again, which an earlier process saved."""

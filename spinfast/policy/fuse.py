@@ -1,4 +1,4 @@
-"""Installs the fused blocks of an `Ops` table on the decoder layers of a PEFT model, and takes them off again.
+"""Installs the fused blocks of an `Ops` table on the decoder layers of a model, and takes them off again.
 
 Per layer three calls replace some forty: q, k, v behind their norm; o onto the residual; the gated MLP behind its
 norm onto the residual. The seams are objects: each layer gets a forward of its own, attention is reached through
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from spinfast_kernels.blocks import Lora, Norm
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -24,12 +24,12 @@ from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
-KNOWN = ("Linear", "Linear4bit", "Embedding")  # names of classes in torch, bitsandbytes and PEFT's LoRA
+KNOWN = ("Linear", "Linear4bit", "Embedding", "FramedLayer")  # classes of torch, bitsandbytes, PEFT's LoRA, ours
 
 
-def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
-    """Make the decoder of `model` run on `ops`; the returned function undoes it."""
-    decoder = check(model)
+def fuse(base: PreTrainedModel, ops: Ops) -> Callable[[], None]:
+    """Make the decoder of `base`, with its adapter, run on `ops`; the returned function undoes it."""
+    decoder = check(base)
     changed = [decoder.norm, *decoder.layers]
     decoder.norm.forward = partial(_norm_forward, ops, decoder.norm)
     for layer in decoder.layers:
@@ -42,14 +42,14 @@ def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
     return unfuse
 
 
-def check(model: PeftModel) -> torch.nn.Module:
-    """The decoder of `model`, if the fused functions compute what its layers do; else UserError."""
-    config = model.get_base_model().config
+def check(base: PreTrainedModel) -> torch.nn.Module:
+    """The decoder of `base`, if the fused functions compute what its layers do; else UserError."""
+    config = base.config
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"fused layers: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type}")
     if config.hidden_act != "silu":
         raise UserError(f"fused layers: expected hidden_act silu, got {config.hidden_act}; use another model")
-    decoder = model.get_base_model().get_decoder()
+    decoder = base.get_decoder()
     for name, module in decoder.named_modules():
         kind = _kind(module)
         foreign = kind is None and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))

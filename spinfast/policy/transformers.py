@@ -68,7 +68,7 @@ class TransformersPolicy:
         self.kind = adapt(base)
         self.model = self.kind.model
         self.model.train()
-        self.unfuse = fuse(self.model, ops)
+        self.unfuse = fuse(base, ops)
         self.causal_lm = base
         self.decoder = base.get_decoder()
         self.device = base.device
@@ -141,8 +141,16 @@ class TransformersPolicy:
         """The adapter relative to the original base: what is folded and what is trained, stacked."""
         return adapters.stack([*self.folded, self.adapter()])
 
-    def save_adapter(self, path: Path) -> None:
-        adapters.save(self.full_adapter(), path)
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        """A foreign adapter in the place of `own`, an idle one of this policy. Raises UserError if it can't."""
+        return self.kind.grown(start, own)
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        return self.kind.lora(adapter)
+
+    def save_adapter(self, path: Path, exact: bool = False) -> None:
+        adapter = self.full_adapter()
+        adapters.save(adapter if exact else self.kind.saved(adapter), path)
 
     def restore(self, adapter: Adapter) -> None:
         """Become base + `adapter`, a full_adapter() of this or an earlier process: fold all parts but the last."""
@@ -210,4 +218,4 @@ def load_policy(
     base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
     base.name_or_path = name  # what PEFT writes into the adapter's config
     kind = KINDS[lora.kind]
-    return TransformersPolicy(base, lambda base: kind.of(base, lora, name, revision, seed), ops, fuse)
+    return TransformersPolicy(base, lambda base: kind.of(base, lora, name, revision, seed, path), ops, fuse)

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from unsloth import FastLanguageModel
@@ -64,9 +63,9 @@ def load_base(
     return base
 
 
-def fuse(model: PeftModel, ops: Ops) -> Callable[[], None]:
+def fuse(base: PreTrainedModel, ops: Ops) -> Callable[[], None]:
     """Put `ops` into the seams of every layer; the returned function takes them out again."""
-    decoder = check(model)
+    decoder = check(base)
     decoder._unsloth_allow_packed_overlength = True  # a packed row is no single sequence: nothing may be cut off
     undo = []
     for layer in decoder.layers:

@@ -27,6 +27,13 @@ SHOWN = {  # metric -> (name, digits, factor)
     "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
 }
 
+FORMS = ("adapter_config.json", "lora_xs.json", "tiny_lora.json")  # what describes an adapter, of one kind or another
+EXPAND = """
+    spinfast expand path/to/this/adapter --out path/to/peft
+
+makes plain PEFT LoRA of it, which every tool reads:
+"""
+
 MADE_BY = {  # method, or control -> how its adapters were made
     "base": "nothing in this run: it is the one before its training",
     "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
@@ -41,19 +48,22 @@ MADE_BY = {  # method, or control -> how its adapters were made
 
 def write_card(adapter_dir: Path, run_dir: Path, stage: str) -> Path:
     """Write adapter_dir/README.md for the adapter that `stage` of the run made."""
-    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    written = next(path for name in FORMS if (path := adapter_dir / name).exists())
+    config = json.loads(written.read_text(encoding="utf-8"))
     path = adapter_dir / "README.md"
     files.write_text(path, card(read_run(run_dir), stage, config))
     return path
 
 
 def card(run: Run, stage: str, adapter_config: dict) -> str:
-    """The card's text. `adapter_config` is PEFT's."""
+    """The card's text. `adapter_config` is PEFT's, or that of another kind of adapter."""
     c, base = run.config, adapter_config["base_model_name_or_path"]
     revision = adapter_config.get("revision") or c["model"]["revision"] or "not recorded"
     row, method = next((row for row in run.rows if row["stage"] == stage), None), run.method(stage)
     played = ["self-play"] if method == "spin" else []
-    front = {"library_name": "peft", "tags": ["lora", method, *played, "spinfast"]}
+    kind = adapter_config.get("kind", "lora")
+    library = {"library_name": "peft"} if kind == "lora" else {}
+    front = library | {"tags": [kind, method, *played, "spinfast"]}
     if not base.startswith(("package:", "/", ".")):
         front["base_model"] = base
     made = (run.control if method == "spin" else None) or method
@@ -62,7 +72,7 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
         "training data": _data(c["data"]),
         "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
         "started from": c["adapter"]["start"],
-        "adapter": f"LoRA, r = {adapter_config['r']}, alpha = {adapter_config['lora_alpha']:g}",
+        "adapter": _adapter(adapter_config),
         "made by": _settings(run, stage),
         "rewards": rewards_named(c["grpo"]) if method == "grpo" and method in c["method"] else "",
         "training reward": study.reward_change(row) if row else "",
@@ -82,12 +92,13 @@ A low-rank adapter made by {MADE_BY.get(made, made)}.
 {table}
 
 ## Use
+{"" if kind == "lora" else EXPAND}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+model = PeftModel.from_pretrained(base, "path/to/{"this/adapter" if kind == "lora" else "peft"}")
 ```
 Write prompts with the base model's chat template.
 
@@ -97,6 +108,15 @@ Write prompts with the base model's chat template.
 ## Limits
 {_limits(run, stage)}
 """
+
+
+def _adapter(config: dict) -> str:
+    if "kind" not in config:
+        return f"LoRA, r = {config['r']}, alpha = {config['lora_alpha']:g}"
+    if config["kind"] == "lora_xs":
+        return f"LoRA-XS, r = {config['r']}, scaling = {config['scaling']:g}, {len(config['modules'])} modules"
+    keys = ("r", "u", "tie", "sharing", "projection_seed", "payload")
+    return ", ".join(["TinyLoRA", *(f"{key} = {config[key]}" for key in keys), f"{len(config['modules'])} modules"])
 
 
 def _list(values: list[float]) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from spinfast.errors import UserError
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.adapters.compact import SUFFIXES
 from spinfast.store import files, room
 from spinfast.train import TrainState
 from spinfast.types import Adapter
@@ -27,7 +28,7 @@ KEPT = 2
 COUNTERS = ("step", "loss_scale", "good_steps", "overflows", "overflows_in_a_row", "recent_norms")
 SEEN = ("step", "loss", "stale")
 LAST_GAIN = "last_gain"
-READ = {".safetensors", ".json", ".jsonl"}
+READ = {".safetensors", ".json", ".jsonl", *SUFFIXES}
 
 
 def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str, str], rows: list[dict]) -> Path:
@@ -100,7 +101,7 @@ def load_latest(directory: Path, policy: Policy, state: TrainState, identity: di
 
 
 def _unreadable(path: Path) -> str | None:
-    """Pickles run code when they are read, so a directory with anything but tensors and JSON is not touched."""
+    """Pickles run code when they are read, so a directory with anything but numbers and JSON is not touched."""
     strangers = [file.name for file in path.rglob("*") if file.suffix not in READ]
     return f"{path.name} holds {strangers[0]}; only safetensors and JSON are read" if strangers else None
 

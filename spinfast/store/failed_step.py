@@ -43,7 +43,7 @@ def keep(run, stage, objective: Objective, error: NonFinite) -> UserError:
     }
 
     def fill(path: Path) -> None:
-        run.policy.save_adapter(path)
+        run.policy.save_adapter(path, exact=True)
         (path / STEP).write_text(json.dumps(step) + "\n")
 
     directory = run.directory.path / "failed_step"

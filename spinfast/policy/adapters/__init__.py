@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 
 from spinfast.policy.adapters.lora import Factors, Lora
+from spinfast.policy.adapters.lora_xs import LoraXs
+from spinfast.policy.adapters.tiny_lora import TinyLora
 from spinfast.types import Adapter
 
 
 class AdapterKind(Protocol):
-    """An adapter on a base. What it gives to others is always LoRA: factors, or an Adapter."""
+    """An adapter on a base. To the fused blocks it is factors; outside it is an Adapter, in its kind's own form."""
 
     LAYER: type[torch.nn.Module]  # what it puts around a linear layer of the base
     model: torch.nn.Module  # the base with its layers
@@ -30,13 +32,22 @@ class AdapterKind(Protocol):
         """What is trained, in fp32, by name, in a fixed order."""
 
     def adapter(self) -> Adapter:
-        """A copy on the host."""
+        """A copy on the host, in the kind's own form."""
+
+    def saved(self, adapter: Adapter) -> Adapter:
+        """As it is written at the end of a stage."""
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        """The same update as plain LoRA, for whoever knows no other kind."""
 
     def load(self, adapter: Adapter) -> None:
         """Become `adapter`. Raises UserError if it does not fit."""
 
     def fitted(self, adapter: Adapter) -> Adapter:
         """An adapter of a lower rank, or another scaling, as one that `load` takes and that adds the same."""
+
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        """A foreign adapter in the place of `own`, one of this kind that adds nothing."""
 
     def parts(self, adapter: Adapter) -> list[Adapter]:
         """A stack of adapters of this kind as the single ones, oldest first."""
@@ -45,7 +56,7 @@ class AdapterKind(Protocol):
         """The values that a new adapter of this seed has."""
 
     def renew(self, seed: int) -> None:
-        """Values that change nothing yet, for the round after a merge."""
+        """Values that change nothing yet, for the round after a merge. This and the two last: kinds that merge."""
 
     def off(self) -> AbstractContextManager:
         """Without it for the duration of the block."""
@@ -57,4 +68,4 @@ class AdapterKind(Protocol):
         """What it adds to each of them."""
 
 
-KINDS: dict[str, type[AdapterKind]] = {"lora": Lora}
+KINDS: dict[str, type[AdapterKind]] = {"lora": Lora, "lora_xs": LoraXs, "tiny_lora": TinyLora}

@@ -1,4 +1,4 @@
-"""LoRA adapters outside a model: PEFT's directory layout, fingerprints, and stacking.
+"""Adapters outside a model: LoRA in PEFT's directory layout, the others in compact.py's, fingerprints, and stacking.
 
 `load` reads what PEFT writes, by an allow-list of the keys of adapter_config.json: what it takes equals PEFT's own
 log-probs (tests/test_adapters.py), all else is refused by name. An `Adapter` has one rank and one scaling;
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spinfast.errors import UserError
+from spinfast.policy.adapters import compact
 from spinfast.types import Adapter
 
 log = logging.getLogger("spinfast")
@@ -37,8 +38,10 @@ MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:([AB])\.weight|embedding_
 
 
 def save(adapter: Adapter, directory: Path) -> None:
-    """Write PEFT's two files; the directory is created."""
+    """Write PEFT's two files, or those of another kind; the directory is created."""
     directory.mkdir(parents=True, exist_ok=True)
+    if adapter.kind != "lora":
+        return compact.save(adapter, directory)
     save_file(
         {name: tensor.contiguous() for name, tensor in adapter.tensors.items()},
         directory / TENSOR_FILE,
@@ -48,12 +51,14 @@ def save(adapter: Adapter, directory: Path) -> None:
 
 
 def load(directory: Path, base: str | None = None, finite: bool = True, name: str | None = None) -> Adapter:
-    """Read PEFT's two files into the one form that the engine knows.
+    """Read PEFT's two files into the one form that the engine knows, or another kind's into its own.
 
     Raises UserError for whatever is missing, torn, not finite, of another base, or not plain LoRA to PEFT. `base` is
     the revision of the model it is meant for: a hub commit or a sha256, as its config records it; with `name` another
     base by name is told where no revision can decide.
     """
+    if compact.kind_of(directory):
+        return _finite(compact.load(directory), directory) if finite else compact.load(directory)
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSOR_FILE)
@@ -78,9 +83,15 @@ def load(directory: Path, base: str | None = None, finite: bool = True, name: st
         adapter = _plain(config, tensors)
     except (ValueError, re.error) as error:
         raise UserError(f"adapter {directory}: {error}") from None
-    if finite and (wrong := not_finite(adapter.tensors)):
-        raise UserError(f"adapter {directory}: {wrong} is not finite; its training diverged, use an earlier one")
+    if finite:
+        _finite(adapter, directory)
     _check_base(directory, config, base, name)
+    return adapter
+
+
+def _finite(adapter: Adapter, directory: Path) -> Adapter:
+    if wrong := not_finite(adapter.tensors):
+        raise UserError(f"adapter {directory}: {wrong} is not finite; its training diverged, use an earlier one")
     return adapter
 
 
@@ -136,6 +147,8 @@ def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
 
 def settings(adapter: Adapter) -> dict:
     """The config's adapter section that an adapter fits: the modules by their full names."""
+    if adapter.kind != "lora":
+        return compact.settings(adapter)
     modules = sorted({MATRIX.fullmatch(name)[1] for name in adapter.tensors})
     return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], "target_modules": modules}
 
@@ -145,9 +158,14 @@ def rank_axis(name: str) -> int:
     return int("lora_B." in name or "lora_embedding_B" in name)
 
 
+def linear(name: str) -> bool:
+    """Whether the update is linear in the tensor of this name while the others stand: in all but LoRA's A."""
+    return bool(rank_axis(name)) or not re.search(r"lora_(embedding_)?A", name)
+
+
 def idle(adapter: Adapter) -> bool:
     """Whether it changes nothing: every B is zero."""
-    return not any(tensor.any() for name, tensor in adapter.tensors.items() if rank_axis(name))
+    return not any(tensor.any() for name, tensor in adapter.tensors.items() if linear(name))
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -208,7 +226,11 @@ DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.d
 
 def fingerprint(adapter: Adapter) -> str:
     """sha256 over scaling, names and bytes: equal adapters, equal hex."""
-    digest = hashlib.sha256(f"{adapter.config['r']}/{adapter.config['lora_alpha']}".encode())
+    digest = hashlib.sha256(
+        f"{adapter.config['r']}/{adapter.config['lora_alpha']}".encode()
+        if adapter.kind == "lora"
+        else json.dumps(compact.settings(adapter), sort_keys=True).encode()
+    )
     for name in sorted(adapter.tensors):
         tensor = adapter.tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -246,7 +268,7 @@ def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor
 
 def find(directory: Path) -> Path:
     """The adapter that a directory means: its own, or that of a finished run's best stage."""
-    if (directory / CONFIG_FILE).exists() or not (directory / "best.json").exists():
+    if (directory / CONFIG_FILE).exists() or compact.kind_of(directory) or not (directory / "best.json").exists():
         return directory
     try:
         return directory / json.loads((directory / "best.json").read_text())["adapter"]

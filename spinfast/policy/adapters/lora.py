@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
@@ -42,15 +43,14 @@ class Lora:
             )
 
     @classmethod
-    def of(cls, base: PreTrainedModel, settings, name: str, revision: str, seed: int) -> Lora:
+    def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path=None) -> Lora:
         """By the config's adapter section; name and revision are the base's."""
-        targets = settings.target_modules
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
             lora_alpha=settings.alpha,
             lora_dropout=0.0,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=_listed(settings.target_modules),
             base_model_name_or_path=name,
             revision=revision,
         )
@@ -91,8 +91,7 @@ class Lora:
 
     def adapter(self) -> Adapter:
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        config = self.model.peft_config["default"].to_dict() | {"inference_mode": True}
-        config = json.loads(json.dumps(config, default=_plain, sort_keys=True))
+        config = plain_json(self.model.peft_config["default"]) | {"inference_mode": True}
         return Adapter(config, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
 
     def load(self, adapter: Adapter) -> None:
@@ -111,6 +110,15 @@ class Lora:
 
     def fitted(self, adapter: Adapter) -> Adapter:
         return files.fitted(adapter, self.config.r, self.config.lora_alpha)
+
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        return files.grown(start, own)
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def saved(self, adapter: Adapter) -> Adapter:
+        return adapter
 
     def parts(self, adapter: Adapter) -> list[Adapter]:
         return files.unstack(adapter, self.config.r)
@@ -154,6 +162,34 @@ def _as_made(layer: LoraLayer) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     drawn, zeros = (torch.nn.Linear(w.shape[1], w.shape[0], bias=False).weight for w in (a, b))
     torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return [(a, drawn), (b, zeros.zero_())]
+
+
+def targets(base: PreTrainedModel, settings) -> list[str]:
+    """The linear layers that adapter.target_modules means, in the model's order, as PEFT matches them."""
+    everything = settings.target_modules == "all-linear"
+    config = LoraConfig(target_modules=_listed(settings.target_modules))
+    head = base.get_output_embeddings()
+    try:
+        found = [
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+            if everything or check_target_module_exists(config, name)
+        ]
+    except re.error as error:
+        raise UserError(f"adapter.target_modules: {error}") from None
+    if not found:
+        raise UserError(f"adapter.target_modules: {settings.target_modules!r} matches no linear layer of the decoder")
+    return found
+
+
+def _listed(names: str | tuple[str, ...]) -> str | list[str]:
+    return names if isinstance(names, str) else list(names)
+
+
+def plain_json(config: LoraConfig) -> dict:
+    """The content of adapter_config.json."""
+    return json.loads(json.dumps(config.to_dict(), default=_plain, sort_keys=True))
 
 
 def _plain(value):

@@ -1,0 +1,203 @@
+"""What LoRA-XS and TinyLoRA share: a linear layer with a fixed frame B A around a small matrix R, y += s x A' R' B'.
+
+To the fused blocks such a layer is LoRA with B R in the place of B; autograd takes the gradient on to R and what it is
+made of, which is all that is trained, saved and compared. Whoever needs plain LoRA (the engine, merging, PEFT) gets it
+expanded. A kind says which tensors there are and how R of a module is made of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from spinfast.errors import UserError
+from spinfast.policy.adapters import frames
+from spinfast.policy.adapters.frames import Frame, Frames
+from spinfast.policy.adapters.lora import Factors, plain_json, targets
+from spinfast.types import Adapter
+
+Tensors = Mapping[str, torch.Tensor]
+SAME_UPDATE = 1e-3  # of two machines' frames, relative; fp32 frames of one weight are at 1e-6
+NOT_COMPARED = {"base_model_name_or_path", "revision", "payload", "probe", "version"}
+
+
+class FramedLayer(torch.nn.Module):
+    """A linear layer of the base in its frame; `small` gives R, (r, r) in fp32, as it is now."""
+
+    def __init__(self, base_layer: torch.nn.Linear, frame: Frame, small: Callable[[], torch.Tensor], scaling: float):
+        super().__init__()
+        self.base_layer, self.small, self.scaling, self.on = base_layer, small, scaling, True
+        self.register_buffer("A", frame[0], persistent=False)
+        self.register_buffer("B", frame[1], persistent=False)
+
+    def get_base_layer(self) -> torch.nn.Linear:
+        return self.base_layer
+
+
+class Framed:
+    """Implements spinfast.policy.adapters.AdapterKind. A kind gives `describe`, `tensors` and `small`."""
+
+    LAYER = FramedLayer
+
+    # What a kind gives -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def describe(settings) -> dict:
+        """What of the config's adapter section the update depends on, `kind`, `r` and `scaling` among it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tensors(description: dict) -> dict[str, torch.Tensor]:
+        """What is trained, as it starts: nothing is changed yet."""
+        raise NotImplementedError
+
+    @staticmethod
+    def small(description: dict, number: int, device="cpu") -> Callable[[Tensors], torch.Tensor]:
+        """R (r, r) of the module of this number, as a function of what is trained, which is on `device`."""
+        raise NotImplementedError
+
+    # Its layers ------------------------------------------------------------------------------------------------
+
+    def __init__(self, base: PreTrainedModel, settings, name: str, revision: str | None, path: Path | None):
+        """The weights are read from the files under `path`; without one there are shapes alone."""
+        modules = targets(base, settings)
+        layers = {module: base.get_submodule(module) for module in modules}
+        for module, layer in layers.items():
+            if settings.r > (most := min(layer.in_features, layer.out_features)):
+                raise UserError(f"adapter.r: {settings.r} is more than {module} has, {most}; lower it")
+        found = frames.of_model(path, revision, modules, settings.r) if path else _shapes(layers, settings.r)
+        self.model, self.settings, self.frames = base, settings, found
+        self.description = self.describe(settings) | {"modules": modules}
+        named = {"base_model_name_or_path": name, "revision": revision, "base_sha256": found.base}
+        self.config = self.description | named | {"version": frames.VERSION}
+        device = base.device
+        self.values = {n: torch.nn.Parameter(t.to(device)) for n, t in self.tensors(self.description).items()}
+        base.lora_values = torch.nn.ParameterList(self.values.values())
+        self.layers: list[FramedLayer] = []
+        for number, (module, layer) in enumerate(layers.items()):
+            frame = tuple(factor.to(device) for factor in found.by_module[module])
+            small = partial(self.small(self.description, number, device), self.values)
+            framed = FramedLayer(layer, frame, small, self.description["scaling"])
+            parent, _, child = module.rpartition(".")
+            setattr(base.get_submodule(parent), child, framed)
+            self.layers.append(framed)
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path: Path | None):
+        """By the config's adapter section. Nothing is random but what the section seeds; training starts at zero."""
+        return cls(base, settings, name, revision, path)
+
+    @staticmethod
+    def check(name: str, layer: FramedLayer) -> None:
+        """The factors are all that a framed layer adds."""
+
+    @staticmethod
+    def factors(layer: FramedLayer) -> Factors | None:
+        return (layer.A, layer.B @ layer.small(), layer.scaling) if layer.on else None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        before = [layer.on for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.on = False
+            yield
+        finally:
+            for layer, on in zip(self.layers, before, strict=True):
+                layer.on = on
+
+    # Its values ------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self.values
+
+    def adapter(self) -> Adapter:
+        """A copy on the host, in this kind's own form."""
+        return Adapter(self.config, {name: p.detach().to("cpu", copy=True) for name, p in self.values.items()})
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> None:
+        own = self.adapter()
+        for key in self.config.keys() - NOT_COMPARED:
+            if adapter.config.get(key) != self.config[key]:
+                got, expected = (" ".join(str(c.get(key)).split())[:80] for c in (adapter.config, self.config))
+                raise UserError(f"adapter: its {key} is {got}, this run's {self.config['kind']} has {expected}")
+        if {n: t.shape for n, t in adapter.tensors.items()} != {n: t.shape for n, t in own.tensors.items()}:
+            raise UserError(f"adapter: its tensors are not those of a {self.config['kind']} of these settings")
+        if (told := adapter.config.get("probe")) is not None:
+            check_probe(told, self.probe(adapter.tensors))
+        for name, parameter in self.values.items():
+            parameter.copy_(adapter.tensors[name])
+
+    def probe(self, tensors: Tensors) -> list[float]:
+        smalls = {m: self.small(self.description, i)(tensors) for i, m in enumerate(self.description["modules"])}
+        return frames.probe(self.frames.by_module, smalls)
+
+    def saved(self, adapter: Adapter) -> Adapter:
+        """As it is written at the end of a stage: with what shows another machine that it rebuilt the same update."""
+        return Adapter(adapter.config | {"probe": self.probe(adapter.tensors)}, adapter.tensors)
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        return expanded(type(self), adapter, self.frames)
+
+    def fitted(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        return start
+
+    def parts(self, adapter: Adapter) -> list[Adapter]:
+        return [adapter]
+
+    @torch.no_grad()
+    def restart(self, seed: int) -> None:
+        for parameter in self.values.values():
+            parameter.zero_()
+
+
+def expanded(kind: type[Framed], adapter: Adapter, found: Frames) -> Adapter:
+    """The same update as plain LoRA of PEFT."""
+    config, tensors = adapter.config, {}
+    for number, module in enumerate(config["modules"]):
+        A_rD, B_Or = found.by_module[module]
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A_rD.clone()
+        R_rr = kind.small(config, number)(adapter.tensors)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B_Or @ R_rr.to(B_Or)
+    peft = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config["r"],
+        lora_alpha=config["scaling"] * config["r"],
+        lora_dropout=0.0,
+        target_modules=config["modules"],
+        base_model_name_or_path=config["base_model_name_or_path"],
+        revision=config["revision"],
+        inference_mode=True,
+    )
+    return Adapter(plain_json(peft), tensors)
+
+
+def check_probe(told: Sequence[float], found: Sequence[float]) -> None:
+    """Raises UserError where what was rebuilt is not the update that was saved."""
+    told, found = (torch.tensor(x, dtype=torch.float64) for x in (told, found))
+    if not (told - found).norm() <= SAME_UPDATE * told.norm():
+        raise UserError(
+            "adapter: what this machine rebuilds is not the update that was saved (its probe gives "
+            f"{json.dumps(found.tolist()[:2])}..., expected {json.dumps(told.tolist()[:2])}...); please report it"
+        )
+
+
+def _shapes(layers: Mapping[str, torch.nn.Linear], r: int) -> Frames:
+    found = {}
+    for module, layer in layers.items():
+        found[module] = (
+            torch.empty(r, layer.in_features, device=layer.weight.device),
+            torch.empty(layer.out_features, r, device=layer.weight.device),
+        )
+    return Frames(found, "unknown")

@@ -1,0 +1,267 @@
+"""Every kind of adapter: its numbers, its gradients, its files; each with each method."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+from packed_cases import make_groups, plain_logps
+from peft import PeftModel, TinyLoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_grpo import REWARDS
+from test_preferences import pairs
+from test_run import fingerprints, train_rows, write_config
+from transformers import AutoModelForCausalLM
+
+from spinfast import config as sections
+from spinfast import ops
+from spinfast.device import profile
+from spinfast.errors import UserError
+from spinfast.generation.canary import amplified
+from spinfast.interrupt import EXIT_CODE
+from spinfast.packing import pack
+from spinfast.policy.adapters import files as adapters
+from spinfast.policy.adapters import tiny_lora
+from spinfast.policy.transformers import load_policy
+from spinfast.progress import Tick
+from spinfast.run import main
+from spinfast.train import answer_logps
+
+XS = sections.LoraXs(kind="lora_xs", r=4, alpha=8)
+TINY = sections.TinyLora(kind="tiny_lora", u=3, tie=4)
+KINDS = {"lora_xs": XS, "tiny_lora": TINY, "structured": TINY.model_copy(update={"sharing": "structured"})}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
+
+
+def policy_of(path, settings, moved=True):
+    """The policy with an adapter that does something."""
+    options = {"ops": ops.EAGER, "profile": profile("cpu", "float32"), "load_in_4bit": False, "seed": 0}
+    policy = load_policy(path, "tiny", "0" * 40, lora=settings, **options)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in policy.trainable_parameters().values() if moved else ():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def batch_of(policy):
+    groups = make_groups([(4, (5, 3)), (1, (2, 6))])
+    return pack(groups, range(len(groups)), "sdpa").to(policy.device)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logps_and_gradients_are_those_of_dense_weights(tiny_model, name):
+    """W + s B R A put together in fp64 by plain torch, and differentiated there."""
+    policy = policy_of(tiny_model("llama"), KINDS[name])
+    batch, kind = batch_of(policy), policy.kind
+    logps = answer_logps(policy, batch)
+    logps.sum().backward()
+    values = {n: p.detach().double().requires_grad_() for n, p in policy.trainable_parameters().items()}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), attn_implementation="eager").double()
+    dense = dict(model.named_parameters())
+    for number, module in enumerate(kind.config["modules"]):
+        A, B = (factor.double() for factor in kind.frames.by_module[module])
+        if name == "lora_xs":
+            R = values[f"{module}.R"]
+        else:
+            P = tiny_lora.projection(kind.config, number).double()
+            R = sum(values["v"][tiny_lora.groups(kind.config)[number], i] * P[i] for i in range(3))
+        dense[f"{module}.weight"] = dense[f"{module}.weight"].detach() + kind.config["scaling"] * B @ R @ A
+    expected = []
+    for prompt, answers in [(g.prompt_ids, g.answers) for g in make_groups([(4, (5, 3)), (1, (2, 6))])]:
+        for answer in answers:
+            ids = torch.tensor([[*prompt, *answer]])
+            rows = torch.func.functional_call(model, dense, (ids,)).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected.append(rows.gather(1, ids[0, len(prompt) :, None])[:, 0])
+    expected = torch.cat(expected)
+    expected.sum().backward()
+    assert torch.allclose(logps.double(), expected, atol=1e-4)
+    for key, parameter in policy.trainable_parameters().items():
+        found, truth = parameter.grad.double(), values[key].grad
+        assert (found - truth).norm() <= 1e-3 * truth.norm(), key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_expanded_it_is_plain_peft(tiny_model, tmp_path, name):
+    policy = policy_of(tiny_model("qwen2"), KINDS[name])
+    batch = batch_of(policy)
+    adapters.save(policy.lora(policy.adapter()), tmp_path / "peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"), attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    expected = [
+        plain_logps(model, group.prompt_ids, answer)
+        for group in make_groups([(4, (5, 3)), (1, (2, 6))])
+        for answer in group.answers
+    ]
+    assert torch.allclose(answer_logps(policy, batch), torch.cat(expected), atol=1e-4)
+    assert adapters.load(tmp_path / "peft").config["r"] == KINDS[name].r  # what the engine takes
+
+
+def test_tiny_lora_is_pefts_in_the_same_projections(tiny_model):
+    """PEFT's frame is U S^1/2 and S^1/2 V'; its P in our frame is S^-1/2 P S^1/2. Signs are LAPACK's there."""
+    path = tiny_model("llama")
+    policy = policy_of(path, TINY.model_copy(update={"tie": 7}))  # two groups, as PEFT makes them of 14 modules
+    modules, number_of = policy.kind.config["modules"], tiny_lora.groups(policy.kind.config)
+    tying = 1 - (max(number_of) + 1) / len(modules)
+    theirs = TinyLoraConfig(r=2, u=3, weight_tying=tying, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), theirs)
+    values = model.base_model.tinylora_v["default"]
+    for group, v in values.items():
+        v.data = policy.trainable_parameters()["v"][int(group)].detach().clone()
+    for number, module in enumerate(modules):
+        layer = model.base_model.model.get_submodule(module)
+        root = policy.kind.frames.by_module[module][1].norm(dim=0).sqrt()
+        signs = (layer.tinylora_A["default"] * policy.kind.frames.by_module[module][0]).sum(1).sign()
+        P = tiny_lora.projection(policy.kind.config, number) * signs[:, None] * signs
+        layer.tinylora_P["default"] = P * root[:, None] / root
+    for module in modules:
+        A, B, scaling = policy.kind.factors(policy.causal_lm.get_submodule(module))
+        expected = model.base_model.model.get_submodule(module).get_delta_weight("default")
+        assert (scaling * B @ A - expected).norm() <= 1e-4 * expected.norm()  # theirs is an SVD in fp32
+
+
+@pytest.mark.parametrize(("layers", "modules"), [(24, 168), (28, 196)])
+def test_thirteen_numbers_for_any_model(layers, modules):
+    """Qwen2.5-0.5B and 7B: one v of u = 13 for all modules; or u = 1 with as many groups as tie leaves."""
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    names = [f"model.layers.{i}.x.{kind}" for i in range(layers) for kind in kinds]
+    for settings, count in [
+        (sections.TinyLora(kind="tiny_lora", u=13, tie="all"), 13),
+        (sections.TinyLora(kind="tiny_lora", u=1), modules),
+        (sections.TinyLora(kind="tiny_lora", u=1, tie=8, sharing="structured"), -(-modules // 8)),
+    ]:
+        made = tiny_lora.TinyLora.tensors(tiny_lora.TinyLora.describe(settings) | {"modules": names})
+        assert made["v"].numel() == count
+
+
+def test_structured_shares_among_neighbours_of_one_type():
+    names = [f"layers.{i}.{kind}" for i in range(4) for kind in ("q", "k")]
+    description = {"modules": names, "tie": 2, "sharing": "structured"}
+    assert dict(zip(names, tiny_lora.groups(description), strict=True)) == {
+        "layers.0.q": 0, "layers.1.q": 0, "layers.2.q": 1, "layers.3.q": 1,
+        "layers.0.k": 2, "layers.1.k": 2, "layers.2.k": 3, "layers.3.k": 3,
+    }  # fmt: skip
+    assert tiny_lora.groups(description | {"sharing": "tiled"}) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("payload", "suffix", "bytes_each"), [("bfloat16", "bf16", 2), ("float32", "f32", 4)])
+def test_the_file_is_its_numbers_and_nothing_else(tiny_model, tmp_path, payload, suffix, bytes_each):
+    settings = sections.TinyLora(kind="tiny_lora", u=13, tie="all", payload=payload)
+    policy = policy_of(tiny_model("llama"), settings)
+    policy.save_adapter(tmp_path)
+    assert (tmp_path / f"tiny_lora.{suffix}").stat().st_size == 13 * bytes_each
+    batch = batch_of(policy)
+    saved = answer_logps(policy, batch)  # what is in memory is what was saved, rounded alike
+    other = policy_of(tiny_model("llama"), settings, moved=False)
+    other.load_adapter(adapters.load(tmp_path))
+    assert torch.equal(answer_logps(other, batch), saved)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path, name):
+    policy = policy_of(tiny_model("qwen3"), KINDS[name])
+    policy.save_adapter(tmp_path)
+    other = policy_of(tiny_model("qwen3"), KINDS[name], moved=False)
+    batch = batch_of(policy)
+    with policy.without_adapter():
+        base = answer_logps(policy, batch)
+    assert torch.equal(answer_logps(other, batch), base)
+    other.load_adapter(adapters.load(tmp_path))
+    assert torch.equal(answer_logps(other, batch), answer_logps(policy, batch))
+    assert not torch.equal(answer_logps(other, batch), base)
+    with other.playing(amplified(other.adapter(), 0)):
+        assert torch.equal(answer_logps(other, batch), base)
+    assert adapters.fingerprint(adapters.load(tmp_path)) == adapters.fingerprint(policy.adapter())
+
+
+def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
+    policy = policy_of(tiny_model("llama"), TINY)
+    policy.save_adapter(tmp_path / "a")
+    saved = adapters.load(tmp_path / "a")
+    other = shutil.copytree(tiny_model("llama"), tmp_path / "other")
+    weights = {name: 1.1 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    wrong_base = policy_of(other, TINY)
+    with pytest.raises(UserError, match="its base_sha256 is"):
+        wrong_base.load_adapter(saved)
+    with pytest.raises(UserError, match="its u is 3, this run's tiny_lora has 2"):
+        policy_of(tiny_model("llama"), TINY.model_copy(update={"u": 2})).load_adapter(saved)
+    with pytest.raises(UserError, match="its projection_seed is"):
+        policy_of(tiny_model("llama"), TINY.model_copy(update={"projection_seed": 1})).load_adapter(saved)
+    told = json.loads((tmp_path / "a" / "tiny_lora.json").read_text())
+    told["probe"] = [-x for x in told["probe"]]
+    (tmp_path / "a" / "tiny_lora.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="not the update that was saved"):
+        policy.load_adapter(adapters.load(tmp_path / "a"))
+    (tmp_path / "a" / "tiny_lora.f32").write_bytes(b"x" * 5)
+    with pytest.raises(UserError, match="cannot be read"):
+        adapters.load(tmp_path / "a")
+
+
+# Methods -----------------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "sft": {"sft": {"groups_per_step": 4, "lr": 0.05}},
+    "dpo": {"dpo": {"groups_per_step": 4, "lr": 0.05}},
+    "spin": {"spin": {"iterations": 2, "groups_per_step": 4, "lr": 0.05}},
+    "grpo": {"grpo": {"steps": 3, "prompts_per_step": 2, "samples": 4, "lr": 0.05}},
+}
+
+
+def configured(directory, model, method, kind):
+    """A config of seconds for this method and kind."""
+    tree = yaml.safe_load(write_config(directory, model).read_text())
+    del tree["spin"]
+    tree |= {"method": method, "adapter": kind.model_dump(mode="json")} | METHODS[method]
+    tree["evaluate"] = {"problems": 3, "pairs": 4, "max_tokens": 8}
+    if method == "dpo":
+        for name, first, count in (("train", 0, 12), ("heldout", 50, 6)):
+            rows = pairs(first, count)
+            (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if method == "grpo":
+        (directory / "rewards.py").write_text(REWARDS)
+        tree["grpo"] |= {"rewards": f"{directory}/rewards.py:vowels"}
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "tiny_lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
+    tmp_path, tiny_model, monkeypatch, method, name
+):
+    """The adapter moves, the loss falls; a run that is stopped within training leaves the bytes of one that is not."""
+    config = configured(tmp_path, tiny_model("llama"), method, KINDS[name])
+    assert main([config, "--run-dir", str(tmp_path / "whole")]) == 0
+    stages = sorted((tmp_path / "whole").glob("*/adapter"))
+    assert (
+        len({adapters.fingerprint(adapters.load(stage)) for stage in stages}) == len(stages) == 2 + (method == "spin")
+    )
+    losses = [row["train/loss"] for row in train_rows(tmp_path / "whole")]
+    assert method == "grpo" or losses[-1] < losses[0]
+    advance, steps = Tick.advance, 0
+
+    def advance_and_signal(tick, *args, **kwargs):
+        nonlocal steps
+        advance(tick, *args, **kwargs)
+        if tick.name.endswith(" train") and kwargs:
+            steps += 1
+            if steps == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tick, "advance", advance_and_signal)
+    words = [config, "--run-dir", str(tmp_path / "stopped")]
+    assert main(words) == EXIT_CODE
+    assert main(words) == 0
+    assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
