@@ -58,6 +58,36 @@ def doctor(argv: Sequence[str]) -> int:
     return examine(arguments.path, arguments.overrides, arguments.run_dir)
 
 
+def params(argv: Sequence[str]) -> int:
+    parser = ConfigParser(
+        prog="spinfast params",
+        description="What each kind of adapter trains on the config's model: numbers, bytes, and who published it.",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.parse(argv)
+    from spinfast.config import load_config
+    from spinfast.models import resolve_model
+    from spinfast.params import main
+    from spinfast.run import default_config
+
+    config = load_config(arguments.path or default_config()[0], arguments.overrides)
+    main(resolve_model(config.model.name, config.model.revision).path, config.adapter, arguments.json)
+    return 0
+
+
+def expand(argv: Sequence[str]) -> int:
+    parser = Parser(prog="spinfast expand", description="Make plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter.")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the adapter's, or a run's: its best")
+    parser.add_argument("--out", type=Path, required=True, help="where the LoRA goes; must not be there")
+    parser.add_argument("--model", help="its base, where the adapter's own name for it does not lead there")
+    arguments = parser.parse(argv)
+    from spinfast.policy.adapters.expand import expand
+
+    lora = expand(arguments.directory, arguments.out, arguments.model)
+    print(f"{arguments.out}: LoRA of rank {lora.config['r']}, {len(lora.tensors)} matrices")
+    return 0
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -76,6 +106,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "report": (report, "one HTML file about a run, or about several side by side"),
     "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
     "doctor": (doctor, "what this machine can run, and why not"),
+    "params": (params, "what each kind of adapter trains, in numbers and bytes"),
+    "expand": (expand, "plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter"),
     "replay": (replay, "make the step that stopped a run again"),
 }
 

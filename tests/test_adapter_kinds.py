@@ -22,6 +22,7 @@ from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.canary import amplified
 from spinfast.interrupt import EXIT_CODE
+from spinfast.models import resolve_model
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.adapters import tiny_lora
@@ -40,10 +41,11 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
 
 
-def policy_of(path, settings, moved=True):
+def policy_of(path, settings, moved=True, found=None):
     """The policy with an adapter that does something."""
     options = {"ops": ops.EAGER, "profile": profile("cpu", "float32"), "load_in_4bit": False, "seed": 0}
-    policy = load_policy(path, "tiny", "0" * 40, lora=settings, **options)
+    name, revision = (found.name, found.revision) if found else ("tiny", "0" * 40)
+    policy = load_policy(path, name, revision, lora=settings, **options)
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values() if moved else ():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -184,14 +186,19 @@ def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path, name):
     assert adapters.fingerprint(adapters.load(tmp_path)) == adapters.fingerprint(policy.adapter())
 
 
+def scaled(model, path):
+    """The model with other weights."""
+    shutil.copytree(model, path)
+    weights = {name: 1.1 * tensor for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
     policy = policy_of(tiny_model("llama"), TINY)
     policy.save_adapter(tmp_path / "a")
     saved = adapters.load(tmp_path / "a")
-    other = shutil.copytree(tiny_model("llama"), tmp_path / "other")
-    weights = {name: 1.1 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    wrong_base = policy_of(other, TINY)
+    wrong_base = policy_of(scaled(tiny_model("llama"), tmp_path / "other"), TINY)
     with pytest.raises(UserError, match="its base_sha256 is"):
         wrong_base.load_adapter(saved)
     with pytest.raises(UserError, match="its u is 3, this run's tiny_lora has 2"):
@@ -265,3 +272,40 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     assert main(words) == EXIT_CODE
     assert main(words) == 0
     assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
+
+
+# Commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "tiny_lora"])
+def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, name):
+    found = resolve_model(str(tiny_model("llama")))
+    policy = policy_of(found.path, KINDS[name], found=found)
+    policy.save_adapter(tmp_path / "a")
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "peft")]) == 0
+    made, expected = adapters.load(tmp_path / "peft"), policy.lora(policy.adapter())
+    assert made.tensors.keys() == expected.tensors.keys()
+    assert all(torch.allclose(made.tensors[n], t, atol=1e-6) for n, t in expected.tensors.items())
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "peft")]) == 2
+    assert main(["expand", str(tmp_path / "peft"), "--out", str(tmp_path / "b")]) == 2
+    other = scaled(tiny_model("llama"), tmp_path / "other")
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
+    for line, words in zip(
+        lines, ["is there already", "expected a lora_xs or tiny_lora", "other weights"], strict=True
+    ):
+        assert words in line
+
+
+def test_params_counts_what_is_trained(tiny_model, tmp_path, capsys):
+    config = configured(tmp_path, tiny_model("llama"), "sft", TINY)
+    assert main(["params", config, "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["this config"]["trained"] == 4 * 3  # 14 modules, 4 tied
+    assert rows["tiny_lora u 13, tie all"] | {"share": 0, "published": ""} == {
+        "name": "tiny_lora u 13, tie all", "trained": 13, "share": 0, "saved": 52, "held": 208, "published": "",
+    }  # fmt: skip
+    policy = policy_of(tiny_model("llama"), sections.Lora(), moved=False)
+    assert rows["lora r 16"]["trained"] == sum(p.numel() for p in policy.trainable_parameters().values())
+    assert main(["params", config]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -50,22 +50,27 @@ def generator(smollm2):
         yield generator
 
 
-def new_policy(generator):
+def make_policy(generator, settings=Lora(r=8, alpha=16)):  # noqa: B008 - frozen
     base, cpu = generator.shared_model(), profile("cpu", "float32")
     options = {"ops": EAGER, "profile": cpu, "load_in_4bit": False, "seed": 0, "base": base}
-    return load_policy(generator.model_path, "smollm2", "0", lora=Lora(r=8, alpha=16), **options)
+    return load_policy(generator.model_path, "smollm2", "0", lora=settings, **options)
+
+
+@pytest.fixture
+def new_policy():
+    return make_policy
 
 
 @pytest.fixture
 def policy(generator):
     """A fresh adapter (B zero) on the engine's own weights."""
-    return new_policy(generator)
+    return make_policy(generator)
 
 
 @pytest.fixture(scope="session")
 def trained_adapter(generator, groups):
     """The adapter a few large steps later: every tensor has moved, greedy answers are others."""
-    policy, batch = new_policy(generator), pack(groups, range(len(groups)), "sdpa")
+    policy, batch = make_policy(generator), pack(groups, range(len(groups)), "sdpa")
     optimizer = torch.optim.AdamW(policy.trainable_parameters().values(), lr=5e-3)
     for _ in range(3):
         (-answer_logps(policy, batch).mean()).backward()

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from spinfast.config import LoraXs, TinyLora
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
@@ -265,6 +266,28 @@ def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prom
     report = check_adapter(generator, logps, prompts[0][0], policy.adapter(), dtype=torch.float32)
     assert report.moved == 0
     assert report.move_error is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LoraXs(kind="lora_xs", r=8, alpha=8), TinyLora(kind="tiny_lora", u=13, tie="all")],
+    ids=lambda s: s.kind,
+)
+def test_kinds_of_few_numbers_are_served_as_the_lora_they_make(generator, new_policy, prompts, monkeypatch, settings):
+    policy = new_policy(generator, settings)
+    monkeypatch.setattr(generator, "as_lora", policy.lora)
+    for parameter in policy.trainable_parameters().values():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    report = check_adapter(
+        generator, policy_logps(policy, "sdpa"), prompts[0][0], policy.adapter(), dtype=torch.float32
+    )
+    assert report.moved > 100 * report.adapter_error
+    assert report.move_error < 1e-3
+    requests, sampling = ask(prompts)
+    own = TransformersGenerator(policy, batch_size=4, max_model_len=256)
+    assert tokens(answers(generator, requests, sampling, policy.adapter())) == tokens(
+        answers(own, requests, sampling, policy.adapter())
+    )
 
 
 class Deaf:

@@ -75,11 +75,11 @@ def of_model(path: Path, revision: str, modules: list[str], r: int, tick: Callab
     """Of these linear layers of the safetensors under `path`; made once, kept in the cache by `revision`."""
     key = hashlib.sha256("\n".join([revision, str(r), *modules]).encode()).hexdigest()[:32]
     kept = default_cache() / "frames" / f"{key}-v{VERSION}.safetensors"
-    first = _digest(*next(_weights(path, modules)))  # a revision that does not tell two models apart costs no more
+    ends = "".join(_digest(*found) for found in _weights(path, [modules[0], modules[-1]]))  # if the name should lie
     if kept.exists():
         with safe_open(kept, "pt") as file:
             told = file.metadata()
-        if told["first"] == first:
+        if told["ends"] == ends:
             return Frames(_pairs(load_file(kept), modules), told["base"])
     log.info("adapter: the SVD of %d weights, once for this model, rank and choice of modules", len(modules))
     digest, tensors = hashlib.sha256(), {}
@@ -89,7 +89,7 @@ def of_model(path: Path, revision: str, modules: list[str], r: int, tick: Callab
         tick()
     kept.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(kept) as temporary:
-        save_file(tensors, temporary, metadata={"base": digest.hexdigest(), "first": first})
+        save_file(tensors, temporary, metadata={"base": digest.hexdigest(), "ends": ends})
     return Frames(_pairs(tensors, modules), digest.hexdigest())
 
 
