@@ -58,6 +58,10 @@ def doctor(argv: Sequence[str]) -> int:
     return examine(arguments.path, arguments.overrides, arguments.run_dir)
 
 
+def spectrum(argv: Sequence[str]) -> int:
+    return import_module("spinfast.weights.cli").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -76,12 +80,13 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "report": (report, "one HTML file about a run, or about several side by side"),
     "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
     "doctor": (doctor, "what this machine can run, and why not"),
+    "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }
 
 
 def overview() -> str:
-    lines = [f"  spinfast {name:8}{does}" for name, (_, does) in COMMANDS.items()]
+    lines = [f"  spinfast {name:10}{does}" for name, (_, does) in COMMANDS.items()]
     return "\n".join([f"{PURPOSE}.", "", *lines, "", "`spinfast COMMAND --help` says more."])
 
 
