@@ -114,9 +114,8 @@ def test_wrong_lines_are_told(command, model, words, said):
 
 
 @pytest.mark.slow
-def test_smollm2(command, monkeypatch):
+def test_smollm2(command):
     demo = load_config(ROOT / "configs" / "smollm2-135m-sums-cpu.yaml").model.name
-    monkeypatch.delenv("SPINFAST_CACHE")  # the model is converted there already
     code, out, err = command(demo, "--out", "list.yaml")
     assert code == 0
     assert "49 of 210 matrices, 24.8 M of 106.2 M parameters: 7 mlp.down_proj, 7 mlp.gate_proj, 7 mlp.up_proj" in err
