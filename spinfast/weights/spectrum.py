@@ -104,9 +104,13 @@ def layer_type(module: str) -> str:
 
 
 def shapes_of(directory: Path) -> dict[str, list[int]]:
-    """The weights of a resolved model by name, read from the headers."""
+    """The parameters of a resolved model by name, read from the headers; a head that is the embedding is none."""
+    from transformers import AutoConfig
+
+    tied = AutoConfig.from_pretrained(directory, local_files_only=True).tie_word_embeddings
     with ExitStack() as stack:
-        return {name: weight.get_shape() for name, weight in open_weights(directory, stack).items()}
+        shapes = {name: weight.get_shape() for name, weight in open_weights(directory, stack).items()}
+    return {name: shape for name, shape in shapes.items() if name != HEAD or not tied}
 
 
 def scan(directory: Path, display: Display, cache_dir: Path | None = None) -> Scores:
@@ -155,7 +159,8 @@ def select(table: Scores, top: float) -> dict[str, list[str]]:
     if not any(chosen.values()):
         most = max(map(len, types.values()))
         raise UserError(
-            f"--top {top:g}: of at most {most} matrices per layer type it chooses none; give {100 / most:.3g} or more"
+            f"--top {top:g}: of at most {most} matrices per layer type it chooses none; "
+            f"give {math.ceil(100 / most)} or more"
         )
     return chosen
 
@@ -242,17 +247,17 @@ def matched(shapes: Mapping[str, Sequence[int]], patterns: Iterable[str], embedd
     if TABLE in shapes and HEAD not in shapes:
         names.append(HEAD)
     hits = {pattern: [*filter(_regex(pattern).match, names)] for pattern in patterns}
-    if strangers := [pattern for pattern, found in hits.items() if not found]:
+    if strangers := [pattern for pattern, each in hits.items() if not each]:
         bare, modules = re.sub(r"[\^$\\]", "", strangers[0]), [name.removesuffix(".weight") for name in shapes]
         near = difflib.get_close_matches(bare, [*modules, *shapes], n=1, cutoff=0)
         raise UserError(
             f"{len(strangers)} of the list's {len(patterns)} names match nothing in the model, first {strangers[0]}; "
             f"the nearest is {near[0]}. Is the list another model's?"
         )
-    found = {name if name in shapes else TABLE for names in hits.values() for name in names}
+    found = {name if name in shapes else TABLE for each in hits.values() for name in each}
     vectors = {name for name in found if len(shapes[name]) != 2}
     spared = set() if embeddings else found & {HEAD, TABLE}
-    if alone := [pattern for pattern, found in hits.items() if vectors.issuperset(found)]:
+    if alone := [pattern for pattern, each in hits.items() if vectors.issuperset(each)]:
         log.warning("%d names of the list are vectors (first %s): left out, matrices are trained", len(alone), alone[0])
     if spared:
         log.warning(
