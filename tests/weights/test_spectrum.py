@@ -64,6 +64,7 @@ def diagonal(*values: float, columns: int = 0) -> torch.Tensor:
     ("weight", "score"),
     [
         (diagonal(100, 7, 6, 5, 4, 3, 2, 1), 113 / 15 / 100),  # quartiles 2.75, 6.25; edge 2.594 * 2 = 5.19
+        (diagonal(100, 7, 6, 5.187, 4, 3, 2, 1), 113 / 15.187 / 100),  # just below the edge, 5.189
         (diagonal(100, 7, 6, 5, 4, 3, 2, 1, columns=32), 122 / 6 / 100),  # edge 2.594 * 1.5 = 3.89
         (diagonal(100, 7, 6, 5, 4, 3, 2, 1, columns=32).T, 122 / 6 / 100),
         (diagonal(3, 2, *[0] * 14), float("inf")),  # nothing of it is noise
@@ -72,7 +73,7 @@ def diagonal(*values: float, columns: int = 0) -> torch.Tensor:
         (torch.zeros(4, 4), 0.0),
         (torch.zeros(4), 0.0),
     ],
-    ids=["square", "wide", "tall", "without noise", "identity", "vector", "zeros", "zero vector"],
+    ids=["square", "edge", "wide", "tall", "without noise", "identity", "vector", "zeros", "zero vector"],
 )
 def test_by_hand(weight, score):
     assert snr(weight) == pytest.approx(score, rel=1e-6)
@@ -251,7 +252,7 @@ def test_lists_of_others(tmp_path):
 @pytest.mark.parametrize("value", [FLAT, {"a": MODULES}], ids=["flat", "nested"])
 def test_both_forms_of_results(tmp_path, value):
     file = tmp_path / "snr.json"
-    file.write_text(json.dumps(value))
+    file.write_text(json.dumps(value), encoding="utf-8-sig")
     assert "Infinity" in file.read_text()
     assert read_scores(file) == {module: Score(score, "a") for module, score in MODULES.items()}
     assert read_list(file, 50) == ("model.layers.1.a",)
@@ -313,6 +314,7 @@ def layers(kind, *numbers):
         (["model.layers.3.mlp.up_proj.weight"], layers("mlp.up_proj", 3)),
         (["^model.layers.3.mlp.up_proj.weight$"], layers("mlp.up_proj", 3)),
         ([r"model\.layers\.3\.mlp\.up_proj"], layers("mlp.up_proj", 3)),
+        (["model.layers.1."], [name for name in LAYERS if ".1." in name]),  # not of layers 10 and 11
         (["model.layers.(1|3).mlp.up"], layers("mlp.up_proj", 1, 3)),
         (["model.layers.[0-1].self_attn.v", "model.layers.0.self_attn.v_proj"], layers("self_attn.v_proj", 0, 1)),
         (["model.layers.1.*.up_proj"], layers("mlp.up_proj", 1, 10, 11)),  # TRL's dots are wild
