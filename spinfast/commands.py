@@ -88,6 +88,10 @@ def expand(argv: Sequence[str]) -> int:
     return 0
 
 
+def spectrum(argv: Sequence[str]) -> int:
+    return import_module("spinfast.weights.cli").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -108,12 +112,13 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
     "expand": (expand, "plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter"),
+    "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }
 
 
 def overview() -> str:
-    lines = [f"  spinfast {name:8}{does}" for name, (_, does) in COMMANDS.items()]
+    lines = [f"  spinfast {name:10}{does}" for name, (_, does) in COMMANDS.items()]
     return "\n".join([f"{PURPOSE}.", "", *lines, "", "`spinfast COMMAND --help` says more."])
 
 

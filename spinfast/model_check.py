@@ -131,7 +131,7 @@ def _check_config(path: Path, raw: dict, config, architecture: str) -> None:
 def _check_weights(path: Path, config, expected: dict[str, list[int]]) -> None:
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     with ExitStack() as stack:
-        found = _weights(path, stack)
+        found = open_weights(path, stack)
         if config.tie_word_embeddings:
             del expected[head]
             if head in found and table in found and not _equal(found[head], found[table]):
@@ -166,8 +166,11 @@ def _equal(one, other) -> bool:
     )
 
 
-def _weights(path: Path, stack: ExitStack) -> dict:
-    """safetensors' slices by name; nothing is read of them yet."""
+def open_weights(path: Path, stack: ExitStack) -> dict:
+    """safetensors' slices by name, open as long as `stack`; nothing is read of them yet.
+
+    Raises UserError where a file is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]

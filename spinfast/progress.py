@@ -75,6 +75,19 @@ class Display:
         log.info(tick.line())
 
 
+@contextmanager
+def heard(console: Console) -> Iterator[Display]:
+    """What is logged inside the block goes to `console`; for a command that leaves no log.txt."""
+    lines, level = Lines(console), log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield Display(console)
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
+
+
 class Lines(logging.Handler):
     """A record after its time of day: wrapped beside it on a terminal, elsewhere one line however long."""
 
@@ -113,7 +126,9 @@ class Tick:
         memory = memory_now()
         held = memory.get("memory/allocated_mib", memory["memory/rss_mib"])
         self.note = "  ".join(
-            part for part in (self.metrics, f"{self.rate:,.0f} tok/s", f"{held / 1024:.1f} GiB") if part
+            part
+            for part in (self.metrics, f"{self.rate:,.0f} tok/s" * bool(self.tokens), f"{held / 1024:.1f} GiB")
+            if part
         )
         self.show()
 

@@ -68,7 +68,7 @@ def test_case_23_a_run_whose_output_nobody_reads_goes_on_and_logs(run_dir):
     ("command", "encoding"),
     [
         *(("run", "ascii"), ("run", "latin-1"), ("run", "utf-8"), ("report", "cp1252"), ("report", "utf-8")),
-        *(("dry-run", "ascii"), ("eval", "ascii")),
+        *(("dry-run", "ascii"), ("eval", "ascii"), ("spectrum", "ascii")),
     ],
 )
 def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_path, monkeypatch, command, encoding):
@@ -80,7 +80,9 @@ def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_pat
         "dry-run": [str(config), "--dry-run"],
         "report": ["report", str(run_dir), "--no-png", "--output", str(tmp_path / "α.html")],
         "eval": ["eval", "--model", model, "--tasks", str(task), "--output", str(tmp_path / "out"), "--profile", "cpu"],
+        "spectrum": ["spectrum", model, "--top", "50", "--out", str(tmp_path / "α.yaml")],
     }[command]
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "stdout", stream(encoding))
     assert main(words) == 0
     printed = sys.stdout.buffer.getvalue().decode(encoding)
@@ -93,6 +95,9 @@ def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_pat
     if command == "eval":
         assert json.loads((tmp_path / "out" / "results.json").read_text())["results"].keys() == {"Größe → 1"}
         assert "Gr??e -> 1" in printed
+    if command == "spectrum":
+        assert printed.splitlines()[-1].endswith("?.yaml}")
+        assert (tmp_path / "α.yaml").is_file()
 
 
 def test_a_character_that_has_no_place_is_replaced_and_others_are_kept(monkeypatch):
