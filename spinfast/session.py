@@ -108,11 +108,11 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
         raise UserError(
             f"adapter.start: {path} is a {start.kind}, adapter.kind is {config.adapter.kind}; give that kind"
         )
-    if start.config["r"] > config.adapter.r:
+    if start.kind == "lora" and start.config["r"] > config.adapter.r:
         raise UserError(
             f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
         )
-    log.info("adapter.start: %s, %s, rank %d, %d tensors", path, start.kind, start.config["r"], len(start.tensors))
+    log.info("adapter.start: %s, %s, %d tensors", path, start.kind, len(start.tensors))
     return start
 
 
@@ -227,7 +227,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             if config.model.backend == "transformers":
                 new_policy = partial(new_policy, base=generator.shared_model(attention.NAME))
             policy = new_policy()
-            generator.as_lora = policy.lora
+            generator.serving = policy.serving
             yield policy, generator
         return
     policy = new_policy()

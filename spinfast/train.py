@@ -329,6 +329,7 @@ def train_step(
         log.warning("step %d skipped: loss %g, gradient norm %g", state.step + 1, metrics["train/loss"], norm)
     else:
         state.optimizer.step()
+        policy.updated()
         state.recent_norms = [*state.recent_norms, norm][-SPIKE_WINDOW:]
         if spike > SPIKE:
             log.warning("step %d: the gradient's norm, %.3g, is %.0f times its median", state.step + 1, norm, spike)

@@ -48,7 +48,7 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("iterations=2", ["unknown key 'iterations'", "did you mean 'spin.iterations'?"]),
         ("lr=1", ["did you mean 'sft.lr' or 'spin.lr' or 'dpo.lr' or 'grpo.lr'?"]),
         ("adapter.init=restart", ["adapter.init", "'continue' or 'merge'", "'restart'"]),
-        ("adapter.kind=dora", ["adapter.kind", "lora, lora_xs, tiny_lora", "'dora'"]),
+        ("adapter.kind=dora", ["adapter.kind", "lora, lora_xs, tiny_lora, full", "'dora'"]),
         ("lora.r=8", ["lora: is now adapter"]),
         ("method=ppo", ["method", "expected sft, spin, dpo", "'ppo' is none of them"]),
         ("base_model=x", ["unknown key 'base_model'; it is model: {name: ...} here"]),

@@ -1,7 +1,7 @@
 """The protocol of a policy: exactly what its callers use, and enough to train with."""
 
 import ast
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,11 @@ class Bigram:
     def grown(self, start: Adapter, own: Adapter) -> Adapter:
         return start
 
-    def lora(self, adapter: Adapter) -> Adapter:
-        return adapter
+    def updated(self) -> None:
+        pass
+
+    def serving(self, adapter: Adapter | None):
+        return nullcontext(), adapter
 
     def save_adapter(self, path: Path, exact: bool = False) -> None:
         adapters.save(self.adapter(), path)

@@ -23,13 +23,14 @@ from torch.autograd.function import once_differentiable
 
 
 class Lora(NamedTuple):
-    """A frozen projection with its adapter; lora_A None is the base alone."""
+    """A frozen projection with its adapter, or one that is trained itself; lora_A None is the weight alone."""
 
     weight: torch.Tensor | Callable[[], torch.Tensor]  # (O, D), or a function that de-quantises it on each use
     bias: torch.Tensor | None = None  # (O,)
     lora_A: torch.Tensor | None = None  # (R, D) fp32
     lora_B: torch.Tensor | None = None  # (O, R) fp32
     scaling: float = 1.0
+    master: torch.Tensor | None = None  # (O, D) fp32, of which the weight is a copy: it takes the weight's gradient
 
     @property
     def rank(self) -> int:
@@ -117,14 +118,16 @@ def _input_gradient(grads_TO, projections, need_dx):
 
 
 def _adapter_gradients(grads_TO, projections, x_TD, xa_TK, dxa_TK):
-    """[(dA, dB)] in fp32: dA = (s dy B)^T x, dB = s dy^T (x A^T). None for an A that is fixed."""
-    if dxa_TK is None:
-        return [(None, None)] * len(projections)
+    """[(dA, dB, dW)] in fp32: dA = (s dy B)^T x, dB = s dy^T (x A^T), dW = dy^T x. None for what is not trained."""
     ranks = [p.rank for p in projections if p.rank]
     trained = any(p.rank and p.lora_A.requires_grad for p in projections)
     dA = iter(mm_fp32(dxa_TK.t(), x_TD).split(ranks) if trained else [None] * len(ranks))
     return [
-        (next(dA), mm_fp32(xa_TR.t(), dy).mul_(p.scaling).t()) if p.rank else (None, None)
+        (
+            next(dA) if p.rank else None,
+            mm_fp32(xa_TR.t(), dy).mul_(p.scaling).t() if p.rank else None,
+            None if p.master is None else mm_fp32(dy.t(), x_TD),
+        )
         for dy, p, xa_TR in zip(grads_TO, projections, _split(xa_TK, projections), strict=True)
     ]
 
@@ -135,15 +138,16 @@ def _backward(grads_TO, projections, x_TD, xa_TK, need_dx):
 
 
 def _flat(projections):
-    return [t for p in projections for t in (p.lora_A, p.lora_B)]
+    return [t for p in projections for t in (p.lora_A, p.lora_B, p.master)]
 
 
 def _frozen(projections):
-    return [p._replace(lora_A=None, lora_B=None) for p in projections]
+    return [p._replace(lora_A=None, lora_B=None, master=None) for p in projections]
 
 
 def _thawed(frozen, adapters):
-    return [p._replace(lora_A=adapters[2 * i], lora_B=adapters[2 * i + 1]) for i, p in enumerate(frozen)]
+    parts = zip(frozen, adapters[::3], adapters[1::3], adapters[2::3], strict=True)
+    return [p._replace(lora_A=a, lora_B=b, master=master) for p, a, b, master in parts]
 
 
 def _rows(x):
@@ -179,11 +183,11 @@ class _Projections(torch.autograd.Function):
         x_TD, projections = _rows(x), _thawed(frozen, adapters)
         y_TD = x_TD if norm is None else table.rms_apply(x_TD, norm.weight, rstd_T)
         need_residual, need_dx = ctx.needs_input_grad[3:5]
-        dx_TD, dAB = _backward([_rows(g) for g in grads], projections, y_TD, ya_TK, need_dx)
+        dx_TD, own_grads = _backward([_rows(g) for g in grads], projections, y_TD, ya_TK, need_dx)
         if need_dx and norm is not None:
             dx_TD = table.rms_backward(dx_TD, x_TD, norm.weight, rstd_T, None)
         dx = dx_TD.view_as(x) if need_dx else None
-        return None, None, None, grads[0] if need_residual else None, dx, *(g for pair in dAB for g in pair)
+        return None, None, None, grads[0] if need_residual else None, dx, *(g for own in own_grads for g in own)
 
 
 class _Mlp(torch.autograd.Function):
@@ -212,18 +216,18 @@ class _Mlp(torch.autograd.Function):
         x_TD, dout_TD = _rows(x), _rows(dout)
         dh_TF, dha_TR = _input_gradient([dout_TD], (down,), True)
         h_TF, dgate_TF, dup_TF = table.swiglu_backward(dh_TF, gate_TF, up_TF)
-        dAB_down = _adapter_gradients([dout_TD], (down,), h_TF, ha_TR, dha_TR)
+        down_grads = _adapter_gradients([dout_TD], (down,), h_TF, ha_TR, dha_TR)
         del h_TF
         y_TD = x_TD if norm is None else table.rms_apply(x_TD, norm.weight, rstd_T)
         need_dx = ctx.needs_input_grad[4]
-        dx_TD, dAB = _backward([dgate_TF, dup_TF], (gate, up), y_TD, ya_TK, need_dx)
+        dx_TD, own_grads = _backward([dgate_TF, dup_TF], (gate, up), y_TD, ya_TK, need_dx)
         residual_TD = dout_TD if add_residual else None
         if need_dx and norm is not None:
             dx_TD = table.rms_backward(dx_TD, x_TD, norm.weight, rstd_T, residual_TD)
         elif need_dx and add_residual:
             dx_TD.add_(residual_TD)
         dx = dx_TD.view_as(x) if need_dx else None
-        return None, None, None, None, dx, *(g for pair in (*dAB, *dAB_down) for g in pair)
+        return None, None, None, None, dx, *(g for own in (*own_grads, *down_grads) for g in own)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -288,9 +292,9 @@ class LayerOps(NamedTuple):
 
     table: Elementwise
 
-    def lora_linear(self, x, weight, bias, lora_A, lora_B, scaling, *, residual=None):
-        """x W^T + bias + scaling (x A^T) B^T (+ residual), in x's dtype; gradients for x, A, B and residual."""
-        return self._project(x, None, (Lora(weight, bias, lora_A, lora_B, scaling),), residual)[0]
+    def lora_linear(self, x, weight, bias, lora_A, lora_B, scaling, master=None, *, residual=None):
+        """x W^T + bias + scaling (x A^T) B^T (+ residual), in x's dtype; gradients for x, A, B, master and residual."""
+        return self._project(x, None, (Lora(weight, bias, lora_A, lora_B, scaling, master),), residual)[0]
 
     def lora_qkv(self, x, q: Lora, k: Lora, v: Lora, *, norm: Norm | None = None):
         """(q, k, v) projections of x, or of its RMSNorm."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from spinfast.config.adapters import KINDS, Adapter, Lora, LoraXs, TinyLora
+from spinfast.config.adapters import KINDS, Adapter, Full, Lora, LoraXs, TinyLora
 from spinfast.config.methods import (
     PAIRED,
     REFERENCE_FREE,
@@ -52,6 +52,7 @@ __all__ = [
     "Config",
     "Data",
     "Dpo",
+    "Full",
     "Lora",
     "LoraXs",
     "Optimisation",
@@ -126,6 +127,16 @@ class Config(Section):
                 "generation.top_p: grpo trains the whole distribution, so it must sample from it; expected 1, got "
                 f"{self.generation.top_p:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _who_can_train_it(self):
+        if self.model.backend == "unsloth" and self.adapter.kind != "lora":
+            raise ValueError(
+                f"adapter.kind: {self.adapter.kind} is trained by model.backend transformers alone, got unsloth"
+            )
+        if self.model.load_in_4bit and self.adapter.kind == "full":
+            raise ValueError("adapter.kind: full trains 16- or 32-bit weights, model.load_in_4bit leaves none")
         return self
 
     def longest_generated(self) -> int:

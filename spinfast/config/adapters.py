@@ -1,4 +1,4 @@
-"""The adapter's section, a class per kind of policy/adapters/: what is trained beside the frozen base."""
+"""The adapter's section, a class per kind of policy/adapters/: what is trained of, or beside, the frozen base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from spinfast.config.sections import Section
 
 class AnyKind(Section):
     kind: str
-    r: int = Field(16, gt=0, description="rank")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="all-linear, names or a regular expression, as PEFT's"
     )
@@ -20,10 +19,15 @@ class AnyKind(Section):
     )
 
 
+class Continued(AnyKind):
+    """Kinds that are never merged between rounds."""
+
+    init: ClassVar[str] = "continue"
+
+
 class Lora(AnyKind):
-    kind: Literal["lora"] = Field(
-        "lora", description="what is trained beside the frozen base: lora, lora_xs, tiny_lora"
-    )
+    kind: Literal["lora"] = Field("lora", description="what is trained: lora, lora_xs, tiny_lora, full")
+    r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     init: Literal["continue", "merge"] = Field(
         "continue",
@@ -31,18 +35,13 @@ class Lora(AnyKind):
     )
 
 
-class InFrame(AnyKind):
-    """Kinds in the frame of the base's own weights: that base stays."""
-
-    init: ClassVar[str] = "continue"
-
-
-class LoraXs(InFrame):
+class LoraXs(Continued):
     kind: Literal["lora_xs"]
+    r: int = Field(16, gt=0, description="rank of the frozen frame; r^2 numbers a module")
     alpha: float = Field(16, gt=0, description="scaling is alpha / r")
 
 
-class TinyLora(InFrame):
+class TinyLora(Continued):
     kind: Literal["tiny_lora"]
     r: int = Field(2, gt=0, description="rank of the frozen frame")
     u: int = Field(13, gt=0, description="numbers that modules which are tied share")
@@ -56,7 +55,21 @@ class TinyLora(InFrame):
     )
 
 
-KINDS = {"(lora)": Lora, "(lora_xs)": LoraXs, "(tiny_lora)": TinyLora}  # in a place of errors the kind, in brackets
+class Full(Continued):
+    r: ClassVar[int] = 0  # of what an engine would have to serve as LoRA
+
+    kind: Literal["full"]
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="also a file: the list that `spinfast spectrum` writes, or Axolotl's or TRL users'"
+    )
+
+
+KINDS = {  # in the place of an error the kind, in brackets
+    "(lora)": Lora,
+    "(lora_xs)": LoraXs,
+    "(tiny_lora)": TinyLora,
+    "(full)": Full,
+}
 
 
 def _tag(value: Any) -> str | None:
@@ -65,6 +78,9 @@ def _tag(value: Any) -> str | None:
 
 
 Adapter = Annotated[
-    Annotated[Lora, Tag("(lora)")] | Annotated[LoraXs, Tag("(lora_xs)")] | Annotated[TinyLora, Tag("(tiny_lora)")],
+    Annotated[Lora, Tag("(lora)")]
+    | Annotated[LoraXs, Tag("(lora_xs)")]
+    | Annotated[TinyLora, Tag("(tiny_lora)")]
+    | Annotated[Full, Tag("(full)")],
     Discriminator(_tag),
 ]

@@ -93,8 +93,10 @@ def check_adapter(
         torch.tensor(generator.prompt_logps(prompt_ids, None)),
         torch.tensor(policy_logps(prompt_ids, 0)),
     )
-    parts = [[t for name, t in adapter.tensors.items() if linear(name) == side] for side in (True, False)]
-    trained = all(any(t.any() for t in part) for part in parts if part)  # an embedding's A is what starts at zero
+    scaled, fixed = ([t for n, t in adapter.tensors.items() if linear(n) == side] for side in (True, False))
+    trained = any(t.any() for t in scaled) and (
+        not fixed or any(t.any() for t in fixed)
+    )  # an embedding's A starts at 0
     factor, policy_move = _strong(policy_logps, prompt_ids, policy_base) if trained else (1.0, None)
     strong = torch.tensor(generator.prompt_logps(prompt_ids, amplified(adapter, factor))) if trained else base
     adapted = torch.tensor(generator.prompt_logps(prompt_ids, adapter))  # last: it stays in the engine's slot

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from spinfast.generation import vllm_compat, weight_sharing, with_sampling
 from spinfast.model_check import window
 from spinfast.policy.adapters import files as adapters
 from spinfast.types import Adapter, Completion, Request, Sampling
+
+Serving = Callable[[Adapter | None], tuple[AbstractContextManager, Adapter | None]]
 
 
 class VLLMGenerator:
@@ -69,7 +72,7 @@ class VLLMGenerator:
         self._made = engine
         self._sleeps = engine is None and vllm_compat.can_sleep(device)
         self._asleep = False
-        self.as_lora: Callable[[Adapter], Adapter] = lambda adapter: adapter  # the policy's, whose kind may be another
+        self.serving: Serving = lambda adapter: (nullcontext(), adapter)  # the policy's, whose kind may be another
         self._engine = None
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
@@ -95,9 +98,7 @@ class VLLMGenerator:
             "skip_tokenizer_init": True,
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": _served_rank(self.max_lora_rank),
+            **_lora_options(self.max_lora_rank),
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "logprobs_mode": "processed_logprobs",  # those that tokens are drawn by
@@ -167,7 +168,19 @@ class VLLMGenerator:
             yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample, cached)
 
     def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
-        """(position, vLLM's output) as the prompts finish; leaving early drops the rest."""
+        """(position, vLLM's output) as the prompts finish; leaving early drops the rest.
+
+        Where the policy has to be another one meanwhile, all are awaited first.
+        """
+        weights, lora = self.serving(adapter)
+        if isinstance(weights, nullcontext):
+            yield from self._outputs(prompts, lora)
+            return
+        with weights:
+            outputs = list(self._outputs(prompts, lora))
+        yield from outputs
+
+    def _outputs(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
         engine = self._idle_engine
         if self._asleep:
             vllm_compat.restore_kv_cache(engine)
@@ -195,11 +208,10 @@ class VLLMGenerator:
 
         content = adapters.fingerprint(adapter)
         if self._adapter is None or self._adapter[0] != content:
-            lora = self.as_lora(adapter)
-            if lora.config["r"] > self.max_lora_rank:
-                raise UserError(f"adapter: rank {lora.config['r']} exceeds max_lora_rank {self.max_lora_rank}")
+            if adapter.config["r"] > self.max_lora_rank:
+                raise UserError(f"adapter: rank {adapter.config['r']} exceeds max_lora_rank {self.max_lora_rank}")
             self._adapter, number = None, next(self._numbers)
-            vllm_compat.install_adapter(self.engine, lora, number)
+            vllm_compat.install_adapter(self.engine, adapter, number)
             self._adapter = content, number
         number = self._adapter[1]
         return LoRARequest(f"adapter-{number}", number, "in-memory")
@@ -222,11 +234,14 @@ def _sampling_params(sampling: Sampling, seed: int):
     )
 
 
-def _served_rank(rank: int) -> int:
-    """vLLM allocates its slot for one of a few ranks."""
+def _lora_options(rank: int) -> dict:
+    """None at rank 0. vLLM allocates its slot for one of a few ranks."""
+    if not rank:
+        return {}
     ranks = (8, 16, 32, 64, 128, 256, 320, 512)
     if rank > ranks[-1]:
         raise UserError(
             f"adapter.r: vLLM serves ranks up to {ranks[-1]}, got {rank}; use generation.backend: transformers"
         )
-    return next(served for served in ranks if served >= rank)
+    served = next(served for served in ranks if served >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served}

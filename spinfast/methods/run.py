@@ -27,6 +27,7 @@ from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
 from spinfast.types import Adapter, Example
+from spinfast.weights.spectrum import LISTS
 
 log = logging.getLogger("spinfast")
 
@@ -104,6 +105,8 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
     if machine.start:
         fingerprints["adapter.start"] = adapters.fingerprint(machine.start)
+    if Path(named := str(config.adapter.target_modules)).suffix in LISTS:
+        fingerprints["adapter.target_modules"] = files.sha256(files.expanded(named))
     directory.remember({"model": machine.model.revision} | fingerprints)
     examples = data["data"].examples
     work = loads(config, examples)

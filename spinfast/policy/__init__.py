@@ -72,8 +72,12 @@ class Policy(Protocol):
     def adapter(self) -> Adapter:
         """A copy on the host, relative to the base with everything folded so far; later training does not change it."""
 
-    def lora(self, adapter: Adapter) -> Adapter:
-        """An adapter of this policy as plain LoRA."""
+    def updated(self) -> None:
+        """Call it when the trainable parameters were changed."""
+
+    def serving(self, adapter: Adapter | None) -> tuple[AbstractContextManager[None], Adapter | None]:
+        """What an engine on these weights needs to answer as base + adapter, None the base: a state of the weights
+        for as long as it does, and plain LoRA to add."""
 
     def grown(self, start: Adapter, own: Adapter) -> Adapter:
         """A foreign adapter in the place of `own`, an idle one of this policy. Raises UserError if it can't."""

@@ -24,7 +24,7 @@ from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
-KNOWN = ("Linear", "Linear4bit", "Embedding", "FramedLayer")  # classes of torch, bitsandbytes, PEFT's LoRA, ours
+KNOWN = ("Linear", "Linear4bit", "Embedding", "FramedLayer", "FullLayer")  # of torch, bitsandbytes, PEFT's LoRA, ours
 
 
 def fuse(base: PreTrainedModel, ops: Ops) -> Callable[[], None]:
@@ -70,7 +70,7 @@ def projection(module: torch.nn.Module) -> Lora:
     if kind is None:
         return Lora(_weight(module), module.bias)
     base = module.get_base_layer()
-    return Lora(_weight(base), base.bias, *(kind.factors(module) or ()))
+    return Lora(_weight(base), base.bias, **kind.added(module))
 
 
 def _kind(module: torch.nn.Module) -> type[AdapterKind] | None:

@@ -7,7 +7,7 @@ The forward goes through the decoder stack alone: the head is applied to the sco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,9 @@ class TransformersPolicy:
 
     def base_checksum(self) -> str:
         """Changes with any bit of the frozen weights, which an engine may hold."""
-        return checksum({name: p for name, p in self.model.named_parameters() if not p.requires_grad})
+        trained = {id(weight) for weight in self.kind.weights()} if self.kind.trains_weights else {}
+        frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad and id(p) not in trained}
+        return checksum(frozen)
 
     def checkpoint_layers(self, layers: int) -> None:
         """Recompute the activations of the first `layers` decoder layers in the backward."""
@@ -145,8 +147,16 @@ class TransformersPolicy:
         """A foreign adapter in the place of `own`, an idle one of this policy. Raises UserError if it can't."""
         return self.kind.grown(start, own)
 
-    def lora(self, adapter: Adapter) -> Adapter:
-        return self.kind.lora(adapter)
+    def updated(self) -> None:
+        self.kind.updated()
+
+    def serving(self, adapter: Adapter | None) -> tuple[AbstractContextManager, Adapter | None]:
+        if not self.kind.trains_weights:
+            return nullcontext(), adapter and self.kind.lora(adapter)
+        if adapter is None:
+            return self.without_adapter(), None
+        live = adapters.fingerprint(adapter) == adapters.fingerprint(self.adapter())
+        return (nullcontext() if live else self.playing(adapter)), None
 
     def save_adapter(self, path: Path, exact: bool = False) -> None:
         adapter = self.full_adapter()

@@ -27,7 +27,12 @@ SHOWN = {  # metric -> (name, digits, factor)
     "fresh/auc_log_ratio": ("fresh-opponent AUC", 3, 1),
 }
 
-FORMS = ("adapter_config.json", "lora_xs.json", "tiny_lora.json")  # what describes an adapter, of one kind or another
+FORMS = (
+    "adapter_config.json",
+    "lora_xs.json",
+    "tiny_lora.json",
+    "full.json",
+)  # what describes an adapter, of one kind or another
 EXPAND = """
     spinfast expand path/to/this/adapter --out path/to/peft
 
@@ -85,21 +90,14 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
 ---
 # {Path(base).name}: {run.label(stage)} of spinfast run {run.name}
 
-A low-rank adapter made by {MADE_BY.get(made, made)}.
+{"Weights" if kind == "full" else "A low-rank adapter"} made by {MADE_BY.get(made, made)}.
 
 | | |
 |---|---|
 {table}
 
 ## Use
-{"" if kind == "lora" else EXPAND}
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "path/to/{"this/adapter" if kind == "lora" else "peft"}")
-```
+{_use(kind, base)}
 Write prompts with the base model's chat template.
 
 ## Results
@@ -110,9 +108,26 @@ Write prompts with the base model's chat template.
 """
 
 
+def _use(kind: str, base: str) -> str:
+    made, loads = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "path/to/{}")'
+    if kind == "full":
+        made, loads = "from safetensors.torch import load_file", "base.load_state_dict({}, strict=False)"
+        loads = loads.format('load_file("path/to/this/adapter/full.safetensors")')
+    return f"""{EXPAND if kind in ("lora_xs", "tiny_lora") else ""}
+```python
+{made}
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+{loads.format("this/adapter" if kind == "lora" else "peft")}
+```"""
+
+
 def _adapter(config: dict) -> str:
     if "kind" not in config:
         return f"LoRA, r = {config['r']}, alpha = {config['lora_alpha']:g}"
+    if config["kind"] == "full":
+        return f"whole weights, {len(config['modules'])} matrices"
     if config["kind"] == "lora_xs":
         return f"LoRA-XS, r = {config['r']}, scaling = {config['scaling']:g}, {len(config['modules'])} modules"
     keys = ("r", "u", "tie", "sharing", "projection_seed", "payload")

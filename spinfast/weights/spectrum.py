@@ -40,6 +40,7 @@ log = logging.getLogger("spinfast")
 
 METHOD = 1  # raise when a score is computed otherwise, and the cached ones are computed again
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+LISTS = (".yaml", ".yml", ".json")
 EMBEDDINGS = (f"^{HEAD}$", f"^{TABLE}$")
 ROWS = re.compile(r"\[(\d*:\d*|\d+)\]$")
 WILD_DOT = re.compile(r"(?<!\\)\.(?![*+?{])")

@@ -275,7 +275,7 @@ def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prom
 )
 def test_kinds_of_few_numbers_are_served_as_the_lora_they_make(generator, new_policy, prompts, monkeypatch, settings):
     policy = new_policy(generator, settings)
-    monkeypatch.setattr(generator, "as_lora", policy.lora)
+    monkeypatch.setattr(generator, "serving", policy.serving)
     for parameter in policy.trainable_parameters().values():
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     report = check_adapter(

@@ -8,25 +8,29 @@ from typing import Protocol
 
 import torch
 
-from spinfast.policy.adapters.lora import Factors, Lora
+from spinfast.policy.adapters.full import Full
+from spinfast.policy.adapters.lora import Lora
 from spinfast.policy.adapters.lora_xs import LoraXs
 from spinfast.policy.adapters.tiny_lora import TinyLora
 from spinfast.types import Adapter
 
 
 class AdapterKind(Protocol):
-    """An adapter on a base. To the fused blocks it is factors; outside it is an Adapter, in its kind's own form."""
+    """An adapter on a base. To the fused blocks it is factors, or a master of the weight itself; outside it is an
+    Adapter, in its kind's own form."""
 
     LAYER: type[torch.nn.Module]  # what it puts around a linear layer of the base
+    trains_weights: bool  # the base's own, so that there is no LoRA to tell of
     model: torch.nn.Module  # the base with its layers
 
     @staticmethod
     def check(name: str, layer: torch.nn.Module) -> None:
-        """Raises UserError where `factors` is not all that the layer does."""
+        """Raises UserError where `added` is not all that the layer does."""
 
     @staticmethod
-    def factors(layer: torch.nn.Module) -> Factors | None:
-        """What the layer adds to its linear map right now, differentiable; None while the adapter is off."""
+    def added(layer: torch.nn.Module) -> dict:
+        """Fields of spinfast_kernels.blocks.Lora, as they are now: lora_A, lora_B and scaling, or master, all of them
+        differentiable; none while the adapter is off."""
 
     def parameters(self) -> Mapping[str, torch.nn.Parameter]:
         """What is trained, in fp32, by name, in a fixed order."""
@@ -38,7 +42,13 @@ class AdapterKind(Protocol):
         """As it is written at the end of a stage."""
 
     def lora(self, adapter: Adapter) -> Adapter:
-        """The same update as plain LoRA, for whoever knows no other kind."""
+        """The same update as plain LoRA, for whoever knows no other kind; unless it trains weights."""
+
+    def updated(self) -> None:
+        """Bring up to date what follows from the parameters, which have changed."""
+
+    def weights(self) -> list[torch.Tensor]:
+        """The base's weights that it adds to, or trains."""
 
     def load(self, adapter: Adapter) -> None:
         """Become `adapter`. Raises UserError if it does not fit."""
@@ -56,16 +66,13 @@ class AdapterKind(Protocol):
         """The values that a new adapter of this seed has."""
 
     def renew(self, seed: int) -> None:
-        """Values that change nothing yet, for the round after a merge. This and the two last: kinds that merge."""
+        """Values that change nothing yet, for the round after a merge. This and `deltas`: kinds that merge."""
 
     def off(self) -> AbstractContextManager:
         """Without it for the duration of the block."""
-
-    def weights(self) -> list[torch.Tensor]:
-        """The base's weights that it adds to."""
 
     def deltas(self) -> Iterator[torch.Tensor]:
         """What it adds to each of them."""
 
 
-KINDS: dict[str, type[AdapterKind]] = {"lora": Lora, "lora_xs": LoraXs, "tiny_lora": TinyLora}
+KINDS: dict[str, type[AdapterKind]] = {"lora": Lora, "lora_xs": LoraXs, "tiny_lora": TinyLora, "full": Full}

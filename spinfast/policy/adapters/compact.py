@@ -1,6 +1,7 @@
 """The files of adapters that are smaller than their description: a JSON that says what the numbers mean, and them.
 
     lora_xs.json    lora_xs.safetensors    R of every module
+    full.json       full.safetensors       the weights that were trained, in the model's dtype
     tiny_lora.json  tiny_lora.bf16         v and nothing else, little-endian: 2 bytes a number, or 4 in tiny_lora.f32
 
 The JSON names the base by the sha256 of its weights, and carries a probe of the update (frames.py), so that another
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from spinfast.errors import UserError
 from spinfast.types import Adapter
 
-KINDS = ("lora_xs", "tiny_lora")
+KINDS = ("lora_xs", "tiny_lora", "full")
 DTYPES = {"bfloat16": (torch.bfloat16, "bf16"), "float32": (torch.float32, "f32")}
 SUFFIXES = {f".{suffix}" for _, suffix in DTYPES.values()}
 OF_THE_FILE = {"base_model_name_or_path", "revision", "base_sha256", "version", "probe", "scaling", "modules"}
@@ -47,7 +48,7 @@ def load(directory: Path) -> Adapter:
         config = json.loads((directory / f"{kind}.json").read_text(encoding="utf-8"))
         if config["kind"] != kind or not config["modules"]:
             raise ValueError(f"kind {config['kind']} of {len(config['modules'])} modules")
-        if kind == "lora_xs":
+        if kind != "tiny_lora":
             return Adapter(config, load_file(directory / f"{kind}.safetensors"))
         dtype, suffix = DTYPES[config["payload"]]
         numbers = torch.frombuffer(bytearray((directory / f"{kind}.{suffix}").read_bytes()), dtype=dtype)

@@ -11,6 +11,8 @@ from spinfast.policy.adapters.framed import check_probe, expanded
 from spinfast.store.files import write_directory
 from spinfast.types import Adapter
 
+FRAMED = ("lora_xs", "tiny_lora")
+
 
 def expand(directory: Path, out: Path, model: str | None = None) -> Adapter:
     """Write the LoRA under `out`. `model`: the base, where it is not found by the name that the adapter gives.
@@ -20,8 +22,8 @@ def expand(directory: Path, out: Path, model: str | None = None) -> Adapter:
     if out.exists():
         raise UserError(f"--out {out}: is there already; give another name")
     found = files.find(directory)
-    if compact.kind_of(found) is None:
-        raise UserError(f"adapter {directory}: expected a {' or '.join(compact.KINDS)}; LoRA is plain as it is")
+    if compact.kind_of(found) not in FRAMED:
+        raise UserError(f"adapter {directory}: expected a {' or '.join(FRAMED)}; LoRA is plain as it is")
     adapter = files.load(found)
     config, kind = adapter.config, KINDS[adapter.kind]
     base = resolve_model(model or config["base_model_name_or_path"], None if model else config["revision"])

@@ -159,13 +159,13 @@ def rank_axis(name: str) -> int:
 
 
 def linear(name: str) -> bool:
-    """Whether the update is linear in the tensor of this name while the others stand: in all but LoRA's A."""
-    return bool(rank_axis(name)) or not re.search(r"lora_(embedding_)?A", name)
+    """Whether the update is linear in the tensor of this name while the others stand: B, R, v; not A, nor a weight."""
+    return bool(rank_axis(name)) or name == "v" or name.endswith(".R")
 
 
 def idle(adapter: Adapter) -> bool:
-    """Whether it changes nothing: every B is zero."""
-    return not any(tensor.any() for name, tensor in adapter.tensors.items() if linear(name))
+    """Whether it changes nothing: every B is zero. Of whole weights that cannot be told."""
+    return adapter.kind != "full" and not any(t.any() for name, t in adapter.tensors.items() if linear(name))
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from spinfast.errors import UserError
 from spinfast.policy.adapters import frames
 from spinfast.policy.adapters.frames import Frame, Frames
-from spinfast.policy.adapters.lora import Factors, plain_json, targets
+from spinfast.policy.adapters.lora import plain_json, targets
 from spinfast.types import Adapter
 
 Tensors = Mapping[str, torch.Tensor]
@@ -44,7 +44,7 @@ class FramedLayer(torch.nn.Module):
 class Framed:
     """Implements spinfast.policy.adapters.AdapterKind. A kind gives `describe`, `tensors` and `small`."""
 
-    LAYER = FramedLayer
+    LAYER, trains_weights = FramedLayer, False
 
     # What a kind gives -----------------------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ class Framed:
         """The factors are all that a framed layer adds."""
 
     @staticmethod
-    def factors(layer: FramedLayer) -> Factors | None:
-        return (layer.A, layer.B @ layer.small(), layer.scaling) if layer.on else None
+    def added(layer: FramedLayer) -> dict:
+        return {"lora_A": layer.A, "lora_B": layer.B @ layer.small(), "scaling": layer.scaling} if layer.on else {}
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -115,8 +115,14 @@ class Framed:
 
     # Its values ------------------------------------------------------------------------------------------------
 
+    def weights(self) -> list[torch.Tensor]:
+        return [layer.base_layer.weight for layer in self.layers]
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return self.values
+
+    def updated(self) -> None:
+        """R is made of the values at every use."""
 
     def adapter(self) -> Adapter:
         """A copy on the host, in this kind's own form."""

@@ -22,13 +22,11 @@ from spinfast.errors import UserError
 from spinfast.policy.adapters import files
 from spinfast.types import Adapter
 
-Factors = tuple[torch.Tensor, torch.Tensor, float]  # A (r, in), B (out, r), scaling
-
 
 class Lora:
     """Implements spinfast.policy.adapters.AdapterKind."""
 
-    LAYER = LoraLayer
+    LAYER, trains_weights = LoraLayer, False
 
     def __init__(self, base: PreTrainedModel, config: LoraConfig, seed: int):
         self.config = config
@@ -60,7 +58,7 @@ class Lora:
 
     @staticmethod
     def check(name: str, layer: LoraLayer) -> None:
-        """Raises UserError where `factors` is not all that the layer does."""
+        """Raises UserError where `added` is not all that the layer does."""
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if len(active) > 1:
             raise UserError(f"fused layers: expected one active adapter, {name} has {active}; activate one")
@@ -73,13 +71,14 @@ class Lora:
                 raise UserError(f"fused layers: expected lora_dropout 0, {name} has a dropout; set lora_dropout to 0")
 
     @staticmethod
-    def factors(layer: LoraLayer) -> Factors | None:
-        """What the layer adds to its linear map right now; None while the adapter is off."""
+    def added(layer: LoraLayer) -> dict:
+        """What the layer adds to its linear map right now; nothing while the adapter is off."""
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if layer.disable_adapters or layer.merged or not active:
-            return None
+            return {}
         (adapter,) = active
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+        factors = {"lora_A": layer.lora_A[adapter].weight, "lora_B": layer.lora_B[adapter].weight}
+        return factors | {"scaling": layer.scaling[adapter]}
 
     def layers(self) -> list[LoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -88,6 +87,9 @@ class Lora:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def updated(self) -> None:
+        """The factors are the parameters."""
 
     def adapter(self) -> Adapter:
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
