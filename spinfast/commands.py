@@ -76,15 +76,17 @@ def params(argv: Sequence[str]) -> int:
 
 
 def expand(argv: Sequence[str]) -> int:
-    parser = Parser(prog="spinfast expand", description="Make plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter.")
+    parser = Parser(
+        prog="spinfast expand",
+        description="Make plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter, or the whole model of trained weights.",
+    )
     parser.add_argument("directory", type=Path, metavar="DIR", help="the adapter's, or a run's: its best")
-    parser.add_argument("--out", type=Path, required=True, help="where the LoRA goes; must not be there")
+    parser.add_argument("--out", type=Path, required=True, help="where it goes; must not be there")
     parser.add_argument("--model", help="its base, where the adapter's own name for it does not lead there")
     arguments = parser.parse(argv)
     from spinfast.policy.adapters.expand import expand
 
-    lora = expand(arguments.directory, arguments.out, arguments.model)
-    print(f"{arguments.out}: LoRA of rank {lora.config['r']}, {len(lora.tensors)} matrices")
+    print(f"{arguments.out}: {expand(arguments.directory, arguments.out, arguments.model)}")
     return 0
 
 
@@ -111,7 +113,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
-    "expand": (expand, "plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter"),
+    "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA, a model of trained weights"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from spinfast import attention
-from spinfast.config import Lora, LoraXs, TinyLora
+from spinfast.config import Full, Lora, LoraXs, TinyLora
 from spinfast.config.adapters import AnyKind
 from spinfast.device import profile
 from spinfast.memory.ledger import META
@@ -29,6 +29,7 @@ SETTINGS: dict[str, tuple[AnyKind, str]] = {  # as others published them
     "lora r 1": (Lora(r=1, alpha=32), "LoRA w/o Regret"),
     "lora r 16": (Lora(), "the default here"),
     "lora r 32": (Lora(r=32, alpha=128), "arXiv 2504.15777"),
+    "full": (Full(kind="full"), "every matrix"),
 }
 MOMENTS = 2  # of AdamW, fp32 as what is trained
 
@@ -51,7 +52,7 @@ def count(model: PretrainedConfig, settings: AnyKind) -> Count:
         options = {"ops": EAGER, "profile": profile("cpu", "float32"), "load_in_4bit": False, "seed": 0}
         policy = load_policy(None, "shape", None, lora=settings, base=base, **options)
     trained = sum(p.numel() for p in policy.trainable_parameters().values())
-    each = 2 if getattr(settings, "payload", "") == "bfloat16" else 4
+    each = 2 if settings.kind == "full" or getattr(settings, "payload", "") == "bfloat16" else 4
     return Count(trained, trained / everything, trained * each, trained * 4 * (2 + MOMENTS))
 
 

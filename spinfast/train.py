@@ -239,13 +239,29 @@ SPIKE, SPIKE_WINDOW = 10.0, 50  # a norm so many times the median of so many ste
 def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: bool) -> TrainState:
     """A fresh optimizer over the adapter; fp16 starts at a loss scale of 2^12."""
     parameters = policy.trainable_parameters()
-    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[optimizer]
     return TrainState(
-        make(list(parameters.values()), lr=0.0, weight_decay=weight_decay, foreach=True),
+        OPTIMIZERS[optimizer](list(parameters.values()), weight_decay),
         scaled,
         loss_scale=2.0**12 if scaled else 1.0,
         names=list(parameters),
     )
+
+
+def _adamw_8bit(parameters: list[torch.nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    """bitsandbytes' (arXiv 2110.02861): moments in blocks of 8 bits; small tensors keep theirs in 32."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer: adamw_8bit needs bitsandbytes, which is not installed; use adafactor") from None
+    return AdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters, decay: torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay, foreach=True),
+    "rmsprop": lambda parameters, decay: torch.optim.RMSprop(parameters, lr=0.0, weight_decay=decay, foreach=True),
+    "adafactor": lambda parameters, decay: torch.optim.Adafactor(parameters, lr=0.0, weight_decay=decay, foreach=True),
+    "adamw_8bit": _adamw_8bit,
+}
 
 
 class NonFinite(UserError):

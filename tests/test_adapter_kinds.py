@@ -301,9 +301,55 @@ def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, n
     assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
     for line, words in zip(
-        lines, ["is there already", "expected a lora_xs or tiny_lora", "other weights"], strict=True
+        lines, ["is there already", "expected a lora_xs or tiny_lora or full", "other weights"], strict=True
     ):
         assert words in line
+
+
+def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path):
+    found = resolve_model(str(tiny_model("llama")))
+    policy = policy_of(found.path, FULL, found=found)
+    policy.save_adapter(tmp_path / "a")
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    groups = make_groups([(4, (5, 3)), (1, (2, 6))])
+    expected = [plain_logps(whole, group.prompt_ids, answer) for group in groups for answer in group.answers]
+    assert torch.allclose(answer_logps(policy, batch_of(policy)), torch.cat(expected), atol=1e-4)
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(tiny_model("qwen3"))]) == 2
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_updates_too_small_for_16_bits_are_not_lost(tiny_model, dtype):
+    """A hundred steps, each of an eighth of a rounding: the 16-bit weight has moved by all of them, not by none."""
+    options = {"ops": ops.EAGER, "profile": profile("cpu", dtype), "load_in_4bit": False, "seed": 0}
+    policy = load_policy(tiny_model("llama"), "tiny", "0", lora=FULL, **options)
+    before = [weight.clone() for weight in policy.kind.weights()]
+    step = [weight.float().abs().clamp(min=1e-3) * torch.finfo(torch.bfloat16).eps / 8 for weight in before]
+    for _ in range(100):
+        for parameter, moved in zip(policy.trainable_parameters().values(), step, strict=True):
+            parameter.data += moved
+        policy.updated()
+    for weight, start, moved in zip(policy.kind.weights(), before, step, strict=True):
+        assert torch.allclose(weight.float(), start.float() + 100 * moved, rtol=2 * torch.finfo(torch.bfloat16).eps)
+        assert not torch.equal((start + moved.to(start)), weight)
+    with policy.without_adapter():
+        assert all(torch.equal(weight, start) for weight, start in zip(policy.kind.weights(), before, strict=True))
+    policy.restart(0)
+    assert all(torch.equal(weight, start) for weight, start in zip(policy.kind.weights(), before, strict=True))
+
+
+def test_a_list_of_spectrum_chooses(tiny_model, tmp_path, caplog):
+    (tmp_path / "list.yaml").write_text(
+        "unfrozen_parameters:\n- ^lm_head.weight$\n- ^model.embed_tokens.weight$\n- model.layers.1.mlp.up_proj\n"
+    )
+    config = configured(tmp_path, tiny_model("llama"), "sft", FULL)
+    words = [config, f"adapter.target_modules={tmp_path}/list.yaml", "--run-dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert adapters.load(tmp_path / "run" / "sft" / "adapter").config["modules"] == ["model.layers.1.mlp.up_proj"]
+    assert "left out" in caplog.text
+    (tmp_path / "list.yaml").write_text("unfrozen_parameters:\n- model.layers.0.mlp.up_proj\n")
+    assert main(words) == 2  # the run's own list is another one now
 
 
 def test_params_counts_what_is_trained(tiny_model, tmp_path, capsys):

@@ -11,13 +11,14 @@ from transformers import AutoConfig
 
 from bench.rehearse import rehearse
 from spinfast import ops
-from spinfast.config import Lora, Sft, parse_config
+from spinfast.config import Full, Lora, LoraXs, Sft, TinyLora, parse_config
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import apply_checkpointing, counting
 from spinfast.memory.planner import Load, training
 from spinfast.memory.simulation import Nf4Weight, Phases, Simulation, settled
 from spinfast.objectives import Pairwise, Surrogate
 from spinfast.packing import pack
+from spinfast.policy.transformers import load_policy
 from spinfast.train import Budget, batch_sequence_logps, train_step
 
 SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]
@@ -60,6 +61,28 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
     ledger, _ = real_step(policy, groups)
     assert simulation.train(groups, Pairwise(), "adamw", more_microbatches=False).usage == ledger.usage
     assert ledger.usage.by_kind.get("checkpoints", 0) > 0 or layers == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        LoraXs(kind="lora_xs", r=4),
+        TinyLora(kind="tiny_lora", u=3, tie=2),
+        Full(kind="full"),
+        Full(kind="full", target_modules=("v_proj", "gate_proj")),
+    ],
+    ids=str,
+)
+def test_a_simulated_step_of_every_kind_is_the_real_one(tiny_model, monkeypatch, tmp_path, kind, dtype, optimizer):
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path))
+    path, groups = tiny_model("qwen2", layers=3), make_groups(SHAPE)
+    options = {"ops": TABLE, "profile": cpu(dtype), "load_in_4bit": False, "seed": 0}
+    policy = load_policy(path, "tiny", "0", lora=kind, **options)
+    simulation = Simulation(AutoConfig.from_pretrained(path), cpu(dtype), kind, TABLE)
+    ledger, _ = real_step(policy, groups, optimizer)
+    assert simulation.train(groups, Pairwise(), optimizer, more_microbatches=False).usage == ledger.usage
 
 
 @pytest.mark.parametrize("objective", [Surrogate(), Surrogate("gspo", beta=0.1, correction="sequence_mask")])

@@ -18,7 +18,11 @@ from spinfast.config.sections import PerRound, PositivePerRound, Section, Weighe
 class Optimisation(Section):
     """What every stage of training has; a method's section adds its own keys and defaults."""
 
-    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="SPIN's paper: rmsprop, on full weights")
+    optimizer: Literal["adamw", "rmsprop", "adafactor", "adamw_8bit"] = Field(
+        "adamw",
+        description="rmsprop: SPIN's paper, on full weights; adafactor keeps one number a row and column; adamw_8bit "
+        "needs bitsandbytes",
+    )
     lr: PerRound = Field((1e-5,), description="peak learning rate; a list gives one value per round")
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW) or plain (RMSProp)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")

@@ -146,7 +146,8 @@ class Simulation(Phases):
     def settled(self, optimizer: str) -> TrainState:
         """Made once: a simulated step moves nothing."""
         if optimizer not in self._settled:
-            self._settled[optimizer] = super().settled(optimizer)
+            with Ledger(simulated=True):  # an optimizer may ask for a number
+                self._settled[optimizer] = super().settled(optimizer)
         return self._settled[optimizer]
 
     def _quantise(self) -> Iterator[torch.Tensor]:

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from spinfast.config import LoraXs, TinyLora
+from spinfast.config import Full, LoraXs, TinyLora
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
@@ -288,6 +288,31 @@ def test_kinds_of_few_numbers_are_served_as_the_lora_they_make(generator, new_po
     assert tokens(answers(generator, requests, sampling, policy.adapter())) == tokens(
         answers(own, requests, sampling, policy.adapter())
     )
+
+
+def test_trained_weights_are_the_engines_own(generator, new_policy, prompts, monkeypatch):
+    policy = new_policy(generator, Full(kind="full", target_modules=("v_proj", "down_proj")))
+    monkeypatch.setattr(generator, "serving", policy.serving)
+    requests, sampling = ask(prompts)
+    base, start = answers(generator, requests, sampling, None), policy.adapter()
+    try:
+        for parameter in policy.trainable_parameters().values():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.data += 0.2 * parameter.std() * noise
+        policy.updated()
+        moved = policy.adapter()
+        report = check_adapter(generator, policy_logps(policy, "sdpa"), prompts[0][0], moved, dtype=torch.float32)
+        assert report.moved > 100 * report.adapter_error
+        own = TransformersGenerator(policy, batch_size=4, max_model_len=256)
+        found = answers(generator, requests, sampling, moved)
+        assert tokens(found) == tokens(answers(own, requests, sampling, moved))
+        assert tokens(found) != tokens(base)
+        for other in (None, start):  # and the policy is what it was afterwards
+            assert tokens(answers(generator, requests, sampling, other)) == tokens(base)
+            assert adapters.fingerprint(policy.adapter()) == adapters.fingerprint(moved)
+    finally:
+        policy.restart(0)
+    assert tokens(answers(generator, requests, sampling, None)) == tokens(base)
 
 
 class Deaf:

@@ -1,8 +1,14 @@
-"""`spinfast expand`: an adapter of few numbers as plain PEFT LoRA, made from the base's files alone."""
+"""`spinfast expand`: an adapter of few numbers as plain PEFT LoRA, trained weights as the whole model, both from the
+base's files alone, a tensor at a time."""
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spinfast.errors import UserError
 from spinfast.models import resolve_model
@@ -14,19 +20,23 @@ from spinfast.types import Adapter
 FRAMED = ("lora_xs", "tiny_lora")
 
 
-def expand(directory: Path, out: Path, model: str | None = None) -> Adapter:
-    """Write the LoRA under `out`. `model`: the base, where it is not found by the name that the adapter gives.
+def expand(directory: Path, out: Path, model: str | None = None) -> str:
+    """Write it under `out` and say what it is. `model`: the base, where the adapter's own name for it leads nowhere.
 
     Raises UserError if it is no such adapter, of another base, or rebuilt otherwise than it was saved.
     """
     if out.exists():
         raise UserError(f"--out {out}: is there already; give another name")
     found = files.find(directory)
-    if compact.kind_of(found) not in FRAMED:
-        raise UserError(f"adapter {directory}: expected a {' or '.join(FRAMED)}; LoRA is plain as it is")
+    if compact.kind_of(found) is None:
+        raise UserError(f"adapter {directory}: expected a {' or '.join(compact.KINDS)}; LoRA is plain as it is")
     adapter = files.load(found)
-    config, kind = adapter.config, KINDS[adapter.kind]
+    config = adapter.config
     base = resolve_model(model or config["base_model_name_or_path"], None if model else config["revision"])
+    if adapter.kind == "full":
+        write_directory(out, partial(_whole, base.path, adapter))
+        return f"{base.name} with {len(adapter.tensors)} matrices of its own"
+    kind = KINDS[adapter.kind]
     rebuilt = frames.of_model(base.path, base.revision, config["modules"], config["r"])
     if rebuilt.base != config["base_sha256"]:
         raise UserError(f"adapter {found}: made on other weights than those of {base.name}; give the base by --model")
@@ -34,4 +44,24 @@ def expand(directory: Path, out: Path, model: str | None = None) -> Adapter:
     check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls))
     lora = expanded(kind, adapter, rebuilt)
     write_directory(out, lambda path: files.save(lora, path))
-    return lora
+    return f"LoRA of rank {config['r']}, {len(lora.tensors)} matrices"
+
+
+def _whole(base: Path, adapter: Adapter, out: Path) -> None:
+    """The base's files with the trained weights in place of theirs; a shard of weights at a time."""
+    left = dict(adapter.tensors)
+    for file in sorted(base.iterdir()):
+        if file.suffix != ".safetensors":
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+            continue
+        with safe_open(file, "pt") as opened:
+            own, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+        for name in own.keys() & left.keys():
+            trained = left.pop(name)
+            if trained.shape != own[name].shape:
+                raise UserError(f"{name} is {tuple(trained.shape)}, the base's {tuple(own[name].shape)}; give its base")
+            own[name] = trained.to(own[name].dtype)
+        save_file(own, out / file.name, metadata=metadata)
+    if left:
+        raise UserError(f"the base has no {next(iter(left))}; give the base that was trained by --model")

@@ -59,7 +59,8 @@ class Full:
             self.layers[module] = FullLayer(layer)
             parent, _, child = module.rpartition(".")
             setattr(base.get_submodule(parent), child, self.layers[module])
-        self.before = [weight.detach().to("cpu", copy=True) for weight in self.weights()]
+        meta = any(weight.is_meta for weight in self.weights())
+        self.before = [] if meta else [weight.detach().to("cpu", copy=True) for weight in self.weights()]
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path: Path | None = None):
