@@ -131,7 +131,7 @@ def _constant(seen: Summary) -> str | None:
         mean, spread = f"rewards/{name}/mean", f"rewards/{name}/std"
         values = [_value(seen, mean, "first"), _value(seen, mean)]
         spreads = [_value(seen, spread, "first"), _value(seen, spread)]
-        if None in (*values, *spreads) or seen["steps"] < MIN_STEPS:
+        if None in (*values, *spreads):
             return False
         bound = 1e-6 * max(1.0, abs(values[1]))
         return max(*map(abs, spreads), abs(values[1] - values[0])) <= bound
@@ -144,8 +144,9 @@ def _constant(seen: Summary) -> str | None:
     named = ", ".join(f"{name} (always {value:g})" for name, value in found)
     return (
         f"a reward that {'never fires' if never else 'is the same for every answer'} teaches nothing: {named}. Look at "
-        "some answers (the rollouts in the report): does the function find what it looks for, does the prompt ask "
-        "for that form, does the data have the column? If the model cannot do it yet, SFT on a few examples first."
+        "some answers (the rollouts in the report): does the function find what it looks for, does the prompt ask for "
+        "that form, does the data have the column? If so the model cannot do it yet: SFT on a few examples first, or "
+        "easier problems."
     )
 
 
@@ -162,7 +163,8 @@ def _cut(seen: Summary) -> str | None:
 def _dead(seen: Summary) -> str | None:
     share = _value(seen, "groups/dead")
     share = _value(seen, "frac_reward_zero_std") if share is None else share
-    if share is None or share <= 0.5:
+    spreads = [_value(seen, f"rewards/{name}/std", end) for name in functions(seen) for end in ("first", "last")]
+    if share is None or share <= 0.5 or (spreads and not any(spreads)):  # a constant reward is no matter of difficulty
         return None
     right = _right(seen)
     if right is None:
