@@ -37,10 +37,10 @@ def ratio(losses: Losses) -> tuple[float, float]:
 class Watched:
     """What was seen so far; a checkpoint holds it."""
 
-    step: int = 0  # of the adapter with the least loss; 0 if there is none
+    step: int = 0  # of the adapter with the least loss; 0 is the stage's start
     loss: float = math.inf  # its loss
     stale: int = 0  # losses in a row that were no gain
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's; none before a finite loss
     last_gain: torch.Tensor | None = None  # (U,) the losses that were the last gain
 
 
@@ -69,7 +69,8 @@ class Watch:
         return figures
 
     def due(self, step: int, last: int) -> bool:
-        return step % self.every == 0 or step == last
+        """The start is looked at where something is decided: a later look has to gain on it."""
+        return bool(self.patience or self.keeps_best) if step == 0 else step % self.every == 0 or step == last
 
     def stops(self, seen: Watched) -> bool:
         return bool(self.patience) and seen.stale >= self.patience
