@@ -44,6 +44,7 @@ from spinfast.config.sections import (
     listed,
 )
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES, suffix_of
 
 __all__ = [
     "PAIRED",
@@ -106,9 +107,11 @@ class Config(Section):
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         strangers = [name for name in names if name not in cls.methods()]
         if strangers:
-            hint = "; it is a dpo.loss" if strangers[0].lower() in (*PAIRED, *UNPAIRED) else ""
-            hint = "; names are in lower case" if strangers[0].lower() in cls.methods() else hint
-            raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them{hint}")
+            word = strangers[0].lower()
+            near = [word] if word in cls.methods() else difflib.get_close_matches(word, cls.methods(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = "; it is a dpo.loss" if word in (*PAIRED, *UNPAIRED) else hint
+            raise ValueError(f"expected {', '.join(cls.methods())}, got {strangers[0]!r}{hint}")
         if len({*names}) < len(names):
             raise ValueError("expected each method once")
         return names
@@ -230,6 +233,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path}: no such file")
+    if suffix_of(path) in {*FILE_SUFFIXES} - {".json"}:
+        raise UserError(f"config {path}: a data file, expected a YAML file; after a config give data.source={path}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
@@ -262,9 +267,9 @@ def parse_config(tree: dict, where: str = "config", kind: type[Config] = Config)
 
 
 def _override(tree: dict, override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"override {override!r}: expected section.key=value")
+    dotted, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not dotted or not text:
+        raise UserError(f"override {override!r}: expected section.key=value, without spaces around the =")
     *parents, key = dotted.split(".")
     node = tree
     for parent in parents:
@@ -302,6 +307,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     said = first["msg"].removeprefix("Value error, ")
     if not dotted:  # of several sections: it names them itself
         return said
+    if ", got " in said:
+        return f"{dotted}: {said}"
     return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 
