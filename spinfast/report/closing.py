@@ -22,6 +22,7 @@ from spinfast.evaluate.statistics import compare
 from spinfast.names import label
 from spinfast.progress import show
 from spinfast.report import study
+from spinfast.report.page import MAX_TRANSCRIPTS
 from spinfast.report.read import Run
 
 HEADLINES = {  # what the closing table may have, first things first: metric -> heading
@@ -235,8 +236,9 @@ def _short(text: str) -> str:
 def what_next(run: Run) -> dict[str, str]:
     """What can be done now -> the command, to be pasted here."""
     here = shlex.quote(min(str(run.path), os.path.relpath(run.path), key=len))
+    seen = f"curves, intervals and answers to up to {MAX_TRANSCRIPTS} problems, in one HTML file"
     return {
-        "curves, intervals and all answers in one HTML file": f"{program()} report {here}",
+        seen: f"{program()} report {here}",
         "the best adapter on questions of your own": f"{program()} eval --adapter {here} --tasks mine.jsonl",
         "your own data, by a config of five lines (README.md)": f"{program()} run mine.yaml",
     }
