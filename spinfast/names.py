@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")  # of data
@@ -23,6 +24,11 @@ def label(iteration: str | int) -> str:
         if isinstance(iteration, int)
         else {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}.get(iteration, iteration)
     )
+
+
+def rows_named(iterations: Iterable[str | int]) -> str:
+    """What rows of results.json are called together: iterations where there is nothing else beside the base."""
+    return "iteration" if all(each == "base" or isinstance(each, int) for each in iterations) else "stage"
 
 
 def source_name(source: str | list[dict]) -> str:
