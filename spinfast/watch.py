@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from spinfast.evaluate.statistics import ratio_of_sums
 from spinfast.policy import Policy
 from spinfast.types import Adapter
 
@@ -24,13 +26,11 @@ ROUNDING = 1e-6  # relative; losses nearer than this are equal
 
 
 def ratio(losses: Losses) -> tuple[float, float]:
-    """The mean of weighted units and its standard error (delta method), 0 for a single unit."""
+    """The mean of weighted units and its standard error, 0 for a single unit."""
     values, weights = losses
-    values = values.where(weights > 0, 0.0)
-    mean = (values.sum() / weights.sum()).item()
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, (values - mean * weights).std().item() * math.sqrt(len(values)) / weights.sum().item()
+    with np.errstate(all="ignore"):  # losses may be infinite, and all weights 0
+        found = ratio_of_sums(values.where(weights > 0, 0.0).numpy(), weights.numpy())
+    return found["value"], found["stderr"] or 0.0
 
 
 @dataclass

@@ -67,11 +67,11 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("train=3", ["train", "got 3"]),
         (
             "grpo.num_generations=4",
-            ["unknown key 'grpo.num_generations'", "TRL's num_generations is grpo.samples here"],
+            ["unknown key 'grpo.num_generations'", "it is grpo.samples here"],
         ),
         ("num_generations=4", ["is grpo.samples here"]),
         ("grpo.max_completion_length=200", ["is generation.max_tokens here"]),
-        ("sft.learning_rate=1e-5", ["TRL's learning_rate is lr here"]),
+        ("sft.learning_rate=1e-5", ["it is lr here"]),
     ],
 )
 def test_a_wrong_override_names_key_expectation_and_value(path, override, words):

@@ -156,10 +156,12 @@ class Config(Section):
         """16 hex digits that name what the run computes; a run directory belongs to one of them."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def dump(self) -> str:
-        """Every value, as YAML; sections of methods that are not named are left out, as a config must."""
+    def dump(self, changed: bool = False) -> str:
+        """As YAML every value, or those that are not the defaults; sections of methods that are not named are left out,
+        as a config must."""
         unnamed = {*self.methods()} - {*self.method}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=unnamed), sort_keys=False)
+        tree = self.model_dump(mode="json", exclude=unnamed, exclude_defaults=changed)
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 CHANGES_NO_RESULT = {
@@ -177,7 +179,14 @@ MOVED = {  # keys of the first edition
     },
 }
 
-TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to another key or to none
+ELSEWHERE = {  # keys of other tools' files, where likeness alone leads to another key or to none -> ours
+    "model_name_or_path": "model: {name: ...}",
+    "base_model": "model: {name: ...}",
+    "model_name": "model: {name: ...}",
+    "dataset_name": "data: {source: ...}",
+    "dataset": "data: {source: ...}",
+    "datasets": "data: {source: ...}",
+    "output_dir": "--run-dir",
     "num_generations": "grpo.samples",
     "reward_funcs": "grpo.rewards",
     "reward_weights": "grpo.rewards, {name: weight}",
@@ -200,17 +209,6 @@ TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to an
     "vllm_importance_sampling_mode": "grpo.correction",
     "vllm_importance_sampling_clip_max": "grpo.correction_max",
     "vllm_importance_sampling_cap": "grpo.correction_max",
-}
-
-
-OTHERS = {  # of other tools' files: they begin with what is not here
-    "model_name_or_path": "model: {name: ...}",
-    "base_model": "model: {name: ...}",
-    "model_name": "model: {name: ...}",
-    "dataset_name": "data: {source: ...}",
-    "dataset": "data: {source: ...}",
-    "datasets": "data: {source: ...}",
-    "output_dir": "--run-dir",
 }
 
 
@@ -290,10 +288,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
-        if key in TRL_NAMES:
-            return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
-        if key in OTHERS:
-            return f"unknown key {dotted!r}; it is {OTHERS[key]} here"
+        if key in ELSEWHERE:
+            return f"unknown key {dotted!r}; it is {ELSEWHERE[key]} here"
         if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in first["loc"]]:
             return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
