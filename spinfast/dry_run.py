@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -47,29 +48,44 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     rated = tried(config, renderer, rewards, examples) if rewards else None
     engine, why = choose_backend(config, generates(config, work, heldout))
 
-    console.rule("config")
-    console.print(config.dump(), markup=False, highlight=False)
-    console.rule("device")
-    reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
-    for name, reason in {**reasons, "model": f"{model.name} at {model.revision}"}.items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False)
     planned = planner.plan(config, device, machine.shape, machine.ops, work, engine)
-    console.rule("plan")
-    console.print(str(planned), markup=False, highlight=False)
+
+    def tell(title: str, *lines: str) -> None:
+        console.rule(title)
+        for line in lines:
+            console.print(line, markup=False, highlight=False)
+
+    tell("data", *(data_line(name, loaded.examples) for name, loaded in data.items()))
+    tell("steps", *step_lines(config, device, machine.shape, planned, work), *rollout_lines(config, examples))
+    tell("memory", str(planned))
     console.print(plan_table(planned))
-    console.rule("steps")
-    for line in step_lines(config, device, machine.shape, planned, work) + rollout_lines(config, examples):
-        console.print(line, markup=False, highlight=False)
+    tell("settings that are not the defaults (--show-config prints all)", config.dump(changed=True).rstrip())
+    reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
+    reasons |= {"model": f"{model.name} at {model.revision}"}
+    tell("device", *(f"{name}: {reason}" for name, reason in reasons.items()))
     for example in examples[:2]:
         console.rule(f"sample: row {example.index + 1} as the model sees it")
         console.print(sample_text(renderer, example, config.method))
     if rated:
         scores, what = rated
-        console.rule(f"rewards, of {what}")
-        for name, given in scores.values.items():
-            shown = ", ".join("does not apply" if value is None else f"{value:g}" for value in given)
-            console.print(f"{name}: {shown} (weight {rewards.weights[name]:g})", markup=False, highlight=False)
+        shown = {
+            name: ", ".join("does not apply" if value is None else f"{value:g}" for value in given)
+            for name, given in scores.values.items()
+        }
+        tell(f"rewards, of {what}", *(f"{n}: {text} (weight {rewards.weights[n]:g})" for n, text in shown.items()))
     return planned
+
+
+def data_line(name: str, examples: Sequence[Example]) -> str:
+    """How many examples there are, and how long."""
+    answers = [answer for e in examples for answer in (e.real_ids, *e.others) if answer]
+    lengths = {"prompts": [len(e.prompt_ids) for e in examples], "answers": list(map(len, answers))}
+    said = [
+        f"{what} of {min(sizes)} to {max(sizes)} tokens (median {median(sizes):.0f})"
+        for what, sizes in lengths.items()
+        if any(sizes)
+    ]
+    return f"{name}: {len(examples)} examples; {'; '.join(said)}"
 
 
 def plan_table(planned: Plan) -> Table:

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from spinfast import ops, session
-from spinfast.config import Sft, parse_config
+from spinfast.config import Sft, load_config, parse_config
 from spinfast.data.renderer import Renderer
 from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run, sample_text
@@ -152,7 +152,9 @@ def test_dry_run_shows_everything(run_config, name):
     console = Console(record=True, width=160, force_terminal=True)
     result = dry_run(parse_config(run_config | {"device": {"profile": name}}), console)
     text = console.export_text()
-    assert "groups_per_step: 4" in text
+    assert text.index("data: 12 examples; prompts of ") < text.index("spin: 12 groups") < text.index("MiB at the full")
+    assert text.index("MiB at the full") < text.index("groups_per_step: 4")
+    assert "warmup_ratio" not in text  # a default
     assert f"microbatches of {result.microbatch_tokens} tokens" in text
     assert "spin: 12 groups" in text
     assert "3 steps, 6 in each of 2 later rounds" in text
@@ -257,6 +259,11 @@ def test_command_line(run_config, tmp_path, capsys, monkeypatch):
     before = [entry.name for entry in tmp_path.iterdir() if entry.is_dir()]
     assert main([str(path), "device.profile=t4", "--dry-run"]) == 0
     assert "MiB at the fullest moment" in capsys.readouterr().out
+    assert main([str(path), "spin.beta=0.5", "--show-config"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "whole.yaml").write_text(shown)
+    assert "warmup_ratio: 0.1" in shown  # every value, and a config again
+    assert load_config(tmp_path / "whole.yaml") == load_config(path, ["spin.beta=0.5"])
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == before
     if not torch.cuda.is_available():
         assert main([str(path), "device.profile=t4"]) == 2

@@ -189,9 +189,9 @@ CONFIG, OVERRIDES = Path("config.yaml"), ["a=b", "c=-1"]
     ],
 )
 def test_options_stand_anywhere(line):
-    assert parse(line.split()) == (CONFIG, OVERRIDES, Path("x"), True, False)
-    assert parse(["config.yaml"]) == (CONFIG, [], None, False, False)
-    assert parse([]) == (None, [], None, False, False)
+    assert parse(line.split()) == (CONFIG, OVERRIDES, Path("x"), True, False, False)
+    assert parse(["config.yaml", "--show-config"]) == (CONFIG, [], None, False, False, True)
+    assert parse([]) == (None, [], None, False, False, False)
 
 
 def test_options_of_eval_and_report_stand_anywhere_and_may_have_a_dash_for_a_value(run_dir, tmp_path):
