@@ -125,7 +125,7 @@ def _moved(seen: Summary, name: str, sign: int) -> tuple[float, float] | None:
 
 
 def _lately(seen: Summary) -> str:
-    return f"of the last {seen['window']} steps" if seen["window"] > 1 else "of the last step"
+    return f"{seen['window']} steps" if seen["window"] > 1 else "step"
 
 
 def _right(seen: Summary) -> float | None:
@@ -189,8 +189,8 @@ def _dead(seen: Summary) -> str | None:
     else:
         why = "Some prompts are always solved, others never: problems in between, or a higher temperature."
     return (
-        f"{share:.0%} of the groups {_lately(seen)} are dead: all answers to a prompt have the same reward, so it "
-        "teaches nothing. "
+        f"in the last {_lately(seen)} {share:.0%} of the groups are dead: all answers to a prompt have the same reward, "
+        "so it teaches nothing. "
         f"{why} grpo.refill replaces dead groups by fresh prompts."
     )
 
