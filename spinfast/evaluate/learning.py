@@ -189,8 +189,8 @@ def _dead(seen: Summary) -> str | None:
     else:
         why = "Some prompts are always solved, others never: problems in between, or a higher temperature."
     return (
-        f"in the last {_lately(seen)} {share:.0%} of the groups are dead: all answers to a prompt have the same reward, "
-        "so it teaches nothing. "
+        f"in the last {_lately(seen)} {share:.0%} of the groups are dead: all answers to a prompt have the same "
+        "reward, so it teaches nothing. "
         f"{why} grpo.refill replaces dead groups by fresh prompts."
     )
 
