@@ -83,7 +83,7 @@ def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
         if rows:
             y = [e["value"] for e in estimates]
             series.append(Series(run.name, position, x, y, list(low), list(high)))
-    ticks = tuple((float(i), name.replace("iteration ", "")) for name, i in place.items())
+    ticks = tuple((float(i), _tick(name, runs)) for name, i in place.items())
     name = metric.replace("/", "-")
     return Plot(name, title, heading(runs), metric, "points", series, x_ticks=ticks, level=level, group="heldout")
 
@@ -91,6 +91,11 @@ def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
 def heading(runs: Sequence[Run]) -> str:
     """What the rows of these runs are called together."""
     return rows_named(row["iteration"] for run in runs for row in run.rows)
+
+
+def _tick(name: str, runs: Sequence[Run]) -> str:
+    """A row's label under an axis that is called heading(runs)."""
+    return name.replace("iteration ", "" if heading(runs) == "iteration" else "iter. ")
 
 
 def _log_ratios(run: Run, several: bool) -> list[Plot]:
@@ -158,7 +163,7 @@ def _seconds(run: Run, several: bool) -> Plot:
         Series(phase, slot, x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
         for slot, phase in enumerate(_phases({phase for row in run.rows for phase in row["seconds"]}))
     ]
-    ticks = tuple((float(i), label(row["iteration"]).replace("iteration ", "")) for i, row in enumerate(run.rows))
+    ticks = tuple((float(i), _tick(label(row["iteration"]), [run])) for i, row in enumerate(run.rows))
     name, title = ("time", "Time per phase")
     if several:
         name, title = f"{run.name.replace('/', '-')}-time", f"{run.name}: time per phase"
