@@ -28,7 +28,8 @@ from spinfast.data.examples import load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile, profile
 from spinfast.errors import UserError
-from spinfast.models import HUB_ID, load_tokenizer, resolve_model
+from spinfast.models import load_tokenizer, resolve_model
+from spinfast.names import HUB_ID
 from spinfast.ops import choose
 from spinfast.policy.transformers import TransformersPolicy, load_policy
 from spinfast.types import Example, Group

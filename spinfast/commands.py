@@ -21,6 +21,8 @@ class ConfigParser(Parser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         self.add_argument("config", nargs="*", metavar="CONFIG.yaml | section.key=value")
         arguments = super().parse(argv)
+        if apart := [word for word in arguments.config if word.startswith("=") or word.endswith("=")]:
+            self.error(f"{apart[0]!r}: expected section.key=value in one word, without spaces around the =")
         paths = [Path(word) for word in arguments.config if "=" not in word]
         if len(paths) > 1:
             self.error(f"expected one config file, got {', '.join(map(str, paths))}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -21,16 +22,15 @@ from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.data.renderer import Renderer
 from spinfast.device import DeviceProfile
-from spinfast.evaluate.rewarded import batch, load_rewards
+from spinfast.evaluate.rewarded import load_rewards, tried
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS
 from spinfast.memory.planner import Load, Plan
 from spinfast.methods.run import generates, loads
 from spinfast.packing import packed_length
 from spinfast.progress import open_console
-from spinfast.rewards import Rewards, TrainerState
 from spinfast.session import check_rows, choose_backend, look
-from spinfast.types import Completion, Example
+from spinfast.types import Example
 
 TIMED = 1000  # groups, of all at even distances, that stand for them where a step's time is reckoned
 
@@ -45,32 +45,47 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     work = loads(config, examples)
     check_rows(machine, work)
     rewards = load_rewards(config, examples, heldout)
+    rated = tried(config, renderer, rewards, examples) if rewards else None
     engine, why = choose_backend(config, generates(config, work, heldout))
 
-    console.rule("config")
-    console.print(config.dump(), markup=False, highlight=False)
-    console.rule("device")
-    reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
-    for name, reason in {**reasons, "model": f"{model.name} at {model.revision}"}.items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False)
     planned = planner.plan(config, device, machine.shape, machine.ops, work, engine)
-    console.rule("plan")
-    console.print(str(planned), markup=False, highlight=False)
-    console.print(plan_table(planned))
-    console.rule("steps")
-    for line in step_lines(config, device, machine.shape, planned, work) + rollout_lines(config, examples):
-        console.print(line, markup=False, highlight=False)
-    learnt = "what is learnt in green, what is worse in red"
-    if config.method == ("grpo",):
-        learnt = "in green an answer of the data's, which the model does not see"
-    for example in examples[:2]:
-        console.rule(f"sample {example.index}: {learnt}")
-        console.print(sample_text(renderer, example))
-    if rewards:
-        console.rule("rewards of these answers")
-        for line in reward_lines(config, renderer, rewards, examples):
+
+    def tell(title: str, *lines: str) -> None:
+        console.rule(title)
+        for line in lines:
             console.print(line, markup=False, highlight=False)
+
+    tell("data", *(data_line(name, loaded.examples) for name, loaded in data.items()))
+    tell("steps", *step_lines(config, device, machine.shape, planned, work), *rollout_lines(config, examples))
+    tell("memory", str(planned))
+    console.print(plan_table(planned))
+    tell("settings that are not the defaults (--show-config prints all)", config.dump(changed=True).rstrip())
+    reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
+    reasons |= {"model": f"{model.name} at {model.revision}"}
+    tell("device", *(f"{name}: {reason}" for name, reason in reasons.items()))
+    for example in examples[:2]:
+        console.rule(f"sample: row {example.index + 1} as the model sees it")
+        console.print(sample_text(renderer, example, config.method))
+    if rated:
+        scores, what = rated
+        shown = {
+            name: ", ".join("does not apply" if value is None else f"{value:g}" for value in given)
+            for name, given in scores.values.items()
+        }
+        tell(f"rewards, of {what}", *(f"{n}: {text} (weight {rewards.weights[n]:g})" for n, text in shown.items()))
     return planned
+
+
+def data_line(name: str, examples: Sequence[Example]) -> str:
+    """How many examples there are, and how long."""
+    answers = [answer for e in examples for answer in (e.real_ids, *e.others) if answer]
+    lengths = {"prompts": [len(e.prompt_ids) for e in examples], "answers": list(map(len, answers))}
+    said = [
+        f"{what} of {min(sizes)} to {max(sizes)} tokens (median {median(sizes):.0f})"
+        for what, sizes in lengths.items()
+        if any(sizes)
+    ]
+    return f"{name}: {len(examples)} examples; {'; '.join(said)}"
 
 
 def plan_table(planned: Plan) -> Table:
@@ -148,20 +163,6 @@ def rollout_lines(config: Config, examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def reward_lines(config: Config, renderer: Renderer, rewards: Rewards, examples: Sequence[Example]) -> list[str]:
-    """What each function gives for the answers of the first examples, where they have some."""
-    shown = [example for example in examples[:2] if example.messages and example.real_ids]
-    if not shown:
-        return ["the data has no answers that could be rated here"]
-    answers = [Completion(example.index, example.real_ids, "stop") for example in shown]
-    scores = rewards(batch(config, renderer, examples, shown, answers, TrainerState(0, config.grpo.steps, 0.0)))
-    said = {
-        name: ", ".join("does not apply" if value is None else f"{value:g}" for value in given)
-        for name, given in scores.values.items()
-    }
-    return [f"{name}: {values} (weight {rewards.weights[name]:g})" for name, values in said.items()]
-
-
 def matmul_rate(device: DeviceProfile, width: int, inner: int) -> float:
     """FLOP/s of a product of the model's own shape, the best of three."""
     x, w = torch.randn(1024, width, dtype=device.dtype), torch.randn(width, inner, dtype=device.dtype)
@@ -173,11 +174,21 @@ def matmul_rate(device: DeviceProfile, width: int, inner: int) -> float:
     return 2 * 1024 * width * inner / best
 
 
-def sample_text(renderer: Renderer, example: Example) -> Text:
-    """The rendered conversation; what is learnt is green, answers that are worse red, the rest dim."""
+def sample_text(renderer: Renderer, example: Example, method: Sequence[str]) -> Text:
+    """The rendered conversation, part by part under what it is: learnt ones green, worse ones red, the rest dim."""
     decode = renderer.tokenizer.decode
+    learnt, worse = "learnt", "compared with it" if "dpo" in method else "not used"
+    if method == ("grpo",):
+        learnt = "an answer of the data's, which the model does not see"
+    elif example.desirable is False:
+        learnt = "labelled undesirable" if "dpo" in method else "not used, labelled undesirable"
     flags = example.scored or (True,) * len(example.real_ids)
     spans = groupby(zip(flags, example.real_ids, strict=True), key=itemgetter(0))
-    parts = [(decode([token for _, token in span]), "bold green" if learnt else "dim") for learnt, span in spans]
-    worse = [("\n" + decode(answer), "red") for answer in example.others]
-    return Text.assemble((decode(example.prompt_ids), "dim"), *parts, *worse)
+    parts = [("prompt", "dim", example.prompt_ids)] * bool(example.prompt_ids)
+    for scored, span in spans:
+        name, look = (learnt, "bold green") if scored else ("not learnt", "dim")
+        parts.append((name, look, [token for _, token in span]))
+    parts += [(worse, "red", answer) for answer in example.others]
+    return Text("\n").join(
+        Text.assemble((f"[{name}]\n", "italic"), (decode(ids).rstrip("\n"), look)) for name, look, ids in parts
+    )

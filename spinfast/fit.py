@@ -66,6 +66,8 @@ def fit(
     ):
         tick.advance(state.step)
         try:
+            if watch and not rows and watch.due(0, len(steps)):
+                watch.look(0, policy, state.watched)
             ended = watch is not None and watch.stops(state.watched)
             made = train(policy, steps, objective, settings, lr, run.budget, state, config.train.max_overflows)
             for metrics in () if ended else made:
@@ -99,8 +101,9 @@ def fit(
             if len(rows) == state.step:  # it came where the groups of the next step were made
                 save()
             raise
-        if watch and watch.keeps_best and state.watched.step not in (0, state.step):
-            log.info("%s: the adapter of step %d is kept, %s", stage.name, state.watched.step, watch.best)
+        if watch and watch.keeps_best and state.watched.tensors and state.watched.step != state.step:
+            whose = f"adapter of step {state.watched.step}" if state.watched.step else "adapter of the start"
+            log.info("%s: the %s is kept, %s", stage.name, whose, watch.best)
             policy.load_adapter(best_adapter(policy, state.watched))
         checkpoint.finite_adapter(policy, state)
         files.write_directory(stage.path("adapter"), policy.save_adapter)

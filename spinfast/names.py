@@ -1,8 +1,20 @@
-"""What stages and runs are called by people."""
+"""What stages and runs are called by people, and what names of files and models look like."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
+
+FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")  # of data
+PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # a bare name may be one of the datasets library's readers, which take pickles
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that names the format: of train.jsonl.gz it is .jsonl."""
+    plain = path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+    return plain.suffix.lower()
 
 
 def label(iteration: str | int) -> str:
@@ -12,6 +24,11 @@ def label(iteration: str | int) -> str:
         if isinstance(iteration, int)
         else {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}.get(iteration, iteration)
     )
+
+
+def rows_named(iterations: Iterable[str | int]) -> str:
+    """What rows of results.json are called together: iterations where there is nothing else beside the base."""
+    return "iteration" if all(each == "base" or isinstance(each, int) for each in iterations) else "stage"
 
 
 def source_name(source: str | list[dict]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spinfast.store.record import memory_now
-from spinfast.terminal import LogFile
+from spinfast.terminal import LogFile, plain
 
 log = logging.getLogger("spinfast")
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines of one phase
@@ -27,6 +29,7 @@ NARROW = 60  # a console with fewer columns gets lists for tables
 
 def open_console(file: TextIO | None = None) -> Console:
     """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH."""
+    file = file or sys.stdout  # or rich would not ask for its encoding
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
         return Console(file=file, highlight=False, width=int(columns), height=25)  # a dumb terminal's too
@@ -168,7 +171,8 @@ def show(
 
     Columns without a value are left out.
     """
-    rows = list(rows)
+    said = partial(plain, encoding=console.encoding)
+    title, headings, rows = title and said(title), [*map(said, headings)], [[*map(said, row)] for row in rows]
     columns = [i for i in range(keys, len(headings)) if any(row[i] for row in rows)]
     if console.width < NARROW:
         if title:

@@ -1,4 +1,4 @@
-"""`spinfast run [CONFIG.yaml] [section.key=value ...] [--run-dir DIR] [--dry-run] [--controls]`, and all commands.
+"""`spinfast run [CONFIG.yaml] [section.key=value ...] [option ...]`, and all commands.
 
 Without a config one is picked by device. The same command continues an interrupted run of the same config.
 `python -m spinfast.run` is `spinfast run`. What takes long to import is imported late, so that help, a wrong line and a
@@ -82,27 +82,38 @@ def _main(argv: list[str]) -> int:
         raise
 
 
-def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool]:
+def parse(argv: Sequence[str]) -> tuple[Path | None, list[str], Path | None, bool, bool, bool]:
     parser = ConfigParser(
         prog="spinfast run",
         description=f"{PURPOSE}. The same command continues an interrupted run.",
     )
     parser.add_argument("--run-dir", type=Path, help="where the run's files go (default: runs/NAME-HASH)")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and what it needs, then stop")
+    parser.add_argument("--show-config", action="store_true", help="print every setting, the defaults too, then stop")
     parser.add_argument(
         "--controls", action="store_true", help="then play the controls of self-play too, see methods/controls.py"
     )
-    arguments = parser.parse(argv)
-    return arguments.path, arguments.overrides, arguments.run_dir, arguments.dry_run, arguments.controls
+    a = parser.parse(argv)
+    return a.path, a.overrides, a.run_dir, a.dry_run, a.controls, a.show_config
 
 
-def run(config_path: Path | None, overrides: list[str], run_dir: Path | None, dry_run: bool, controls: bool) -> int:
+def run(
+    config_path: Path | None,
+    overrides: list[str],
+    run_dir: Path | None,
+    dry_run: bool,
+    controls: bool,
+    show_config: bool = False,
+) -> int:
     from spinfast.config import load_config
 
     why = "asked for"
     if config_path is None:
         config_path, why = default_config()
     config = load_config(config_path, overrides)
+    if show_config:
+        print(config.dump(), end="")
+        return 0
     spare_imports()
     run_dir = run_dir or Path("runs") / f"{config_path.stem}-{config.hash()}"
     if dry_run:

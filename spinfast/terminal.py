@@ -31,6 +31,11 @@ def _replaced(error: UnicodeEncodeError) -> tuple[str, int]:
 codecs.register_error("spinfast", _replaced)
 
 
+def plain(text: str, encoding: str) -> str:
+    """The text as a stream of this encoding shows it, so that it can be measured before it is laid out."""
+    return text.encode(encoding, "spinfast").decode(encoding)
+
+
 class Lasting:
     """A text stream that takes any character in any encoding; once nobody reads it, what is written is dropped."""
 
@@ -44,8 +49,7 @@ class Lasting:
         try:
             self._attempt(self._stream.write, text)
         except UnicodeEncodeError:
-            encoding = self._stream.encoding
-            self._attempt(self._stream.write, text.encode(encoding, "spinfast").decode(encoding))
+            self._attempt(self._stream.write, plain(text, self._stream.encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from spinfast.evaluate.statistics import ratio_of_sums
 from spinfast.policy import Policy
 from spinfast.types import Adapter
 
@@ -24,23 +26,21 @@ ROUNDING = 1e-6  # relative; losses nearer than this are equal
 
 
 def ratio(losses: Losses) -> tuple[float, float]:
-    """The mean of weighted units and its standard error (delta method), 0 for a single unit."""
+    """The mean of weighted units and its standard error, 0 for a single unit."""
     values, weights = losses
-    values = values.where(weights > 0, 0.0)
-    mean = (values.sum() / weights.sum()).item()
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, (values - mean * weights).std().item() * math.sqrt(len(values)) / weights.sum().item()
+    with np.errstate(all="ignore"):  # losses may be infinite, and all weights 0
+        found = ratio_of_sums(values.where(weights > 0, 0.0).numpy(), weights.numpy())
+    return found["value"], found["stderr"] or 0.0
 
 
 @dataclass
 class Watched:
     """What was seen so far; a checkpoint holds it."""
 
-    step: int = 0  # of the adapter with the least loss; 0 if there is none
+    step: int = 0  # of the adapter with the least loss; 0 is the stage's start
     loss: float = math.inf  # its loss
     stale: int = 0  # losses in a row that were no gain
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # that adapter's; none before a finite loss
     last_gain: torch.Tensor | None = None  # (U,) the losses that were the last gain
 
 
@@ -69,7 +69,8 @@ class Watch:
         return figures
 
     def due(self, step: int, last: int) -> bool:
-        return step % self.every == 0 or step == last
+        """The start is looked at where something is decided: a later look has to gain on it."""
+        return bool(self.patience or self.keeps_best) if step == 0 else step % self.every == 0 or step == last
 
     def stops(self, seen: Watched) -> bool:
         return bool(self.patience) and seen.stale >= self.patience

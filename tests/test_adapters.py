@@ -356,7 +356,7 @@ def test_a_start_that_changed_is_not_what_the_run_began_with(base, tmp_path, cap
 
 def test_a_run_as_a_start_means_its_best_adapter(tmp_path):
     stage = tmp_path / "run" / "sft" / "adapter"
-    (tmp_path / "run" / "best.json").parent.mkdir()
+    stage.mkdir(parents=True)
     (tmp_path / "run" / "best.json").write_text(json.dumps({"stage": "sft", "adapter": "sft/adapter"}))
     assert adapters.find(tmp_path / "run") == stage
     assert adapters.find(stage) == stage
@@ -370,7 +370,7 @@ def test_a_run_as_a_start_means_its_best_adapter(tmp_path):
     [
         ({"r": 2}, "adapter.start: .* has rank 4, adapter.r is 2; raise it"),
         ({"target_modules": ["q_proj"]}, "adapter: 4 of its tensors have no place in the run's adapter, first"),
-        ({"r": 4}, "adapter .*/nowhere: cannot be read"),
+        ({"r": 4}, "adapter .*/nowhere: no such directory; expected an adapter's, or a finished run's"),
     ],
 )
 def test_a_start_that_does_not_fit(base, tmp_path, capsys, settings, message):

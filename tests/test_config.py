@@ -50,10 +50,11 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("adapter.init=restart", ["adapter.init", "'continue' or 'merge'", "'restart'"]),
         ("adapter.kind=dora", ["adapter.kind", "lora, lora_xs, tiny_lora, full", "'dora'"]),
         ("lora.r=8", ["lora: is now adapter"]),
-        ("method=ppo", ["method", "expected sft, spin, dpo", "'ppo' is none of them"]),
+        ("method=ppo", ["method: expected sft, spin, dpo, grpo, got 'ppo'; did you mean 'dpo'?"]),
+        ("method=stf", ["method: expected sft, spin, dpo, grpo, got 'stf'; did you mean 'sft'?"]),
         ("base_model=x", ["unknown key 'base_model'; it is model: {name: ...} here"]),
-        ("method=GRPO", ["'GRPO' is none of them; names are in lower case"]),
-        ("method=kto", ["'kto' is none of them; it is a dpo.loss"]),
+        ("method=GRPO", ["got 'GRPO'; did you mean 'grpo'?"]),
+        ("method=kto", ["got 'kto'; it is a dpo.loss"]),
         ("method=[spin, sft, spin]", ["method", "each method once"]),
         ("sft.lr=1e-4", ["section sft has no use", "method is [spin]", "name sft there too"]),
         ("spin.beta=[]", ["spin.beta", "at least 1"]),
@@ -61,15 +62,16 @@ def test_overrides_reach_the_tree_with_yaml_types(path):
         ("sft.lr=[1e-4, 1e-5]", ["sft.lr", "at most 1"]),
         ("model.name.x=1", ["name is a value, not a section"]),
         ("spin.lr", ["expected section.key=value"]),
+        ("spin.lr=", ["expected section.key=value"]),
         ("spin.lr=[1", ["not valid YAML"]),
         ("train=3", ["train", "got 3"]),
         (
             "grpo.num_generations=4",
-            ["unknown key 'grpo.num_generations'", "TRL's num_generations is grpo.samples here"],
+            ["unknown key 'grpo.num_generations'", "it is grpo.samples here"],
         ),
         ("num_generations=4", ["is grpo.samples here"]),
         ("grpo.max_completion_length=200", ["is generation.max_tokens here"]),
-        ("sft.learning_rate=1e-5", ["TRL's learning_rate is lr here"]),
+        ("sft.learning_rate=1e-5", ["it is lr here"]),
     ],
 )
 def test_a_wrong_override_names_key_expectation_and_value(path, override, words):
@@ -111,6 +113,17 @@ def test_a_wrong_file_gets_one_line(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as error:
         load_config(tmp_path / "c.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_spaces_around_the_equals_sign_of_a_quoted_override_are_nothing(path):
+    assert load_config(path, ["spin.lr = 1e-4"]).spin.lr == (1e-4,)
+
+
+@pytest.mark.parametrize("name", ["tr.jsonl", "tr.csv", "tr.parquet", "tr.jsonl.gz"])
+def test_data_in_the_place_of_a_config_is_told_apart(tmp_path, name):
+    (tmp_path / name).write_text('{"question": "a"}\n{"question": "b"}\n')
+    with pytest.raises(UserError, match=rf"a data file, expected a YAML file; .* data.source=.*{name}"):
+        load_config(tmp_path / name)
 
 
 def test_a_missing_file_is_named():

@@ -14,6 +14,7 @@ from spinfast.data import sources
 from spinfast.data.examples import check_overlap, load_examples
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES
 
 RENDERER = Renderer(tiny_tokenizer())
 Q, A, A2 = "How many eggs?", "Six and six.\n#### 1,012", "Yes."
@@ -163,6 +164,16 @@ def test_faulty_rows_can_be_counted_instead(tmp_path):
         (b"\n \n", "no rows"),
         (b"[]", "no rows"),
         (b"{}\n", r"columns  are no known format; expected one of: real \+ generated; chosen \+ rejected;"),
+        (
+            b'{"Frage": "a", "Antwort: kurz": "b"}\n',
+            r"if 'Frage' is the question and 'Antwort: kurz' is the answer, say so: "
+            r"'data.columns=\{question: Frage, answer: '.*Antwort: kurz.*'\}'; expected one of: real",
+        ),
+        (
+            b'{"problem": "a", "answer": "b"}\n',
+            r"'problem' is the question, say so: 'data.columns=\{question: problem\}'",
+        ),
+        (b'{"prompt": "a", "solution": "b"}\n', r"say so: 'data.columns=\{completion: solution\}'"),
         (b'{"words": "a"}\n', r"columns words are no known format.*question \+ answer"),
     ],
 )
@@ -525,7 +536,7 @@ COLUMNS = st.sampled_from(
             lambda rows: "\n".join(map(json.dumps, rows)).encode()
         ),
     ),
-    st.sampled_from(sources.FILE_SUFFIXES),
+    st.sampled_from(FILE_SUFFIXES),
     st.booleans(),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)

@@ -11,17 +11,19 @@ from fixtures import tiny_tokenizer
 from rich.console import Console
 from transformers import Qwen2Config
 
-from spinfast import ops
-from spinfast.config import Sft, parse_config
+from spinfast import ops, session
+from spinfast.config import Sft, load_config, parse_config
 from spinfast.data.renderer import Renderer
 from spinfast.device import GIB, profile
 from spinfast.dry_run import dry_run, sample_text
 from spinfast.errors import UserError
 from spinfast.memory.planner import HEAD_CHUNKS, plan, worst_batch
 from spinfast.methods import METHODS
-from spinfast.methods.run import loads
+from spinfast.methods.run import loads, open_run
 from spinfast.packing import packed_length
+from spinfast.progress import Display
 from spinfast.run import main
+from spinfast.store.record import RunDir
 from spinfast.types import Example
 
 MIDDLING = Qwen2Config(
@@ -82,8 +84,8 @@ def test_the_heads_chunk_is_the_largest_that_fits():
 def test_a_prompt_alone_is_shown_as_one():
     renderer = Renderer(tiny_tokenizer())
     ids = renderer.prompt_ids([{"role": "user", "content": "How many?"}])
-    shown = sample_text(renderer, Example(0, ({"role": "user", "content": "How many?"},), "", ids, ()))
-    assert shown.plain == renderer.tokenizer.decode(ids)
+    shown = sample_text(renderer, Example(0, ({"role": "user", "content": "How many?"},), "", ids, ()), ("grpo",))
+    assert shown.plain == f"[prompt]\n{renderer.tokenizer.decode(ids)}".rstrip("\n")
 
 
 def test_what_the_config_fixes_stays():
@@ -150,7 +152,9 @@ def test_dry_run_shows_everything(run_config, name):
     console = Console(record=True, width=160, force_terminal=True)
     result = dry_run(parse_config(run_config | {"device": {"profile": name}}), console)
     text = console.export_text()
-    assert "groups_per_step: 4" in text
+    assert text.index("data: 12 examples; prompts of ") < text.index("spin: 12 groups") < text.index("MiB at the full")
+    assert text.index("MiB at the full") < text.index("groups_per_step: 4")
+    assert "warmup_ratio" not in text  # a default
     assert f"microbatches of {result.microbatch_tokens} tokens" in text
     assert "spin: 12 groups" in text
     assert "3 steps, 6 in each of 2 later rounds" in text
@@ -181,6 +185,17 @@ def test_trained_tokens_are_coloured(run_config):
     assert not any("What is" in part for part in green)
 
 
+def test_of_preferences_the_answer_that_is_not_learnt_is_called_so_where_there_are_no_colours(run_config, tmp_path):
+    row = {"prompt": "How many?", "chosen": "Twelve.", "rejected": "Who knows?"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    sections = {"method": "sft", "data": {"source": str(tmp_path / "pairs.jsonl")}, "device": {"profile": "t4"}}
+    console = Console(record=True, width=200)
+    dry_run(parse_config({name: s for name, s in run_config.items() if name != "spin"} | sections), console)
+    text = console.export_text()
+    assert "[learnt]\nTwelve." in text
+    assert "[not used]\nWho knows?" in text
+
+
 GRPO = {"prompts_per_step": 4, "samples": 3, "steps": 7, "steps_per_generation": 2, "num_iterations": 2, "refill": 1}
 
 
@@ -196,7 +211,7 @@ def test_grpo_shows_its_batches_and_rates_the_datas_answers(run_config):
     assert "4 prompts x 3 answers = 12 answers a step; a rollout of 8 prompts feeds 4 steps" in text
     assert "2 rollouts: 16 prompts = 1.33 times the data's 12; 48 answers, 1,536 tokens to generate at the most" in text
     assert "73% at 10%, 37% at 30%, 25% at 50%, 73% at 90% right; up to 1 times fresh prompts" in text
-    assert "in green an answer of the data's, which the model does not see" in text
+    assert "[an answer of the data's, which the model does not see]\nThe sum is" in text
     assert "gsm8k: 1, 1 (weight 2)" in text
     assert "format: 0, 0 (weight 0.5)" in text
 
@@ -205,13 +220,36 @@ def test_grpo_without_answers_in_the_data_says_so(run_config, tmp_path):
     (tmp_path / "asked.jsonl").write_text('{"problem": "What is 1 + 1?", "solution": "2"}\n')
     console = Console(record=True, width=200)
     dry_run(grpo(run_config, "gsm8k", data={"source": str(tmp_path / "asked.jsonl")}), console)
-    assert "the data has no answers that could be rated here" in console.export_text()
+    text = console.export_text()
+    assert "rewards, of the prompts' own words (the data has no answers)" in text
+    assert "gsm8k: 0 (weight 1)" in text
 
 
-def test_a_reward_that_fails_on_the_datas_answers_is_told_before_the_run(run_config, tmp_path):
-    (tmp_path / "mine.py").write_text("def broken(completions):\n    return [len(None) for _ in completions]\n")
-    with pytest.raises(UserError, match=r"reward broken \(mine.py\): line 2: TypeError"):
-        dry_run(grpo(run_config, f"{tmp_path}/mine.py:broken"), Console(record=True))
+FAULTY = {  # what a function gives -> what is said of it
+    "[len(None) for _ in completions]": "line 2: TypeError",
+    "[1.0]": "expected 6 values, one per completion, got 1",
+    "['good'] * len(completions)": "expected a finite number or None, got 'good'",
+    "[1.0] * len(completions) if len(completions) % 3 == 0 else None": "",  # it may count on whole groups
+}
+
+
+@pytest.mark.parametrize("given", FAULTY)
+@pytest.mark.parametrize("answers", ["", ', "answer": "It is 2.\\n#### 2"'], ids=["prompts alone", "answered"])
+def test_a_reward_that_fails_is_told_before_anything_is_loaded(run_config, tmp_path, given, answers, monkeypatch):
+    monkeypatch.setattr(session, "open_players", None)  # nothing comes so far
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(f'{{"question": "What is {i} + 1?"{answers}}}\n' for i in range(4)))
+    (tmp_path / "mine.py").write_text(f"def mine(completions):\n    return {given}\n")
+    c = grpo(run_config, f"{tmp_path}/mine.py:mine", data={"source": str(source)})
+    if not FAULTY[given]:
+        dry_run(c, Console(record=True))
+        return
+    with pytest.raises(UserError, match=rf"reward mine \(mine.py\): {FAULTY[given]}.*; tried before the run on"):
+        dry_run(c, Console(record=True))
+    c = c.model_copy(update={"device": c.device.model_copy(update={"profile": "cpu"})})
+    with pytest.raises(UserError, match=rf"{FAULTY[given]}.*; tried before the run on"):
+        with open_run(c, RunDir(tmp_path / "run", c), Display()):
+            pass
 
 
 def test_command_line(run_config, tmp_path, capsys, monkeypatch):
@@ -221,6 +259,11 @@ def test_command_line(run_config, tmp_path, capsys, monkeypatch):
     before = [entry.name for entry in tmp_path.iterdir() if entry.is_dir()]
     assert main([str(path), "device.profile=t4", "--dry-run"]) == 0
     assert "MiB at the fullest moment" in capsys.readouterr().out
+    assert main([str(path), "spin.beta=0.5", "--show-config"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "whole.yaml").write_text(shown)
+    assert "warmup_ratio: 0.1" in shown  # every value, and a config again
+    assert load_config(tmp_path / "whole.yaml") == load_config(path, ["spin.beta=0.5"])
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == before
     if not torch.cuda.is_available():
         assert main([str(path), "device.profile=t4"]) == 2

@@ -214,10 +214,23 @@ def test_held_out_problems_are_looked_at_though_rewards_apply_to_some_answers_on
     looks = [row for row in train_rows(tmp_path / "run") if "heldout/reward" in row]
     assert [row["step"] for row in looks] == [2, 4, 6, 8]
     best = max(looks, key=lambda row: row["heldout/reward"])
-    kept = json.loads((tmp_path / "run" / "results.json").read_text())[-1]["evaluation"]["heldout/reward"]["value"]
-    assert kept == pytest.approx(best["heldout/reward"])
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    start, kept = (row["evaluation"]["heldout/reward"]["value"] for row in rows)
+    assert kept == pytest.approx(max(start, best["heldout/reward"]))
     said = (tmp_path / "run" / "log.txt").read_text()
-    assert best is looks[-1] or f"adapter of step {best['step']} is kept, its held-out reward is greatest" in said
+    whose = f"step {best['step']}" if kept > start else "the start"
+    assert best is looks[-1] or f"adapter of {whose} is kept, its held-out reward is greatest" in said
+
+
+def test_what_only_equals_the_start_is_not_kept_as_the_best(tmp_path, model):
+    (tmp_path / "own.py").write_text("def same(completions):\n    return [1] * len(completions)\n")
+    watched = {"evaluate_every": 1, "patience": 2, "keep": "best"}
+    config = grpo_config(tmp_path, model, {"rewards": f"{tmp_path}/own.py:same"} | watched)
+    tree = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(tree | {"heldout": {**tree["data"]}}))
+    assert main([str(config), "--run-dir", str(tmp_path / "run")]) == 0
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == [1, 2]  # neither look gained on the start
+    assert "grpo: the adapter of the start is kept" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_keys_without_a_use_are_named(tmp_path, model):

@@ -271,7 +271,7 @@ def test_methods_are_played_in_order(tmp_path, tiny_model, names, stages):
         ),
         ({"sft": {"epochs": 1}}, "section sft has no use, method is [spin]; name sft there too"),
         ({"method": ["sft"]}, "section spin has no use, method is [sft]; name spin there too"),
-        ({"method": ["sft", "ppo"]}, "method: expected sft, spin, dpo, grpo, 'ppo' is none of them"),
+        ({"method": ["sft", "ppo"]}, "method: expected sft, spin, dpo, grpo, got 'ppo'"),
         ({"method": ["sft", "sft"]}, "method: expected each method once"),
     ],
 )

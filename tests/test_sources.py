@@ -18,10 +18,11 @@ from spinfast.config import parse_config
 from spinfast.data import load_data, sources
 from spinfast.data.conversations import RowError
 from spinfast.data.examples import load_examples
-from spinfast.data.readers import FILE_SUFFIXES, PACKED_SUFFIXES, SAMPLE
+from spinfast.data.readers import SAMPLE
 from spinfast.data.renderer import Renderer
 from spinfast.data.sources import open_table
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES, PACKED_SUFFIXES
 
 CASES = Path(__file__).parent / "cases"
 RENDERER = Renderer(tiny_tokenizer())

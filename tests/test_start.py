@@ -47,7 +47,7 @@ def test_help_imports_nothing_large(words):
         ((CONFIG, "--dry-run", "spin.iterations=0"), "spin.iterations"),
         (("no-such.yaml",), "no such file"),
         (("evl", "--tasks", "x"), "unknown command evl: did you mean eval?"),
-        (("xyzzy",), "unknown command xyzzy: expected run, report, eval, doctor, spectrum, replay or a CONFIG.yaml"),
+        (("xyzzy",), f"unknown command xyzzy: expected {', '.join(COMMANDS)} or a CONFIG.yaml"),
         (("replay",), "the following arguments are required: RUN/failed_step"),
         (("doctor", "a.yaml", "b.yaml"), "expected one config file, got a.yaml, b.yaml"),
     ],

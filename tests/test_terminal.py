@@ -89,6 +89,9 @@ def test_case_22_every_command_prints_in_every_encoding(run_dir, config, tmp_pat
     if command == "run":
         assert ("first→last" if encoding == "utf-8" else "first->last") in printed
         assert (" ± " if encoding != "ascii" else " +- ") in printed
+        inside = [line for line in printed.splitlines() if line[:1] in "┃│|" and line[-1:] in "┃│|" and line]
+        assert len(inside) >= 4  # headings, the base, SFT, an iteration
+        assert len({len(line) for line in inside}) == 1  # borders stand below one another
     if command == "report":
         assert printed.endswith("α.html\n" if encoding == "utf-8" else "?.html\n")
         assert (tmp_path / "α.html").is_file()
@@ -185,9 +188,9 @@ CONFIG, OVERRIDES = Path("config.yaml"), ["a=b", "c=-1"]
     ],
 )
 def test_options_stand_anywhere(line):
-    assert parse(line.split()) == (CONFIG, OVERRIDES, Path("x"), True, False)
-    assert parse(["config.yaml"]) == (CONFIG, [], None, False, False)
-    assert parse([]) == (None, [], None, False, False)
+    assert parse(line.split()) == (CONFIG, OVERRIDES, Path("x"), True, False, False)
+    assert parse(["config.yaml", "--show-config"]) == (CONFIG, [], None, False, False, True)
+    assert parse([]) == (None, [], None, False, False, False)
 
 
 def test_options_of_eval_and_report_stand_anywhere_and_may_have_a_dash_for_a_value(run_dir, tmp_path):
@@ -208,6 +211,8 @@ def test_options_of_eval_and_report_stand_anywhere_and_may_have_a_dash_for_a_val
         ("config.yaml --spin.lr=3", "unknown option --spin.lr=3: expected CONFIG.yaml | section.key=value, -h"),
         ("config.yaml -x", "unknown option -x: expected"),
         ("a.yaml b.yaml", "expected one config file, got a.yaml, b.yaml"),
+        ("a.yaml spin.lr = 1e-4", "'=': expected section.key=value in one word, without spaces around the ="),
+        ("a.yaml spin.lr= 1e-4", "'spin.lr=': expected section.key=value in one word"),
         ("config.yaml --run-dir", "argument --run-dir: expected one argument"),
         ("eval --model m --tasks t --batchsize 3", "did you mean --batch-size?"),
         ("eval --model m", "the following arguments are required: --tasks"),

@@ -44,6 +44,7 @@ from spinfast.config.sections import (
     listed,
 )
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES, suffix_of
 
 __all__ = [
     "PAIRED",
@@ -106,9 +107,11 @@ class Config(Section):
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         strangers = [name for name in names if name not in cls.methods()]
         if strangers:
-            hint = "; it is a dpo.loss" if strangers[0].lower() in (*PAIRED, *UNPAIRED) else ""
-            hint = "; names are in lower case" if strangers[0].lower() in cls.methods() else hint
-            raise ValueError(f"expected {', '.join(cls.methods())}, {strangers[0]!r} is none of them{hint}")
+            word = strangers[0].lower()
+            near = [word] if word in cls.methods() else difflib.get_close_matches(word, cls.methods(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = "; it is a dpo.loss" if word in (*PAIRED, *UNPAIRED) else hint
+            raise ValueError(f"expected {', '.join(cls.methods())}, got {strangers[0]!r}{hint}")
         if len({*names}) < len(names):
             raise ValueError("expected each method once")
         return names
@@ -153,10 +156,12 @@ class Config(Section):
         """16 hex digits that name what the run computes; a run directory belongs to one of them."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def dump(self) -> str:
-        """Every value, as YAML; sections of methods that are not named are left out, as a config must."""
+    def dump(self, changed: bool = False) -> str:
+        """As YAML every value, or those that are not the defaults; sections of methods that are not named are left out,
+        as a config must."""
         unnamed = {*self.methods()} - {*self.method}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=unnamed), sort_keys=False)
+        tree = self.model_dump(mode="json", exclude=unnamed, exclude_defaults=changed)
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 CHANGES_NO_RESULT = {
@@ -174,7 +179,14 @@ MOVED = {  # keys of the first edition
     },
 }
 
-TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to another key or to none
+ELSEWHERE = {  # keys of other tools' files, where likeness alone leads to another key or to none -> ours
+    "model_name_or_path": "model: {name: ...}",
+    "base_model": "model: {name: ...}",
+    "model_name": "model: {name: ...}",
+    "dataset_name": "data: {source: ...}",
+    "dataset": "data: {source: ...}",
+    "datasets": "data: {source: ...}",
+    "output_dir": "--run-dir",
     "num_generations": "grpo.samples",
     "reward_funcs": "grpo.rewards",
     "reward_weights": "grpo.rewards, {name: weight}",
@@ -200,17 +212,6 @@ TRL_NAMES = {  # of GRPOConfig and GRPOTrainer, where likeness alone leads to an
 }
 
 
-OTHERS = {  # of other tools' files: they begin with what is not here
-    "model_name_or_path": "model: {name: ...}",
-    "base_model": "model: {name: ...}",
-    "model_name": "model: {name: ...}",
-    "dataset_name": "data: {source: ...}",
-    "dataset": "data: {source: ...}",
-    "datasets": "data: {source: ...}",
-    "output_dir": "--run-dir",
-}
-
-
 def at(values: Sequence[float], number: int) -> float:
     """The value for this round; the last one holds for all later ones."""
     return values[min(number, len(values) - 1)]
@@ -230,6 +231,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path}: no such file")
+    if suffix_of(path) in {*FILE_SUFFIXES} - {".json"}:
+        raise UserError(f"config {path}: a data file, expected a YAML file; after a config give data.source={path}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
@@ -262,9 +265,9 @@ def parse_config(tree: dict, where: str = "config", kind: type[Config] = Config)
 
 
 def _override(tree: dict, override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"override {override!r}: expected section.key=value")
+    dotted, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not dotted or not text:
+        raise UserError(f"override {override!r}: expected section.key=value, without spaces around the =")
     *parents, key = dotted.split(".")
     node = tree
     for parent in parents:
@@ -285,10 +288,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         if dotted in MOVED:
             return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
-        if key in TRL_NAMES:
-            return f"unknown key {dotted!r}; TRL's {key} is {TRL_NAMES[key]} here"
-        if key in OTHERS:
-            return f"unknown key {dotted!r}; it is {OTHERS[key]} here"
+        if key in ELSEWHERE:
+            return f"unknown key {dotted!r}; it is {ELSEWHERE[key]} here"
         if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in first["loc"]]:
             return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
@@ -302,6 +303,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     said = first["msg"].removeprefix("Value error, ")
     if not dotted:  # of several sections: it names them itself
         return said
+    if ", got " in said:
+        return f"{dotted}: {said}"
     return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 

@@ -49,7 +49,9 @@ class Watched(Section):
 
     evaluate_every: int = Field(0, ge=0, description="steps between looks at held-out data on the way; 0: none")
     patience: int = Field(0, ge=0, description="stop after so many looks without a significant gain; 0 never")
-    keep: Literal["last", "best"] = Field("last", description="the last adapter, or the best one that a look found")
+    keep: Literal["last", "best"] = Field(
+        "last", description="the last adapter, or the best one that a look found, the start among them"
+    )
 
     @model_validator(mode="after")
     def _looks(self):

@@ -58,8 +58,8 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     if "dpo" in config.method:
         whole.warnings.extend(_left_out(config, whole.examples))
     elif learners:
-        if any(example.others for example in whole.examples):
-            whole.warnings.append("of answers that are compared only the best is learnt from; dpo compares them")
+        if name == "data":
+            whole.warnings.extend(_best_alone(one.compared, learners) for one in loaded if one.compared)
         if any(example.desirable is False for example in whole.examples):
             whole.warnings.append("answers labelled undesirable are not learnt from; dpo with loss kto takes them")
     if learners and (alone := sum(not example.real_ids for example in whole.examples)):
@@ -69,6 +69,15 @@ def _load(config: Config, data: Data, renderer: Renderer, name: str) -> LoadedDa
     for warning in (*whole.warnings, *unmatched(whole.examples)):
         log.warning("%s: %s", name, warning)
     return whole
+
+
+def _best_alone(columns: Sequence[str], learners: Sequence[str]) -> str:
+    """What of answers that are compared is learnt."""
+    best, *worse = columns
+    who, s = " and ".join(learners), "s" * (len(learners) == 1)
+    if worse:
+        return f"{who} learn{s} the answers in {best!r}; those in {worse[0]!r} are not used (dpo compares the two)"
+    return f"{who} learn{s} the best of the answers in {best!r}; the others are not used (dpo compares them)"
 
 
 def _left_out(config: Config, examples: Sequence[Example]) -> list[str]:

@@ -31,6 +31,7 @@ class LoadedData:
     rejected: dict[str, int]  # reason -> count
     warnings: list[str]
     fingerprint: str = field(repr=False)  # sha256 of what the run sees: rows, token ids, references, columns
+    compared: tuple[str, ...] = ()  # the data's columns of answers that are compared, the best one's first
 
 
 def load_examples(
@@ -73,7 +74,7 @@ def load_examples(
     if missing := sorted(set(columns.values()) - set(table.columns)):
         raise UserError(f"data {source}: no column {missing[0]!r}; columns are {', '.join(table.columns)}")
     named = [*(column for column in table.columns if column not in columns.values()), *columns]
-    form = recognise(source, set(named), prompts_alone)
+    form = recognise(source, named, prompts_alone)
 
     chosen = choose_rows(table, size, seed)
     examples: list[Example] = []
@@ -135,7 +136,8 @@ def load_examples(
         warnings.append(
             f"data {source}: not kept for reward functions, neither text nor numbers: {', '.join(sorted(heavy))}"
         )
-    return LoadedData(examples, dict(rejected), warnings, _fingerprint(examples))
+    compared = tuple(columns.get(name, name) for name in form.compared)
+    return LoadedData(examples, dict(rejected), warnings, _fingerprint(examples), compared)
 
 
 class TooLong(Exception):

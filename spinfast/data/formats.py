@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
+
+import yaml
 
 from spinfast.data.conversations import RowError, text, turn, turns, with_system
 from spinfast.errors import UserError
@@ -47,6 +50,7 @@ class Row:
 class Format:
     needs: tuple[str, ...]
     parse: Callable[[RowOf], Row]
+    compared: tuple[str, ...] = ()  # its columns of answers that are compared, the best one's first
 
 
 PROMPTS = ("prompt", "question", "instruction")
@@ -152,9 +156,8 @@ def _ranked(column: str) -> Callable[[RowOf], Row]:
 
 
 FORMATS = (  # the first whose columns are all there
-    Format(("real", "generated"), _compared("real", "generated")),
-    Format(("chosen", "rejected"), _compared("chosen", "rejected")),
-    *(Format(("prompt", column), _ranked(column)) for column in ("responses", "answers")),
+    *(Format(both, _compared(*both), both) for both in (("real", "generated"), ("chosen", "rejected"))),
+    *(Format(("prompt", column), _ranked(column), (column,)) for column in ("responses", "answers")),
     *(Format(("prompt", c, "label"), _labelled(c)) for c in ("completion", "response")),
     Format(("messages",), _conversation("messages")),
     Format(("conversations",), _conversation("conversations")),
@@ -167,18 +170,32 @@ ALONE = tuple(Format((column,), _asked(column)) for column in ("prompt", "questi
 KNOWN = {*BEFORE, *EVERYWHERE, *OTHERS, *IMAGES, *(column for form in FORMATS for column in form.needs), "scores"}
 
 
-def recognise(source: str, columns: set[str], alone: bool = False) -> Format:
-    """The row's format; with `alone` a prompt without an answer is one, before plain text, which asks nothing."""
+def recognise(source: str, columns: Sequence[str], alone: bool = False) -> Format:
+    """The format of rows with these columns; with `alone` a prompt without an answer is one, before plain text."""
     forms = (*FORMATS[:-1], *ALONE, FORMATS[-1]) if alone else FORMATS
     for form in forms:
-        if columns.issuperset(form.needs):
+        if {*columns}.issuperset(form.needs):
             return form
     known = "; ".join(" + ".join(form.needs) for form in forms)
-    hint = HINT if any(columns.issuperset(form.needs) for form in ALONE) else ""
+    hint = HINT if columns and any({*columns}.issuperset(form.needs) for form in ALONE) else ""
     raise UserError(
-        f"data {source}: columns {', '.join(sorted(columns))} are no known format; expected one of: {known}; "
-        f"data.columns gives a column another name{hint}"
+        f"data {source}: columns {', '.join(sorted(columns))} are no known format{_naming(columns)}{hint}; expected "
+        f"one of: {known}"
     )
+
+
+def _naming(columns: Sequence[str]) -> str:
+    """How data.columns could name columns of these so that they are a format: an example to paste and to correct."""
+    usual = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"), ("chosen", "rejected"))
+    needs = max(usual, key=lambda names: len({*names} & {*columns}))
+    lacking = [name for name in needs if name not in columns]
+    own = [name for name in columns if name not in KNOWN] or [name for name in columns if name not in needs]
+    if not own:
+        return ""
+    names = dict(zip(lacking if len(own) >= len(lacking) else ("text",), own, strict=False))
+    example = yaml.safe_dump(names, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    meant = " and ".join(f"{column!r} is the {name}" for name, column in names.items())
+    return f"; if {meant}, say so: {shlex.quote(f'data.columns={example.strip()}')}"
 
 
 def parsed(form: Format, row: RowOf, alone: bool) -> tuple[Row, list[str]]:

@@ -25,11 +25,10 @@ import pyarrow.parquet as pq
 
 from spinfast.data.conversations import RowError, unpadded_row
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES, PACKED_SUFFIXES, suffix_of
 
 MAX_LINE_BYTES = 8 << 20  # one row of text; a longer line is a file of another kind
 SAMPLE = 100  # rows whose keys are a text file's columns
-FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
 CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}  # a file's first bytes -> Arrow's name
 FOREIGN = (  # how files begin that hold no rows for us -> what they are and what to do
     (rb"version https://git-lfs", "a Git LFS pointer; the data is not here: run git lfs pull"),
@@ -62,12 +61,6 @@ class Table:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix that names the format: of train.jsonl.gz it is .jsonl."""
-    plain = path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
-    return plain.suffix.lower()
 
 
 def read_file(path: Path) -> dict[str, Table]:

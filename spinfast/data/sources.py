@@ -19,14 +19,14 @@ from typing import Any
 
 from spinfast.data import problems
 from spinfast.data.conversations import RowError, unpadded_row
-from spinfast.data.readers import FILE_SUFFIXES, MAX_LINE_BYTES, Table, one_line, read_file, suffix_of
+from spinfast.data.readers import MAX_LINE_BYTES, Table, one_line, read_file
 from spinfast.errors import UserError
+from spinfast.names import FILE_SUFFIXES, HUB_ID, suffix_of
 from spinfast.store.files import expanded
 
-__all__ = ["FILE_SUFFIXES", "MAX_LINE_BYTES", "Table", "choose_rows", "draw", "is_local", "open_table", "shares"]
+__all__ = ["MAX_LINE_BYTES", "Table", "choose_rows", "draw", "is_local", "open_table", "shares"]
 
 log = logging.getLogger("spinfast")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # a bare name may be one of the library's readers, which take pickles
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside the rows
 SPLIT_WORDS = {  # in the names of files and folders, as the hub reads them
     **dict.fromkeys(("train", "training"), "train"),

@@ -19,15 +19,24 @@ LOOK = 10  # steps
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """Every rule over every row, in order, beside the last one before it that was evaluated; the base beside itself."""
-    found, previous = [], rows[0] if rows else {}
+    """Every rule over every row, beside the last one before it that was evaluated; the base beside itself.
+
+    A rule speaks once, of the last row on which it has something to say, and names those before.
+    """
+    found, previous = {}, rows[0] if rows else {}
     for row in rows:
-        said = [rule(row, previous) for rule in RULES]
-        said += learning.advise(row["train"]).values() if "window" in row["train"] else ()
-        name = label(row["iteration"])
-        found += [f"{name[0].upper()}{name[1:]}: {sentence}" for sentence in said if sentence]
+        said = {rule.__name__: rule(row, previous) for rule in RULES}
+        said |= learning.advise(row["train"]) if "window" in row["train"] else {}
+        for rule in filter(said.get, said):
+            names, _ = found.get(rule, ((), ""))
+            found[rule] = (label(row["iteration"]), *names), said[rule]
         previous = row if row["evaluation"] else previous
-    return found
+    return [_named(*names) + sentence for names, sentence in found.values()]
+
+
+def _named(last: str, *before: str) -> str:
+    too = f" (as {', '.join(reversed(before))} before)" if before else ""
+    return f"{last[0].upper()}{last[1:]}{too}: "
 
 
 def on_the_way(rows: Sequence[Row]) -> list[str]:

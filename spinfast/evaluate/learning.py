@@ -34,7 +34,8 @@ def summary(rows: Sequence[dict]) -> Summary:
     """Of the lines of metrics.jsonl of one stage, one or more.
 
     {"steps", "window": steps at either end, "first": {metric: estimate}, "last": ..., "heldout": {metric: [the first
-    look's estimate, the last one's]}, "length_correlation": Pearson's r of reward and length over steps, or None}
+    look's estimate, the last one's]}, "length_correlation": Pearson's r of reward and length over steps, or None,
+    "constant": {reward function: the value that it gave every answer of every step}}
     """
     size = min(max(MIN_STEPS, len(rows) // 10), max(1, len(rows) // 2))
     looks = {name: [look for row in rows if (look := _look(row, name))] for name in LOOKS}
@@ -45,6 +46,7 @@ def summary(rows: Sequence[dict]) -> Summary:
         "last": _means(rows[-size:]),
         "heldout": {name: [found[0], found[-1]] for name, found in looks.items() if found},
         "length_correlation": _correlation(rows[:: max(1, len(rows) // 500)], "reward", "completions/mean_length"),
+        "constant": _unchanging(rows),
     }
 
 
@@ -63,6 +65,19 @@ def advise(seen: Summary, patience: int = 50) -> dict[str, str]:
     if not said and seen["steps"] >= patience and (sentence := _flat(seen)):
         return {"_flat": sentence}
     return said
+
+
+def _unchanging(rows: Sequence[dict]) -> dict[str, float]:
+    """Reward function -> its value, where it told no answer of these steps from another."""
+    found = {}
+    for name in dict.fromkeys(match["name"] for row in rows for key in row if (match := BY_FUNCTION.fullmatch(key))):
+        means, spreads = ([_finite(row.get(f"rewards/{name}/{what}")) for row in rows] for what in ("mean", "std"))
+        if None in means or None in spreads:
+            continue
+        bound = 1e-6 * max(1.0, abs(means[-1]))
+        if max(max(map(abs, spreads)), max(means) - min(means)) <= bound:
+            found[name] = means[-1]
+    return found
 
 
 def _finite(value) -> float | None:
@@ -109,6 +124,10 @@ def _moved(seen: Summary, name: str, sign: int) -> tuple[float, float] | None:
     return None
 
 
+def _lately(seen: Summary) -> str:
+    return f"{seen['window']} steps" if seen["window"] > 1 else "step"
+
+
 def _right(seen: Summary) -> float | None:
     """About the share of right answers, where rewards are 0 or one value M; None where they look otherwise.
 
@@ -127,16 +146,7 @@ def _right(seen: Summary) -> float | None:
 
 
 def _constant(seen: Summary) -> str | None:
-    def fixed(name: str) -> bool:
-        mean, spread = f"rewards/{name}/mean", f"rewards/{name}/std"
-        values = [_value(seen, mean, "first"), _value(seen, mean)]
-        spreads = [_value(seen, spread, "first"), _value(seen, spread)]
-        if None in (*values, *spreads) or seen["steps"] < MIN_STEPS:
-            return False
-        bound = 1e-6 * max(1.0, abs(values[1]))
-        return max(*map(abs, spreads), abs(values[1] - values[0])) <= bound
-
-    found = [(name, _value(seen, f"rewards/{name}/mean")) for name in functions(seen) if fixed(name)]
+    found = [*seen.get("constant", {}).items()]
     never = [(name, value) for name, value in found if value <= 0 and kind(name) != "penalty"]
     found = never or (found if len(found) == len(functions(seen)) else [])  # one that always pays may be learnt
     if not found:
@@ -144,8 +154,9 @@ def _constant(seen: Summary) -> str | None:
     named = ", ".join(f"{name} (always {value:g})" for name, value in found)
     return (
         f"a reward that {'never fires' if never else 'is the same for every answer'} teaches nothing: {named}. Look at "
-        "some answers (the rollouts in the report): does the function find what it looks for, does the prompt ask "
-        "for that form, does the data have the column? If the model cannot do it yet, SFT on a few examples first."
+        "some answers (the rollouts in the report): does the function find what it looks for, does the prompt ask for "
+        "that form, does the data have the column? If so the model cannot do it yet: SFT on a few examples first, or "
+        "easier problems."
     )
 
 
@@ -162,7 +173,8 @@ def _cut(seen: Summary) -> str | None:
 def _dead(seen: Summary) -> str | None:
     share = _value(seen, "groups/dead")
     share = _value(seen, "frac_reward_zero_std") if share is None else share
-    if share is None or share <= 0.5:
+    alike = bool(functions(seen)) and {*functions(seen)} <= {*seen.get("constant", ())}
+    if share is None or share <= 0.5 or alike:  # rewards that never change are no matter of difficulty
         return None
     right = _right(seen)
     if right is None:
@@ -177,7 +189,7 @@ def _dead(seen: Summary) -> str | None:
     else:
         why = "Some prompts are always solved, others never: problems in between, or a higher temperature."
     return (
-        f"in the last {seen['window']} steps {share:.0%} of the groups are dead: all answers to a prompt have the same "
+        f"in the last {_lately(seen)} {share:.0%} of the groups are dead: all answers to a prompt have the same "
         "reward, so it teaches nothing. "
         f"{why} grpo.refill replaces dead groups by fresh prompts."
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from spinfast.advantages import advantages
 from spinfast.config import Config
 from spinfast.data.renderer import Renderer
+from spinfast.errors import UserError
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.evaluate.statistics import estimate
 from spinfast.rewards import Batch, Rewards, Scores, TrainerState, load
 from spinfast.types import Completion, Example
+
+TRIED = 2  # prompts
 
 
 def load_rewards(config: Config, *sets: Sequence[Example]) -> Rewards | None:
@@ -23,6 +27,26 @@ def load_rewards(config: Config, *sets: Sequence[Example]) -> Rewards | None:
     for examples in filter(None, sets):
         rewards.check(column_names(examples))
     return rewards
+
+
+def tried(config: Config, renderer: Renderer, rewards: Rewards, examples: Sequence[Example]) -> tuple[Scores, str]:
+    """Every function called once, as on a rollout of the first TRIED prompts: what it gives each, and what was rated.
+
+    An answer is the data's own, or where it has none the prompt's last words. Raises UserError where a function fails.
+    """
+    asked = [example for example in examples if example.messages][:TRIED]
+    answered = all(example.real_ids for example in asked)
+    what = "the data's own answers" if answered else "the prompts' own words (the data has no answers)"
+    words = renderer.tokenizer([e.messages[-1]["content"] for e in asked], add_special_tokens=False).input_ids
+    ids = [e.real_ids for e in asked] if answered else map(tuple, words)
+    answers = [Completion(e.index, tokens, "stop") for e, tokens in zip(asked, ids, strict=True)]
+    whole = [[each for each in part for _ in range(config.grpo.samples)] for part in (asked, answers)]
+    try:
+        scores = rewards.tried(batch(config, renderer, examples, *whole, TrainerState(0, config.grpo.steps, 0.0)))
+    except UserError as error:
+        raise UserError(f"{error}; tried before the run on {what}") from None
+    values = {name: given[:: config.grpo.samples] for name, given in scores.values.items()}
+    return replace(scores, values=values), what
 
 
 def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state: TrainerState) -> Scores:

@@ -13,6 +13,7 @@ end token included. Every function returns {metric: estimate}, see docs/metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from spinfast.evaluate.statistics import (
     estimate,
     kl_k1,
     kl_k3,
+    ratio_of_sums,
     repeated_ngrams,
 )
 
@@ -85,10 +87,9 @@ def log_ratios(logps: Values, other_logps: Values) -> np.ndarray:
 def perplexity(logps: Values, lengths: Sequence[int]) -> Estimate:
     """exp(-sum log p / sum tokens); its error by the delta method for a ratio of sums over sequences."""
     logps, lengths = _arrays(logps, lengths)
-    value = float(np.exp(-logps.sum() / lengths.sum()))
-    residual = estimate((logps + np.log(value) * lengths) / lengths.mean())
-    stderr = None if residual["stderr"] is None else value * residual["stderr"]
-    return {"value": value, "stderr": stderr, "n": len(logps)}
+    nats = ratio_of_sums(-logps, lengths)
+    value = math.exp(nats["value"])
+    return {**nats, "value": value, "stderr": None if nats["stderr"] is None else value * nats["stderr"]}
 
 
 def fresh_opponent_metrics(
@@ -123,11 +124,9 @@ def generation_metrics(
     """Shape of the sampled answers: length against the real ones, end tokens, variety, loops."""
     lengths = [len(ids) for ids in generated_ids]
     length, real_length = _arrays(lengths, real_lengths)
-    ratio = float(length.mean() / real_length.mean())
-    residual = estimate((length - ratio * real_length) / real_length.mean())
     return {
         "heldout/length": estimate(length),
-        "heldout/length_ratio": {"value": ratio, "stderr": residual["stderr"], "n": len(lengths)},
+        "heldout/length_ratio": ratio_of_sums(length, real_length),
         "heldout/eos_rate": estimate(np.asarray(ended, float)),
         "heldout/distinct_1": {"value": distinct_n(generated_ids, 1), "stderr": None, "n": len(lengths)},
         "heldout/distinct_2": {"value": distinct_n(generated_ids, 2), "stderr": None, "n": len(lengths)},

@@ -26,6 +26,13 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
     return {"value": float(values.mean()), "stderr": stderr, "n": int(values.size)}
 
 
+def ratio_of_sums(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> Estimate:
+    """Sum of values over sum of weights, item by item; its error by the delta method."""
+    values, weights = (np.asarray(x, dtype=np.float64) for x in (values, weights))
+    ratio = values.sum() / weights.sum()
+    return {**estimate((values - ratio * weights) / weights.mean()), "value": float(ratio)}
+
+
 def over_seeds(values: Sequence[float]) -> Estimate:
     """One metric over independent runs: the spread between runs, not the items within one, is the error."""
     return estimate(values)
@@ -50,6 +57,21 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bounded(of: Estimate, low: float, high: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a mean of values within [low, high], of as many items as give its standard error.
+
+    At a bound there is no error, and its own n counts; (nan, nan) where all values are equal or nothing is known.
+    """
+    if not low < high:
+        return math.nan, math.nan
+    size, share = high - low, (of["value"] - low) / (high - low)
+    n = share * (1 - share) * (size / of["stderr"]) ** 2 if of["stderr"] else (of["n"] or 0) * (share in (0, 1))
+    if not n:
+        return math.nan, math.nan
+    first, last = wilson(share * n, n, confidence)
+    return low + size * first, low + size * last
 
 
 def bootstrap(

@@ -18,7 +18,7 @@ from spinfast.config import Config, Dpo, at
 from spinfast.errors import UserError
 from spinfast.fit import fit
 from spinfast.memory.planner import Load, limits, steps
-from spinfast.methods.phases import conclude, epochs, watching, with_reference
+from spinfast.methods.phases import check_unmerged, conclude, epochs, watching, with_reference
 from spinfast.methods.run import Run
 from spinfast.objectives import DESIRABLE, Preference, Unpaired
 from spinfast.store import files
@@ -95,12 +95,8 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
 def check(config: Config, found: Sequence[Group], examples: Sequence[Example]) -> None:
     """Raises UserError where the data is not what the loss compares, or the reference cannot be had."""
     c = config.dpo
-    merged = config.adapter.init == "merge" and config.method[0] != "dpo"
-    if merged and c.reference != "start" and not c.reference.endswith(".parquet"):
-        raise UserError(
-            f"dpo.reference {c.reference}: the stages before dpo are merged into the base (adapter.init: merge), so it "
-            "cannot be played any more; use start, or a reference.parquet"
-        )
+    if c.reference != "start" and not c.reference.endswith(".parquet"):
+        check_unmerged(config, "dpo", "a reference.parquet")
     if not found:
         expected = "prompt, completion and label" if c.unpaired else "prompt, chosen and rejected"
         if "kto" in c.loss:

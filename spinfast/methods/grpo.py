@@ -28,7 +28,7 @@ from spinfast.evaluate.rewarded import reward_metrics
 from spinfast.evaluate.selfplay import Metrics
 from spinfast.fit import fit
 from spinfast.memory.planner import Load
-from spinfast.methods.phases import conclude
+from spinfast.methods.phases import check_unmerged, conclude
 from spinfast.methods.run import Run
 from spinfast.methods.sampling import Rollouts
 from spinfast.objectives import Surrogate
@@ -97,11 +97,8 @@ def load(config: Config, examples: Sequence[Example]) -> Load:
     prompts = [e.prompt_ids for e in examples if e.messages] or [(0,) * config.prompt.max_prompt_tokens]
     if examples and not any(e.messages for e in examples):
         raise UserError("method grpo: needs prompts, and the data is plain text")
-    if c.reference == "base" and config.adapter.init == "merge" and config.method[0] != "grpo":
-        raise UserError(
-            "grpo.reference base: the stages before grpo are merged into the base (adapter.init: merge), so it cannot "
-            "be played any more; use start, or adapter.init: continue"
-        )
+    if c.reference == "base":
+        check_unmerged(config, "grpo", "adapter.init: continue")
     loss = surrogate(config)
     prompts *= math.ceil(c.prompts_per_step / len(prompts))  # drawn again and again, so a step is full
     answers = (answer,) * c.samples

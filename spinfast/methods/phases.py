@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from spinfast import objectives
-from spinfast.config import Optimisation, Watched
+from spinfast.config import Config, Optimisation, Watched
 from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
 from spinfast.evaluate import heldout
@@ -185,6 +185,15 @@ def watching(run: Run, objective: Objective, settings: Watched, groups: Sequence
         return losses, loss_figures(losses, likelihood=isinstance(objective, Nll))
 
     return Watch(measure, settings.evaluate_every, settings.patience, settings.keep == "best")
+
+
+def check_unmerged(config: Config, method: str, instead: str) -> None:
+    """Raises UserError where the base, which `method` has for its reference, holds the stages before it."""
+    if config.adapter.init == "merge" and config.method[0] != method:
+        raise UserError(
+            f"{method}.reference {getattr(config, method).reference}: the stages before {method} are merged into the "
+            f"base (adapter.init: merge), so it cannot be played any more; use start, or {instead}"
+        )
 
 
 def conclude(

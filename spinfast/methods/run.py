@@ -14,7 +14,7 @@ from pathlib import Path
 from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.evaluate.heldout import asked
-from spinfast.evaluate.rewarded import load_rewards
+from spinfast.evaluate.rewarded import load_rewards, tried
 from spinfast.generation import Generator, prompt_seed
 from spinfast.memory.planner import Load, StepPlan
 from spinfast.objectives import Pairwise
@@ -114,6 +114,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
     check_rows(machine, work)
     rewards = load_rewards(config, examples, heldout)
     if rewards:
+        tried(config, machine.renderer, rewards, examples)
         directory.remember_rewards(rewards.fingerprints())
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})

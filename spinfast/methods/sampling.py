@@ -76,10 +76,11 @@ class Rollouts:
         """Sampled by the policy as it stands, and kept."""
         run, started, adapter = self.run, time.monotonic(), self.run.policy.adapter()
         groups, told = self.filled(number, step, adapter)
-        found = compared(run, groups)
+        paid = values(run, groups)
+        found = compared(run, paid)
         self.credit(groups, found)
         self.score(groups)
-        figures = told | metrics(values(run, groups), found) | lengths(groups)
+        figures = told | metrics(paid, found) | lengths(groups)
         rollout = Rollout([row for rows in groups for row in rows], adapters.fingerprint(adapter), figures)
         rollout = rollouts.write(rollouts.path(self.stage.directory, number), rollout, self.owner(number))
         seconds, tokens = time.monotonic() - started, sum(len(row["completion_ids"]) for row in rollout.rows)
@@ -100,11 +101,12 @@ class Rollouts:
 
         groups = answered(self.drawn(number, size), f"{number}")
         for turn in range(c.refill):
-            if not (dead := [i for i, is_dead in enumerate(compared(run, groups).dead) if is_dead]):
+            if not (dead := [i for i, is_dead in enumerate(compared(run, values(run, groups)).dead) if is_dead]):
                 break
             source = random.Random(f"{run.config.seed} refill {number} {turn}")
             fresh = answered(source.choices(self.prompts, k=len(dead)), f"{number} refill {turn}")
-            live = [rows for rows, is_dead in zip(fresh, compared(run, fresh).dead, strict=True) if not is_dead]
+            still = compared(run, values(run, fresh)).dead
+            live = [rows for rows, is_dead in zip(fresh, still, strict=True) if not is_dead]
             for i, rows in zip(dead, live, strict=False):
                 groups[i] = rows
             refilled += len(live)
@@ -216,9 +218,9 @@ def values(run: Run, groups: Sequence[Sequence[dict]]) -> dict[str, list[list[fl
     return {name: [[row[f"rewards/{name}"] for row in rows] for rows in groups] for name in run.rewards.names}
 
 
-def compared(run: Run, groups: Sequence[Sequence[dict]]) -> Advantages:
+def compared(run: Run, paid: dict[str, list[list[float | None]]]) -> Advantages:
     c = run.config.grpo
-    return advantages(values(run, groups), run.rewards.weights, c.scale_rewards, c.baseline, c.aggregation)
+    return advantages(paid, run.rewards.weights, c.scale_rewards, c.baseline, c.aggregation)
 
 
 def lengths(groups: Sequence[Sequence[dict]]) -> dict[str, float]:

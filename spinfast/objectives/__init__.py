@@ -25,7 +25,7 @@ from spinfast.objectives.contract import (
     Plain,
     with_reference,
 )
-from spinfast.objectives.surrogate import Surrogate, split
+from spinfast.objectives.policy_gradient import Surrogate, split
 
 __all__ = [
     "ACTIVE",

@@ -11,6 +11,7 @@ import yaml
 from spinfast.evaluate.advice import warnings
 from spinfast.names import amount, rewards_named, source_name
 from spinfast.report import study
+from spinfast.report.bounds import bounds
 from spinfast.report.read import Run, read_run
 from spinfast.store import files
 
@@ -183,7 +184,7 @@ def _results(run: Run, own: dict | None) -> str:
     lines = ["Held-out problems, 95 % intervals.", "", "| | base | this adapter | n |", "|---|---|---|---|"]
     for metric, look in SHOWN.items():
         if metric in own["evaluation"]:
-            cells = [_value(row["evaluation"].get(metric) if row else None, metric, look) for row in (base, own)]
+            cells = [_value(run, row["evaluation"].get(metric) if row else None, metric, look) for row in (base, own)]
             lines.append(f"| {look[0]} | {cells[0]} | {cells[1]} | {own['evaluation'][metric]['n']} |")
     if verdict := study.against_base(run, own, study.deciding(run)):
         sentence = verdict.sentence()
@@ -191,11 +192,11 @@ def _results(run: Run, own: dict | None) -> str:
     return "\n".join(lines)
 
 
-def _value(of: dict | None, metric: str, look: tuple[str, int, float]) -> str:
+def _value(run: Run, of: dict | None, metric: str, look: tuple[str, int, float]) -> str:
     if of is None:
         return "–"
     _, digits, factor = look
-    low, high = (factor * bound for bound in study.bounds(metric, of))
+    low, high = (factor * bound for bound in bounds(run, metric, of))
     interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else ""
     return f"{factor * of['value']:.{digits}f}{interval}"
 

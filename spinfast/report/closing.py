@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,10 +18,11 @@ from rich.text import Text
 
 from spinfast.evaluate import learning
 from spinfast.evaluate.references import FLEXIBLE, STRICT
-from spinfast.evaluate.statistics import compare
-from spinfast.names import label
+from spinfast.names import label, rows_named
 from spinfast.progress import show
 from spinfast.report import study
+from spinfast.report.bounds import bounds
+from spinfast.report.page import MAX_TRANSCRIPTS
 from spinfast.report.read import Run
 
 HEADLINES = {  # what the closing table may have, first things first: metric -> heading
@@ -66,8 +67,9 @@ def table(rows: Sequence[dict], console: Console) -> None:
     metrics = [metric for metric in HEADLINES if any(metric in row["evaluation"] for row in rows)][:SHOWN]
     cells = [_cells(row, metrics) for row in rows]
     if any(any(row[1:]) for row in cells):
-        headings = ("iteration", "pairs", "loss first→last", *(HEADLINES[metric] for metric in metrics))
-        show(console, "held-out results (± one standard error)", headings, cells)
+        name = rows_named(row["iteration"] for row in rows)
+        headings = (name, "pairs", "loss first→last", *(HEADLINES[metric] for metric in metrics))
+        show(console, _titled("held-out results", cells), headings, cells)
     for row in rows:
         if "window" in row["train"]:
             _sampled_answers(str(row["iteration"]), row["train"], console)
@@ -82,8 +84,12 @@ def _sampled_answers(name: str, train: dict, console: Console) -> None:
         for metric, heading in ({"reward": "reward"} | functions | ANSWERS).items()
         if any(metric in end for end in ends)
     ]
-    title = f"{name}: sampled answers over {train['steps']} steps (± one standard error)"
-    show(console, title, (f"mean over {n} steps", "first", "last"), lines)
+    title = _titled(f"{name}: sampled answers over {train['steps']} steps", lines)
+    show(console, title, (f"mean over {n} steps" if n > 1 else "step", "first", "last"), lines)
+
+
+def _titled(title: str, cells: Sequence[Sequence[str]]) -> str:
+    return f"{title} (± one standard error)" if any("±" in cell for line in cells for cell in line) else title
 
 
 def _cells(row: dict, metrics: Sequence[str]) -> list[str]:
@@ -104,7 +110,6 @@ def _cell(estimate: dict | None) -> str:
 
 # What was gained -----------------------------------------------------------------------------------------------------
 
-Values = Mapping[Hashable, float]  # by held-out item
 SAME = "no gain."
 VERDICTS = {
     "better": "That is a gain, not noise.",
@@ -140,7 +145,7 @@ def shown_row(run: Run) -> dict | None:
 def _accuracies(run: Run, row: dict) -> list[str]:
     readings = {"Strict accuracy": STRICT, "Flexible accuracy": FLEXIBLE}
     sides = {name: [run.scores(stage, r) for stage in ("base", row["stage"])] for name, r in readings.items()}
-    return [_change(name, row, *both, percent=True) for name, both in sides.items() if _comparable(*both)]
+    return [said for name, both in sides.items() for said in _change(name, row, *both, percent=True)]
 
 
 def _rewards(run: Run, row: dict) -> list[str]:
@@ -148,23 +153,22 @@ def _rewards(run: Run, row: dict) -> list[str]:
     both = run.rewards("base"), run.rewards(row["stage"])
     if any(both == (run.scores("base", r), run.scores(row["stage"], r)) for r in (STRICT, FLEXIBLE)):
         return []
-    return [_change("The reward of greedy answers", row, *both)] if _comparable(*both) else []
+    return _change("The reward of greedy answers", row, *both)
 
 
 def _likelihoods(run: Run, row: dict) -> list[str]:
     logps = (run.logps.get(stage, {}).get("policy.real", ()) for stage in ("base", row["stage"]))
     both = [dict(enumerate(map(float, values))) for values in logps]
-    if not _comparable(*both):
-        return []
-    without = ["No held-out row states a result, so there is no accuracy."] if run.transcripts.get("base") else []
-    return [*without, _change("The log-probability of the data's answers, in nats,", row, *both)]
+    said = _change("The log-probability of the data's answers, in nats,", row, *both)
+    without = said and run.transcripts.get("base")
+    return [*(["No held-out row states a result, so there is no accuracy."] if without else ()), *said]
 
 
 def _preferences(run: Run, row: dict) -> list[str]:
     """Beside a coin: the base prefers nothing to itself, and of single rows nothing is kept."""
     if (found := row["evaluation"].get("heldout/preference_accuracy")) is None:
         return []
-    low, high = study.bounds("heldout/preference_accuracy", found)
+    low, high = bounds(run, "heldout/preference_accuracy", found)
     verdict = "better than a coin, not noise" if low > 0.5 else "no better than a coin"
     return [
         f"Preference accuracy is {100 * found['value']:.1f} % on {found['n']} held-out rows "
@@ -172,25 +176,22 @@ def _preferences(run: Run, row: dict) -> list[str]:
     ]
 
 
-def _comparable(before: Values, after: Values) -> bool:
-    return bool(before.keys() & after.keys())
-
-
-def _change(name: str, row: dict, before: Values, after: Values, percent: bool = False) -> str:
-    """What became of one measure, on the items that both sides have."""
-    items = [item for item in before if item in after]
-    sides = [[side[item] for item in items] for side in (before, after)]
-    outcome, scale, form, unit = compare(*sides), *((100, ".1f", " %") if percent else (1, ".3g", ""))
-    first, last = (f"{scale * sum(side) / len(items):{form}}" for side in sides)
-    where = f"on {len(items)} held-out rows (base to {label(row['iteration'])})"
-    if sides[0] == sides[1]:
-        return f"{name} stayed at {first}{unit} {where}: {SAME}"
+def _change(name: str, row: dict, before: study.Values, after: study.Values, percent: bool = False) -> list[str]:
+    """What became of one measure, on the items that both sides have; nothing where there are none."""
+    changed = study.change(label(row["iteration"]), after, "base", before, name)
+    if changed is None:
+        return []
+    outcome, scale, form, unit = changed.outcome, *((100, ".1f", " %") if percent else (1, ".3g", ""))
+    first, last = (f"{scale * sum(side) / outcome['n']:{form}}" for side in (changed.before, changed.after))
+    where = f"on {outcome['n']} held-out rows (base to {label(row['iteration'])})"
+    if changed.before == changed.after:
+        return [f"{name} stayed at {first}{unit} {where}: {SAME}"]
     difference, low, high = (f"{scale * outcome[key]:+{form}}" for key in ("difference", "low", "high"))
     p = "< 0.001" if outcome["p"] < 0.001 else f"= {outcome['p']:.2g}"
-    return (
+    return [
         f"{name} went from {first} to {last}{unit} {where}: {difference}, 95 % interval {low} to {high}, p {p}. "
         f"{VERDICTS[outcome['verdict']]}"
-    )
+    ]
 
 
 # Before and after ----------------------------------------------------------------------------------------------------
@@ -235,8 +236,9 @@ def _short(text: str) -> str:
 def what_next(run: Run) -> dict[str, str]:
     """What can be done now -> the command, to be pasted here."""
     here = shlex.quote(min(str(run.path), os.path.relpath(run.path), key=len))
+    seen = f"curves, intervals and answers to up to {MAX_TRANSCRIPTS} problems, in one HTML file"
     return {
-        "curves, intervals and all answers in one HTML file": f"{program()} report {here}",
+        seen: f"{program()} report {here}",
         "the best adapter on questions of your own": f"{program()} eval --adapter {here} --tasks mine.jsonl",
         "your own data, by a config of five lines (README.md)": f"{program()} run mine.yaml",
     }

@@ -15,6 +15,7 @@ from spinfast.evaluate.advice import warnings
 from spinfast.names import amount, label, rewards_named, source_name
 from spinfast.report import plots as plotting
 from spinfast.report import rollouts, study
+from spinfast.report.bounds import bounds
 from spinfast.report.plots import Plot
 from spinfast.report.read import Run
 
@@ -42,7 +43,8 @@ SECTIONS = {
     "rewards": (
         "Rewards and answers",
         "Of the answers that were sampled for training, step by step. Lines are running means over a twentieth of the "
-        "steps (at least 5), bands are ± 2 standard errors of these means; every step is in metrics.jsonl. Points are "
+        "steps (at least 5), bands are ± 2 standard errors of these means; of fewer than 20 steps each is drawn. Every "
+        "step is in metrics.jsonl. Points are "
         "looks at held-out problems, greedy answers with 95 % intervals.",
     ),
     "training": (
@@ -78,7 +80,7 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
     title = f"spinfast: {', '.join(run.name for run in runs) if len(runs) <= NAMED else f'{len(runs)} runs'}"
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     groups = {key: [plot for plot in made if plot.group == key] for key in SECTIONS}
-    contents = {"story": "Story", "iterations": "Iterations"}
+    contents = {"story": "Story", "stages": "Stages"}
     contents |= {key: SECTIONS[key][0] for key, members in groups.items() if members}
     sampled = rollouts.section(runs)
     contents |= {"rollouts": "Rollouts"} if sampled else {}
@@ -88,7 +90,7 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<nav>{links}</nav>",
         _story(runs),
-        _iterations(runs),
+        _stages(runs),
         *(_plots(key, members, runs) for key, members in groups.items() if members),
         sampled,
         _transcripts(runs),
@@ -149,7 +151,7 @@ def _run_against_run(comparisons: Sequence[study.Change]) -> str:
             f"<td class='{VERDICTS[verdict][0]}'>{verdict}</td></tr>"
         )
     return (
-        "<h3>Run against run</h3><p class='soft'>The last iterations on the same held-out problems.</p>"
+        "<h3>Run against run</h3><p class='soft'>The last stages on the same held-out problems.</p>"
         "<div class='scroll'><table><tr><th>run</th><th>against</th><th>measure</th><th>difference</th>"
         f"<th>95 % interval</th><th>p</th><th>items</th><th>verdict</th></tr>{''.join(rows)}</table></div>"
     )
@@ -166,45 +168,58 @@ def _over_seeds(title: str, what: str, column: str, table: Sequence[tuple]) -> s
         return ""
     return (
         f"<h3>{title}</h3><p class='soft'>{what}; ± is the standard error between seeds.</p><div class='scroll'><table>"
-        f"<tr><th>{column}</th><th>iteration</th><th>metric</th><th>change</th><th>seeds</th></tr>"
+        f"<tr><th>{column}</th><th>stage</th><th>metric</th><th>change</th><th>seeds</th></tr>"
         f"{''.join(rows)}</table></div>"
     )
 
 
-def _iterations(runs: Sequence[Run]) -> str:
-    parts = ['<section id="iterations"><h2>Iterations</h2>']
+def _stages(runs: Sequence[Run]) -> str:
+    """A table per run with a column per stage: there are few of them, and many measures."""
+    parts = ['<section id="stages"><h2>Stages</h2>']
     parts.append(
         "<p class='soft'>Held-out results with 95 % intervals. ▲ better and ▼ worse than the base on the same problems "
         "(McNemar's exact test, p &lt; 0.05); ≈ is within noise.</p>"
     )
     for run in runs:
-        columns = {m: c for m, c in COLUMNS.items() if any(m in row["evaluation"] for row in run.rows)}
-        rewarded = any("window" in row["train"] for row in run.rows)
-        heads = ["iteration", "pairs", "loss", *["reward"] * rewarded, *(heading for heading, _, _ in columns.values())]
+        heads = "".join(f"<th>{escape(label(row['iteration']))}</th>" for row in run.rows)
+        lines = {"pairs": _pairs, "loss, first → last": _losses, "reward in training": _reward}
+        cells = {name: [cell(row) for row in run.rows] for name, cell in lines.items()}
+        cells |= {name: [_cell(run, row, m, *look) for row in run.rows] for m, (name, *look) in COLUMNS.items()}
+        body = "".join(
+            f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+            for name, line in cells.items()
+            if any(line)
+        )
         parts.append(f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "")
-        parts.append(f"<div class='scroll'><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>")
-        for row in run.rows:
-            train = row["train"]
-            loss = f"{train['first_loss']:.3f} → {train['last_loss']:.3f}" if train else ""
-            rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
-            note = f'<span class="interval">rejected: {escape(rejected)}</span>' if rejected else ""
-            cells = [f"<td>{escape(label(row['iteration']))}</td><td>{row['pairs'] or ''}{note}</td><td>{loss}</td>"]
-            cells += [f"<td>{study.reward_change(row) or ''}</td>"] * rewarded
-            cells += [_cell(run, row, metric, *look[1:]) for metric, look in columns.items()]
-            parts.append(f"<tr>{''.join(cells)}</tr>")
-        parts.append("</table></div>")
+        parts.append(f"<div class='scroll'><table class='stages'><tr><th></th>{heads}</tr>{body}</table></div>")
     return "".join(parts) + "</section>"
+
+
+def _pairs(row: dict) -> str:
+    rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(row["rejected"].items()))
+    note = f'<span class="interval">rejected: {escape(rejected)}</span>' if rejected else ""
+    return f"{row['pairs'] or ''}{note}"
+
+
+def _losses(row: dict) -> str:
+    """Of a stage with rewards its loss says nothing."""
+    train = row["train"]
+    return f"{train['first_loss']:.3f} → {train['last_loss']:.3f}" if train and "window" not in train else ""
+
+
+def _reward(row: dict) -> str:
+    return study.reward_change(row) or ""
 
 
 def _cell(run: Run, row: dict, metric: str, digits: int, factor: float) -> str:
     of = row["evaluation"].get(metric)
     if of is None:
-        return "<td></td>"
-    low, high = (factor * bound for bound in study.bounds(metric, of))
+        return ""
+    low, high = (factor * bound for bound in bounds(run, metric, of))
     interval = f'<span class="interval">{low:.{digits}f} to {high:.{digits}f}</span>' if math.isfinite(low) else ""
     judged = {shown: reading for reading, shown in study.ACCURACY.items()}
     mark = _mark(study.against_base(run, row, judged[metric])) if metric in judged else ""
-    return f"<td>{factor * of['value']:.{digits}f}{mark}{interval}</td>"
+    return f"{factor * of['value']:.{digits}f}{mark}{interval}"
 
 
 def _mark(change: study.Change | None) -> str:

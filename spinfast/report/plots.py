@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 18, 40
 SVG_POINTS = 600  # drawn of a longer line; the CSV has all
 # colour slots on white, for PNG; page.css has the same ones for both themes
 COLOURS = ("#2563c9", "#d9480f", "#0b8a6a", "#9c36b5", "#a37f00", "#c2255c", "#5c7080", "#0c8599")
@@ -124,29 +124,29 @@ def svg(plot: Plot) -> str:
     for y in ticks(y0, y1):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{py(y) + 4}" text-anchor="end">{number(y)}</text>')
-    for x, text in plot.x_ticks or [(x, number(x)) for x in ticks(x0, x1)]:
+    whole = plot.x_label == "step"
+    for x, text in plot.x_ticks or [(x, number(x)) for x in ticks(x0, x1) if x == int(x) or not whole]:
         parts.append(
             f'<text class="tick" x="{px(x)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>'
         )
-    free = 0.0  # where the last label ends
+    labels, free = [], 0.0  # drawn above the lines; where the last mark's ends
     for x, text in plot.marks:
         parts.append(f'<line class="mark" x1="{px(x)}" x2="{px(x)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        left = px(x) < WIDTH - 80  # room for the label on the right of its line
-        anchor, place = ("start", px(x) + 3) if left else ("end", px(x) - 3)
+        place = min(px(x), WIDTH - RIGHT - 6 * len(text))
         if place >= free:
-            parts.append(f'<text class="tick" x="{place}" y="{TOP + 8}" text-anchor="{anchor}">{escape(text)}</text>')
+            labels.append(f'<text class="tick" x="{place}" y="{TOP - 5}">{escape(text)}</text>')
             free = place + 7 * len(text)
     if plot.level:
         y, text = plot.level
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')
-        parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{py(y) - 4}" text-anchor="end">{escape(text)}</text>')
+        labels.append(f'<text class="over" x="{WIDTH - RIGHT}" y="{py(y) - 4}" text-anchor="end">{escape(text)}</text>')
     below = [0.0] * (len(plot.series[0].x) if plot.kind == "bars" else 0)
     for series in plot.series:
         parts += DRAW[plot.kind](series, px, py, len(plot.series), below)
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y0)}" y2="{py(y0)}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(plot.x_label)}</text>')
-    return "".join(parts) + "</svg>"
+    return "".join(parts + labels) + "</svg>"
 
 
 def _path(points: list[tuple[float, float]]) -> str:

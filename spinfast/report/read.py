@@ -104,6 +104,12 @@ class Run:
         rows = self.transcripts.get(stage, [])
         return {f"{row['index']} {row['prompt']}": row["reward"] for row in rows if row.get("reward") is not None}
 
+    @cached_property
+    def paid(self) -> tuple[float, float] | None:
+        """The least and the greatest reward of a greedy answer to a held-out problem, of all stages."""
+        found = [reward for stage in self.stages for reward in self.rewards(stage).values()]
+        return (min(found), max(found)) if found else None
+
 
 def read_run(path: Path) -> Run:
     """Raises UserError if `path` is not a run directory."""

@@ -7,22 +7,21 @@ generated 1; on time bars a phase has its own.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 
 from spinfast.evaluate.references import ACCURACY, STRICT
-from spinfast.evaluate.statistics import Estimate, compare, interval, over_seeds, wilson
+from spinfast.evaluate.statistics import Estimate, compare, over_seeds
 from spinfast.evaluate.stopping import kept, telling
-from spinfast.names import label, source_name
+from spinfast.names import label, rows_named, source_name
 from spinfast.report import training
+from spinfast.report.bounds import REWARD, bounds
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run, seeds_apart
 
-REWARD = "heldout/reward"
 HELDOUT = {
     "heldout/reward": ("Reward of greedy answers", None),
     "heldout/accuracy_strict": ("Accuracy, strict", None),
@@ -54,17 +53,6 @@ MEASURES = {  # what two runs are compared by -> (run, stage) -> value by held-o
     "accuracy strict": lambda run, stage: run.scores(stage, STRICT),
     "log p(real)": Run.real_logps,
 }
-SHARES = (  # of 0/1 items: Wilson's interval, which holds at 0 % and 100 % too
-    *("heldout/accuracy_strict", "heldout/accuracy_flexible"),
-    *("heldout/pair_accuracy", "heldout/eos_rate", "heldout/preference_accuracy", "heldout/chosen_likelier"),
-)
-
-
-def bounds(metric: str, of: Estimate) -> tuple[float, float]:
-    """The 95 % interval of a metric's estimate; (nan, nan) where it has none or its items are all equal."""
-    if metric in SHARES:
-        return wilson(of["value"] * of["n"], of["n"])
-    return interval(of) if of["stderr"] else (math.nan, math.nan)
 
 
 # Plots -----------------------------------------------------------------------------------------------------------
@@ -90,14 +78,24 @@ def _heldout(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
     for position, run in enumerate(runs):
         rows = [row for row in run.rows if metric in row["evaluation"]]
         estimates = [row["evaluation"][metric] for row in rows]
-        low, high = zip(*(bounds(metric, e) for e in estimates), strict=True) if rows else ((), ())
+        low, high = zip(*(bounds(run, metric, e) for e in estimates), strict=True) if rows else ((), ())
         x = [float(place[label(row["iteration"])]) for row in rows]
         if rows:
             y = [e["value"] for e in estimates]
             series.append(Series(run.name, position, x, y, list(low), list(high)))
-    ticks = tuple((float(i), name.replace("iteration ", "")) for name, i in place.items())
+    ticks = tuple((float(i), _tick(name, runs)) for name, i in place.items())
     name = metric.replace("/", "-")
-    return Plot(name, title, "iteration", metric, "points", series, x_ticks=ticks, level=level, group="heldout")
+    return Plot(name, title, heading(runs), metric, "points", series, x_ticks=ticks, level=level, group="heldout")
+
+
+def heading(runs: Sequence[Run]) -> str:
+    """What the rows of these runs are called together."""
+    return rows_named(row["iteration"] for run in runs for row in run.rows)
+
+
+def _tick(name: str, runs: Sequence[Run]) -> str:
+    """A row's label under an axis that is called heading(runs)."""
+    return name.replace("iteration ", "" if heading(runs) == "iteration" else "iter. ")
 
 
 def _log_ratios(run: Run, several: bool) -> list[Plot]:
@@ -165,11 +163,11 @@ def _seconds(run: Run, several: bool) -> Plot:
         Series(phase, slot, x, [row["seconds"].get(phase, 0.0) / 60 for row in run.rows])
         for slot, phase in enumerate(_phases({phase for row in run.rows for phase in row["seconds"]}))
     ]
-    ticks = tuple((float(i), label(row["iteration"]).replace("iteration ", "")) for i, row in enumerate(run.rows))
+    ticks = tuple((float(i), _tick(label(row["iteration"]), [run])) for i, row in enumerate(run.rows))
     name, title = ("time", "Time per phase")
     if several:
         name, title = f"{run.name.replace('/', '-')}-time", f"{run.name}: time per phase"
-    return Plot(name, title, "iteration", "minutes", "bars", series, x_ticks=ticks, group="machine")
+    return Plot(name, title, heading([run]), "minutes", "bars", series, x_ticks=ticks, group="machine")
 
 
 def memory_table(run: Run) -> list[tuple[str, float, float | None]]:
@@ -192,6 +190,9 @@ def _phases(found: Collection[str]) -> list[str]:
 # Verdicts --------------------------------------------------------------------------------------------------------
 
 
+Values = Mapping[Hashable, float]  # by held-out item
+
+
 @dataclass(frozen=True)
 class Change:
     """One result against another on the same items."""
@@ -200,6 +201,8 @@ class Change:
     against: str
     measure: str
     outcome: dict  # statistics.compare's
+    before: list[float]  # by item that both have
+    after: list[float]
 
     @property
     def figures(self) -> tuple[str, str, str]:
@@ -219,13 +222,13 @@ class Change:
         )
 
 
-def change(name: str, after: dict[str, float], against: str, before: dict[str, float], measure: str) -> Change | None:
+def change(name: str, after: Values, against: str, before: Values, measure: str) -> Change | None:
     """None where the two share no item."""
-    shared = sorted(after.keys() & before.keys())
+    shared = [item for item in before if item in after]
     if not shared:
         return None
-    outcome = compare([before[i] for i in shared], [after[i] for i in shared])
-    return Change(name, against, measure, outcome)
+    sides = [[side[item] for item in shared] for side in (before, after)]
+    return Change(name, against, measure, compare(*sides), *sides)
 
 
 def against_base(run: Run, row: dict, metric: str) -> Change | None:
@@ -291,11 +294,9 @@ def story(run: Run) -> list[str]:
     sentences = [f"{c['model']['name']} played {source_name(c['data']['source'])}; the run is {state}."]
     for row in run.rows:
         if rewards := reward_change(row):
-            n = row["train"]["window"]
-            sentences.append(
-                f"{label(row['iteration'])}: the training reward went {rewards}, the means of the first and the last "
-                f"{n} of {row['train']['steps']} steps."
-            )
+            n, steps = row["train"]["window"], row["train"]["steps"]
+            ends = f"means of the first and the last {n} of {steps}" if n > 1 else f"at first and at last of {steps}"
+            sentences.append(f"{label(row['iteration'])}: the training reward went {rewards}, {ends} steps.")
     top = best_row(run)
     if top is None:
         return [*sentences, "The held-out data has no reference results, so there is no accuracy to compare."]
@@ -312,10 +313,12 @@ def story(run: Run) -> list[str]:
             f"Every stage answers {share} of the held-out problems correctly ({kind}), so accuracy can show neither "
             "gain nor loss; look at log p(real) and the transcripts, or change the problems.",
         ]
-    if top["iteration"] == "base":
-        return [*sentences, f"No stage did better than the base on held-out problems ({judged})."]
     value = top["evaluation"][metric]["value"]
     shown = f"{value:.3g}" if rewarded else f"{value:.1%}"
+    if len(values) == 1:
+        return [*sentences, f"All stages did equally well on held-out problems ({judged} {shown})."]
+    if top["iteration"] == "base":
+        return [*sentences, f"No stage did better than the base on held-out problems ({judged})."]
     sentences.append(f"The best {judged} on held-out problems is {label(top['iteration'])}'s, {shown}.")
     sides = run.rewards(top["stage"]), "base", run.rewards("base")
     verdict = change(label(top["iteration"]), *sides, "reward") if rewarded else against_base(run, top, reading)

@@ -9,8 +9,8 @@ from itertools import groupby
 import numpy as np
 
 from spinfast.evaluate.learning import BY_FUNCTION
-from spinfast.evaluate.statistics import interval
 from spinfast.objectives import loss_at_zero_margin
+from spinfast.report.bounds import bounds
 from spinfast.report.plots import Plot, Series
 from spinfast.report.read import Run
 
@@ -46,7 +46,7 @@ LOOKS = {
     "heldout/accuracy_flexible": "Held-out accuracy, flexible",
 }
 POINTS = 1000  # that a longer line of means is thinned to, at most twice as many; every step is in metrics.jsonl
-SMOOTHED = 20  # a running mean is over this part of the steps, but at least 5
+SMOOTHED = 20  # a running mean is over this part of the steps, but at least 5; of fewer each stands for itself
 
 
 def plots(runs: Sequence[Run]) -> list[Plot]:
@@ -111,12 +111,12 @@ def _answers(runs: Sequence[Run], metric: str, title: str, level) -> Plot:
 
 
 def _running(values: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
-    """Means over a window around each step, and ± 2 standard errors of them; nan where there is none."""
+    """Means over a window around each step, and ± 2 standard errors of them within what there is; nan without."""
     y = np.asarray(values, dtype=np.float64)
     known = np.isfinite(y)
     centre = y[known].mean() if known.any() else 0.0  # so that squares do not cancel
     y = np.where(known, y - centre, 0.0)
-    half = max(5, len(y) // SMOOTHED) // 2
+    half = max(5, len(y) // SMOOTHED) // 2 if len(y) >= SMOOTHED else 0
     at = np.arange(len(y))
     first, last = np.maximum(0, at - half), np.minimum(len(y), at + half + 1)
     sums = (np.append(0.0, np.cumsum(of)) for of in (known, y, y * y))
@@ -126,14 +126,16 @@ def _running(values: Sequence[float]) -> tuple[list[float], list[float], list[fl
         error = np.sqrt(np.maximum(squares / n - mean**2, 0.0) / (n - 1))
     error[n < 2] = np.nan
     mean += centre
-    return mean.tolist(), (mean - 2 * error).tolist(), (mean + 2 * error).tolist()
+    least, greatest = (y[known] + centre).min(initial=math.inf), (y[known] + centre).max(initial=-math.inf)
+    low, high = np.maximum(mean - 2 * error, least), np.minimum(mean + 2 * error, greatest)
+    return mean.tolist(), low.tolist(), high.tolist()
 
 
 def _look(runs: Sequence[Run], metric: str, title: str) -> Plot:
     series = []
     for position, run in enumerate(runs):
         for _, x, rows in _stages(run, metric):
-            bounds = [interval({"value": row[metric], "stderr": row.get(f"{metric}_stderr", math.nan)}) for row in rows]
-            low, high = zip(*bounds, strict=True)
+            seen = [{"value": row[metric], "stderr": row.get(f"{metric}_stderr"), "n": None} for row in rows]
+            low, high = zip(*(bounds(run, metric, look) for look in seen), strict=True)
             series.append(Series(run.name, position, x, [row[metric] for row in rows], list(low), list(high)))
     return _plot(metric, f"{title} on the way", "points", series, "rewards", name=f"look-{metric}")

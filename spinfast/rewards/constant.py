@@ -51,6 +51,6 @@ class ConstantWatch:
                 "or add tag_count, which rewards its parts"
             )
         return (
-            "no answer earns it; take easier prompts or more samples, and see in the rollouts whether it finds the "
-            "results where the model writes them"
+            "no answer earns it; see in the rollouts whether it finds the results where the model writes them, and if "
+            "it does take easier prompts or more samples"
         )

@@ -194,6 +194,12 @@ class Rewards:
     def __call__(self, batch: Batch) -> Scores:
         """What every function gives to a batch; UserError names the function at fault. Call it in the main thread,
         where the time limit per call holds; coroutines run at the same time, in a thread of their own."""
+        scores = self.tried(batch)
+        self._warn_of_rows_without(scores.values, batch)
+        return scores
+
+    def tried(self, batch: Batch) -> Scores:
+        """The same of answers that nobody learns from: no word of those that no function applies to."""
         notes = [_Notes() for _ in self.functions]
         results = self._results(self.functions, batch, notes, self._timeout)
         values, extra = {}, {}
@@ -211,7 +217,6 @@ class Rewards:
         logged: dict[str, list[float]] = {}
         for name, each in (item for noted in notes for item in noted.metrics.items()):
             logged.setdefault(name, []).extend(each)
-        self._warn_of_rows_without(values, batch)
         return Scores(values, extra, {name: math.fsum(each) / len(each) for name, each in logged.items()})
 
     def _results(

@@ -128,6 +128,21 @@ def test_dead_groups_are_too_easy_or_too_hard(mean, spread, words):
     assert "90% of the groups are dead" in said["_dead"]
 
 
+@pytest.mark.parametrize("steps", [1, 3, 12, 60])
+def test_a_reward_that_is_always_0_is_named_and_the_problems_are_not_blamed(steps):
+    nothing = {f"rewards/gsm8k/{what}": (0.0, 0.0, 0.0) for what in ("mean", "std")}
+    nothing |= {"rewards/format/mean": None, "rewards/format/std": None, "groups/dead": (1.0, 1.0, 0.0)}
+    said = learning.advise(learning.summary(run(steps, **nothing)))
+    assert list(said) == ["_constant"]
+    assert "never fires teaches nothing: gsm8k (always 0). Look at some answers" in said["_constant"]
+
+
+def test_a_reward_that_came_once_is_not_called_constant():
+    rows = run(3, **{f"rewards/gsm8k/{what}": (0.0, 0.0, 0.0) for what in ("mean", "std")})
+    rows[1] |= {"rewards/gsm8k/mean": 0.06, "rewards/gsm8k/std": 0.2}  # neither at first nor at last
+    assert "_constant" not in learning.advise(learning.summary(rows))
+
+
 def test_noise_is_no_reason():
     noisy = {"reward": (0.34, 0.3, 0.3), "kl": (0.0, 1.0, 30.0), "entropy": (0.2, 0.03, 1.0)}
     said = learning.advise(learning.summary(run(looks={"heldout/reward": (0.4, 0.36)}, **noisy)))

@@ -219,6 +219,12 @@ def test_a_shortcut_shows_in_the_base_already():
     assert advice.warnings([]) == []
 
 
+def test_what_several_rows_show_is_said_once():
+    shortcut = HEALTHY | {"fresh__auc_length": (0.95, 0.01)}
+    (found,) = advice.warnings([row("base", **shortcut), row(0, **shortcut), row(1, **shortcut)])
+    assert found.startswith("Iteration 1 (as base, iteration 0 before): real and fresh answers can be told apart")
+
+
 def test_noise_is_no_warning():
     noisy = {"heldout__real_logp_change": (-0.3, 0.4), "heldout__accuracy_strict": (0.36, 0.03)}
     noisy |= {"heldout__length": (60.0, 25.0)}

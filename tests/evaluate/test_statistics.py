@@ -41,6 +41,23 @@ def test_wilson_is_scipys(case):
     assert statistics.wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=40), st.floats(-5, 5), st.floats(0.1, 9))
+def test_an_interval_of_values_that_are_bounded_stays_within_their_bounds(shares, low, size):
+    of = statistics.estimate([low + size * share for share in shares])
+    first, last = statistics.bounded(of, low, low + size)
+    if not math.isnan(first):
+        assert low - 1e-9 <= first <= of["value"] + 1e-9
+        assert of["value"] - 1e-9 <= last <= low + size + 1e-9
+
+
+def test_of_0_and_1_it_is_wilsons_interval():
+    found = statistics.bounded(statistics.estimate([1.0] * 30 + [0.0] * 70), 0.0, 1.0)
+    assert found == pytest.approx(statistics.wilson(0.3 * 99, 99), abs=1e-12)
+    sure = {"value": 1.0, "stderr": 0.0, "n": 32}  # an AUC of all pairs told apart
+    assert statistics.bounded(sure, 0.0, 1.0) == statistics.wilson(32, 32)
+    assert all(map(math.isnan, statistics.bounded(sure | {"value": 0.5}, 0.0, 1.0)))
+
+
 def test_bootstrap_agrees_with_scipy_on_a_mean():
     values = np.random.default_rng(1).exponential(size=80)
     theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=2)

@@ -86,7 +86,7 @@ def test_values_under_the_pointer(browser, report, played):
     })()"""
     text = browser.run(script)
     value = json.loads((played[0] / "results.json").read_text())[-1]["evaluation"]["heldout/margin"]["value"]
-    assert text.splitlines()[0] == "iteration 1"
+    assert text.splitlines()[0] == "stage iter. 1"
     assert f"seed0: {float(f'{value:.4g}'):g}" in text
     assert seen.errors == []
 

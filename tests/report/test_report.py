@@ -92,7 +92,7 @@ def test_heldout_points_are_the_results_with_intervals(made, played):
     assert series.high[-1] - series.low[-1] == pytest.approx(2 * 1.959964 * last["stderr"])
     accuracy = made["heldout-accuracy_strict"].series[0]
     assert accuracy.high[0] > 0  # Wilson's interval of 0 of 8 is not a point
-    assert [text for _, text in made["heldout-margin"].x_ticks] == ["base", "SFT", "0", "1"]
+    assert [text for _, text in made["heldout-margin"].x_ticks] == ["base", "SFT", "iter. 0", "iter. 1"]
 
 
 def test_log_ratios_count_every_held_out_pair(made):

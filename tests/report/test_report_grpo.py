@@ -15,7 +15,9 @@ from test_report import Page
 
 from spinfast.config import load_config
 from spinfast.evaluate import learning
+from spinfast.names import rows_named
 from spinfast.report import closing, rollouts, study, training
+from spinfast.report.bounds import bounds
 from spinfast.report.card import write_card
 from spinfast.report.page import page
 from spinfast.report.read import read_run, read_runs
@@ -93,11 +95,36 @@ def test_curves_are_running_means_of_the_metrics_file(made):
 
 
 def test_a_running_mean_is_of_what_is_finite():
-    mean, low, high = training._running([1.0, math.nan, 3.0, math.inf])
+    mean, low, high = (line[:4] for line in training._running([1.0, math.nan, 3.0, math.inf] + [math.nan] * 16))
     assert mean == [2.0, 2.0, 2.0, 3.0]
-    assert (low[0], high[0]) == pytest.approx((0.0, 4.0))
+    assert (low[0], high[0]) == (1.0, 3.0)  # 0 to 4, within what there is
     assert math.isnan(low[3])
     assert all(map(math.isnan, training._running([math.nan])[0]))
+
+
+def test_what_a_run_has_not_has_no_line_and_rows_are_called_what_they_are(real, made, played):
+    text = page([read_run(real)])
+    assert "<th>pairs</th>" not in text
+    assert "<th>loss, first → last</th>" not in text
+    assert "<th>GRPO</th>" in text
+    drawn = {plot.name: plot for plot in study.plots([read_run(made)])}
+    assert drawn["heldout-reward"].x_label == "stage"
+    assert [rows_named(rows) for rows in (["base", 0, 1], ["base", "sft", 0])] == ["iteration", "stage"]
+
+
+def test_of_few_steps_each_stands_for_itself(real):
+    drawn = {plot.name: plot for plot in study.plots([read_run(real)])}
+    rows = [row for row in read_run(real).steps if row["stage"] == "grpo"]
+    assert drawn["completions-mean_length"].series[0].y == [row["completions/mean_length"] for row in rows]
+
+
+def test_intervals_of_rewards_are_within_what_rewards_can_be(real):
+    run = read_run(real)
+    low, high = run.paid
+    assert low >= 0
+    estimates = {"value": low + (high - low) / 100, "stderr": (high - low) / 10, "n": 4}
+    first, last = bounds(run, "heldout/reward", estimates)
+    assert low <= first < estimates["value"] < last <= high
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -108,7 +135,7 @@ def test_page(made, played, several):
     assert "GRPO: the training reward went 0." in text
     assert "rewards 2 gsm8k + 0.5 format, 4 answers to each prompt, dapo loss" in text
     assert f"adamw, lr = [1e-05], {STEPS} steps of 8 prompts" in text
-    assert "<th>reward</th>" in text
+    assert "<th>reward in training</th>" in text
     assert ">1.250<span" in text  # held-out reward
     assert parsed.json["plot-data"]["reward"]["series"][0]["low"][3] is not None
     assert 'class="band s0 lap0"' in text

@@ -268,6 +268,8 @@ def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor
 
 def find(directory: Path) -> Path:
     """The adapter that a directory means: its own, or that of a finished run's best stage."""
+    if not directory.is_dir():
+        raise UserError(f"adapter {directory}: no such directory; expected an adapter's, or a finished run's")
     if (directory / CONFIG_FILE).exists() or compact.kind_of(directory) or not (directory / "best.json").exists():
         return directory
     try:
