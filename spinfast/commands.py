@@ -115,7 +115,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
-    "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA, a model of trained weights"),
+    "expand": (expand, "plain LoRA, or the whole model, of what was trained"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }
