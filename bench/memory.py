@@ -31,6 +31,15 @@ PAIRS, PROMPT, ANSWER = 16, 256, 256
 ITERATIONS = [("Qwen2.5-0.5B", False, 4.5), ("Qwen2.5-1.5B", False, 7.5), ("Qwen2.5-7B", True, 14.7)]
 
 
+METHODS = ("sft", "dpo", "spin", "grpo")
+ADAPTERS = {
+    "lora r 16": {},
+    "lora r 1": {"r": 1},
+    "lora_xs r 16": {"kind": "lora_xs"},
+    "tiny_lora 13 numbers": {"kind": "tiny_lora", "tie": "all"},
+    "full, every fourth layer": {"kind": "full", "target_modules": r".*\.layers\.(0|4|8|12|16|20|24)\..*_proj"},
+    "full": {"kind": "full"},
+}
 ROLLOUTS = [("Qwen2.5-0.5B", 6.0), ("Qwen2.5-1.5B", 10.0)]
 ROLLOUT = {
     "method": ["grpo"], "generation": {"max_tokens": 512, "batch_size": 64, "kv_cache_gib": 2.0},
@@ -53,8 +62,13 @@ def run_config(four_bit: bool = False, **sections) -> Config:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory")
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
+    parser.add_argument("--kinds", action="store_true", help="each kind of adapter with each method, and nothing else")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
+    if arguments.kinds:
+        for row in every_kind(arguments.model, ops):
+            rows.write("memory", row | {"kind": "simulated"})
+        return 0
     for rows_of in (steps, eager_rows, iterations, rollouts):
         for row in rows_of(arguments.model, ops):
             rows.write("memory", row | {"kind": "simulated"})
@@ -121,6 +135,20 @@ def rollouts(name: str, ops) -> Iterator[dict]:
             "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3), "reserve_gib": round(plan.reserve / GIB, 3),
             "prompt_tokens_saved": round(1 - computed / said, 3), **held(plan),
         }  # fmt: skip
+
+
+def every_kind(name: str, ops) -> Iterator[dict]:
+    """The fastest plan on a whole T4 for each kind of adapter and each method, and what the kind itself holds."""
+    t4, model = profile("t4", plan_only=True), shapes.shape(name)
+    for method in METHODS:
+        for kind, adapter in ADAPTERS.items():
+            config = run_config(**(ROLLOUT if method == "grpo" else {"method": [method]}), adapter=adapter)
+            plan = planner.plan(config, t4, model, ops, loads(config, ()), "vllm")
+            yield {
+                "what": "each kind of adapter on a whole T4", "model": f"{name} fp16", "method": method, "adapter": kind,
+                "peak_gib": round(plan.peak / GIB, 3), "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3),
+                **held(plan),
+            }  # fmt: skip
 
 
 # A step shaped like TRL's ------------------------------------------------------------------------------------------
