@@ -145,7 +145,7 @@ def every_kind(name: str, ops) -> Iterator[dict]:
             config = run_config(**(ROLLOUT if method == "grpo" else {"method": [method]}), adapter=adapter)
             plan = planner.plan(config, t4, model, ops, loads(config, ()), "vllm")
             yield {
-                "what": "each kind of adapter on a whole T4", "model": f"{name} fp16", "method": method, "adapter": kind,
+                "what": "each kind of adapter on a T4", "model": f"{name} fp16", "method": method, "adapter": kind,
                 "peak_gib": round(plan.peak / GIB, 3), "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3),
                 **held(plan),
             }  # fmt: skip
