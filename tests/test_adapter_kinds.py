@@ -222,6 +222,17 @@ def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
         adapters.load(tmp_path / "a")
 
 
+def test_weights_of_another_base_are_refused(tiny_model, tmp_path):
+    policy = policy_of(tiny_model("llama"), FULL)
+    policy.save_adapter(tmp_path)
+    assert adapters.load(tmp_path, "0" * 40).kind == "full"
+    with pytest.raises(UserError, match="made on base tiny of revision 0000"):
+        adapters.load(tmp_path, "1" * 40)
+    narrow = policy_of(tiny_model("llama"), FULL.model_copy(update={"target_modules": ("v_proj",)}))
+    with pytest.raises(UserError, match="not those that this run trains"):
+        narrow.load_adapter(adapters.load(tmp_path))
+
+
 # Methods -----------------------------------------------------------------------------------------------------------
 
 METHODS = {

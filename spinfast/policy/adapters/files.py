@@ -58,7 +58,10 @@ def load(directory: Path, base: str | None = None, finite: bool = True, name: st
     base by name is told where no revision can decide.
     """
     if compact.kind_of(directory):
-        return _finite(compact.load(directory), directory) if finite else compact.load(directory)
+        adapter = compact.load(directory)
+        if "base_sha256" not in adapter.config:  # else the weights themselves decide, when it is loaded
+            _check_base(directory, adapter.config, base, name)
+        return _finite(adapter, directory) if finite else adapter
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSOR_FILE)
