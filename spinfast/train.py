@@ -232,6 +232,10 @@ class TrainState:
     watched: Watched = field(default_factory=Watched)
 
 
+MakeOptimizer = Callable[[list[torch.nn.Parameter], float, bool], torch.optim.Optimizer]
+TOGETHER = (
+    2**25
+)  # numbers: one call updates so many at once, with copies of them all; larger models go tensor by tensor
 GROWTH_INTERVAL, MAX_LOSS_SCALE = 200, 2.0**16
 SPIKE, SPIKE_WINDOW = 10.0, 50  # a norm so many times the median of so many steps is told
 
@@ -239,15 +243,22 @@ SPIKE, SPIKE_WINDOW = 10.0, 50  # a norm so many times the median of so many ste
 def start_training(policy: Policy, optimizer: str, weight_decay: float, scaled: bool) -> TrainState:
     """A fresh optimizer over the adapter; fp16 starts at a loss scale of 2^12."""
     parameters = policy.trainable_parameters()
+    together = sum(p.numel() for p in parameters.values()) <= TOGETHER
     return TrainState(
-        OPTIMIZERS[optimizer](list(parameters.values()), weight_decay),
+        OPTIMIZERS[optimizer](list(parameters.values()), weight_decay, together),
         scaled,
         loss_scale=2.0**12 if scaled else 1.0,
         names=list(parameters),
     )
 
 
-def _adamw_8bit(parameters: list[torch.nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+def _of_torch(optimizer: type[torch.optim.Optimizer]) -> MakeOptimizer:
+    return lambda parameters, weight_decay, together: optimizer(
+        parameters, lr=0.0, weight_decay=weight_decay, foreach=together
+    )
+
+
+def _adamw_8bit(parameters: list[torch.nn.Parameter], weight_decay: float, _: bool) -> torch.optim.Optimizer:
     """bitsandbytes' (arXiv 2110.02861): moments in blocks of 8 bits; small tensors keep theirs in 32."""
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -256,10 +267,10 @@ def _adamw_8bit(parameters: list[torch.nn.Parameter], weight_decay: float) -> to
     return AdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]] = {
-    "adamw": lambda parameters, decay: torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay, foreach=True),
-    "rmsprop": lambda parameters, decay: torch.optim.RMSprop(parameters, lr=0.0, weight_decay=decay, foreach=True),
-    "adafactor": lambda parameters, decay: torch.optim.Adafactor(parameters, lr=0.0, weight_decay=decay, foreach=True),
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw": _of_torch(torch.optim.AdamW),
+    "rmsprop": _of_torch(torch.optim.RMSprop),
+    "adafactor": _of_torch(torch.optim.Adafactor),
     "adamw_8bit": _adamw_8bit,
 }
 

@@ -10,7 +10,7 @@ from packed_cases import make_groups, tiny_policy
 from transformers import AutoConfig
 
 from bench.rehearse import rehearse
-from spinfast import ops
+from spinfast import ops, train
 from spinfast.config import Full, Lora, LoraXs, Sft, TinyLora, parse_config
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import apply_checkpointing, counting
@@ -76,6 +76,7 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
     ids=str,
 )
 def test_a_simulated_step_of_every_kind_is_the_real_one(tiny_model, monkeypatch, tmp_path, kind, dtype, optimizer):
+    monkeypatch.setattr(train, "TOGETHER", 1000)  # weights go tensor by tensor
     monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path))
     path, groups = tiny_model("qwen2", layers=3), make_groups(SHAPE)
     options = {"ops": TABLE, "profile": cpu(dtype), "load_in_4bit": False, "seed": 0}
