@@ -65,9 +65,16 @@ SETS = {  # requirements/, as far as versions must go together
         "vllm": "0.32.0",
         "unsloth": "2026.10.7",
     },
+    "colab": {  # datasets is the lock's, the others are Colab's own
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "transformers": "5.15.0",
+        "peft": "0.20.0",
+        "datasets": "4.8.5",
+    },
 }
-PYTHON = {"cpu": "3.11", "t4": "3.12", "cuda13": "3.12"}  # that each lock was resolved for
-CUDA13_DRIVER = 580  # the first driver of CUDA 13
+PYTHON = {"cpu": "3.11", "t4": "3.12", "cuda13": "3.12", "colab": "3.13"}  # that each lock was resolved for
+CUDA13_DRIVER = 580  # CUDA 13.x needs it: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 IMPORT_SECONDS = 180
 MIN_DISK = 5 * GIB  # a 0.5B model, its data, a run's checkpoints
 
@@ -84,7 +91,7 @@ class Finding:
 def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> int:
     """Print the table; the exit code says whether the config can run."""
     backends = backend_findings()
-    findings = [*machine_findings(run_dir), *version_findings(installed_versions(), fitting_set()), *backends]
+    findings = [*machine_findings(run_dir), *version_findings(installed_versions()), *backends]
     try:
         path = path or default_config()[0]
         problems = config_problems(load_config(path, overrides), backends)
@@ -142,9 +149,10 @@ def _existing(path: Path) -> Path:
 # The versions --------------------------------------------------------------------------------------------------
 
 
-def version_findings(installed: dict[str, str], fitting: str) -> list[Finding]:
+def version_findings(installed: dict[str, str]) -> list[Finding]:
     """Installed versions, their distance from the nearest tested set, and how to get the one that fits the machine."""
     name, differences = nearest_set(installed)
+    fitting = fitting_set(name)
     found = "as tested" if not differences else "; ".join(differences)
     findings = [
         Finding("versions", ", ".join(f"{package} {version}" for package, version in installed.items())),
@@ -156,8 +164,11 @@ def version_findings(installed: dict[str, str], fitting: str) -> list[Finding]:
     return findings
 
 
-def fitting_set() -> str:
-    """The version set for this machine: by its GPU, and by what its driver can run."""
+def fitting_set(nearest: str) -> str:
+    """The version set for this machine: by its GPU, by what its driver can run, and on Colab by which is `nearest`:
+    what Colab brings, or the T4's set in an environment of its own."""
+    if "COLAB_RELEASE_TAG" in os.environ and nearest in ("colab", "t4"):
+        return nearest
     capability = profile().capability
     if capability is None:
         return "cpu"
@@ -166,7 +177,7 @@ def fitting_set() -> str:
 
 
 def nearest_set(installed: dict[str, str]) -> tuple[str, list[str]]:
-    """The tested set with the fewest differences, and these in words."""
+    """The tested set that agrees in the most packages, and the differences in words."""
     differences = {
         name: [
             f"{package} {installed.get(package, 'missing')} (set: {version})"
@@ -175,7 +186,7 @@ def nearest_set(installed: dict[str, str]) -> tuple[str, list[str]]:
         ]
         for name, pins in SETS.items()
     }
-    name = min(differences, key=lambda name: len(differences[name]))
+    name = max(SETS, key=lambda name: len(SETS[name]) - len(differences[name]))
     return name, differences[name]
 
 

@@ -33,3 +33,11 @@ def tiny_model(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def backends():
+    """The doctor's findings about every backend, each imported in a process of its own: once for all tests."""
+    from spinfast.doctor import backend_findings
+
+    return backend_findings()

@@ -10,7 +10,7 @@ import torch
 
 from spinfast import doctor
 from spinfast.config import parse_config
-from spinfast.doctor import SETS, Finding, backend_findings, config_problems, nearest_set, table
+from spinfast.doctor import SETS, Finding, config_problems, nearest_set, table
 from spinfast.run import main
 
 ROOT = Path(__file__).parent.parent
@@ -22,14 +22,11 @@ CONFIG = {
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
 
 
-@pytest.fixture(scope="module")
-def backends():
-    return backend_findings()
-
-
-@pytest.mark.parametrize(("name", "file"), [("cpu", "cpu.lock"), ("t4", "t4.lock"), ("cuda13", "cuda13.lock")])
-def test_sets_are_those_of_requirements(name, file):
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements" / file).read_text(), re.MULTILINE))
+@pytest.mark.parametrize("name", SETS)
+def test_sets_are_those_of_requirements(name):
+    files = [f"{name}.lock", *(["colab-runtime.txt"] if name == "colab" else [])]
+    text = "\n".join((ROOT / "requirements" / file).read_text() for file in files)
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
     assert {package: pins[package] for package in SETS[name]} == SETS[name]
 
 
@@ -61,11 +58,21 @@ def test_nearest_set_names_the_differences():
 def test_set_that_fits_is_named_with_its_line(monkeypatch, capability, driver, fitting):
     monkeypatch.setattr(doctor, "profile", lambda: SimpleNamespace(capability=capability))
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
-    assert doctor.fitting_set() == fitting
-    *_, line = doctor.version_findings({}, fitting)
+    *_, line = doctor.version_findings({})
     assert line.what == f"set {fitting} fits here"
     assert f"-r requirements/{fitting}.lock (Python 3.1" in line.found
-    assert len(doctor.version_findings(SETS[fitting], fitting)) == 2
+    assert len(doctor.version_findings(SETS[fitting])) == 2
+
+
+def test_on_colab_its_own_torch_stays(monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-20260819")
+    monkeypatch.setattr(doctor, "profile", lambda: SimpleNamespace(capability=(7, 5)))
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.82.07")
+    *_, line = doctor.version_findings(SETS["colab"] | {"torch": "2.11.0+cu128", "datasets": "4.0.0"})
+    assert line.what == "set colab fits here"
+    assert line.found == "pip install --no-deps --require-hashes -r requirements/colab.lock (Python 3.13)"
+    for name in ("colab", "t4"):  # as Colab has it, and in an environment of its own
+        assert len(doctor.version_findings(SETS[name])) == 2
 
 
 def test_table_is_markdown_of_three_columns():
