@@ -24,6 +24,7 @@ from unsloth import FastLanguageModel
 from spinfast import attention as packed
 from spinfast.device import GIB, DeviceProfile
 from spinfast.errors import UserError
+from spinfast.generation import vllm_compat
 from spinfast.ops import Ops
 from spinfast.policy.fuse import check, norm, projection
 
@@ -45,6 +46,7 @@ def load_base(
         raise UserError("model.backend: unsloth shares weights with vLLM on CUDA only; use generation.backend auto")
     sharing = {}
     if engine_cache is not None:
+        vllm_compat.prepare(profile.device, profile.capability)  # its engine too plays with one adapter at a time
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         share = (weights + engine_cache + GIB) / torch.cuda.get_device_properties(0).total_memory
         sharing = {"fast_inference": True, "gpu_memory_utilization": share, "max_lora_rank": max_lora_rank}

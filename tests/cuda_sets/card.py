@@ -134,6 +134,16 @@ class Host(TorchDispatchMode):
         return result
 
 
+def vllm_platform():
+    """A T4 as vLLM sees it, which never asks the driver."""
+    from vllm.platforms.cuda import NonNvmlCudaPlatform
+
+    class T4(NonNvmlCudaPlatform):
+        """A class of its own: `vllm_compat.prepare` writes on it."""
+
+    return T4()
+
+
 def unpinned(*args, tensor=torch.tensor, pin_memory=False, **kwargs):
     return tensor(*args, **kwargs)  # memory is pinned by the driver
 

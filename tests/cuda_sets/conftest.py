@@ -39,7 +39,7 @@ def t4_in_use():
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
-    """A libcuda.so.1 that refuses every call, so that vLLM's real extensions load."""
+    """The path of a loaded libcuda.so.1 that refuses every call, so that vLLM's real extensions load."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is needed to make a driver that refuses every call")
     path = tmp_path_factory.mktemp("driver")
@@ -47,18 +47,15 @@ def driver(tmp_path_factory):
     library = path / "libcuda.so.1"
     subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library, path / "driver.c"], check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return library
 
 
 @pytest.fixture
 def vllm_on_t4(driver, t4, monkeypatch):
     """vLLM takes the machine for one with a T4."""
     import vllm.platforms
-    from vllm.platforms.cuda import NonNvmlCudaPlatform
 
-    class T4(NonNvmlCudaPlatform):
-        """A class of its own: `vllm_compat.prepare` writes on it."""
-
-    monkeypatch.setattr(vllm.platforms, "_current_platform", T4())
+    monkeypatch.setattr(vllm.platforms, "_current_platform", card.vllm_platform())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # the driver pins
     monkeypatch.setattr(torch, "tensor", card.unpinned)
     return vllm

@@ -3,7 +3,10 @@
 The extensions load, the configuration is made, vLLM's own Qwen2 is built with LoRA layers on CPU tensors.
 """
 
+import importlib
+import runpy
 import socket
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -110,8 +113,18 @@ def test_what_is_reached_behind_the_engine_is_there(vllm_on_t4):
         assert all(hasattr(LLMEngine, name) for name in ("sleep", "wake_up", "release_kv_cache_memory"))
 
 
+@pytest.fixture(params=["vllm.lora.worker_manager", "unsloth_zoo/vllm_lora_worker_manager.py"], ids=["vllm", "unsloth"])
+def manager_of(request):
+    """The class of an engine's LoRA manager: vLLM's own, or what Unsloth puts in its place. Its file alone is executed:
+    importing the package would rewrite transformers and vLLM for all tests."""
+    if not request.param.endswith(".py"):
+        return importlib.import_module(request.param).LRUCacheWorkerLoRAManager
+    (file,) = (file for file in metadata.files("unsloth_zoo") if str(file) == request.param)
+    return SimpleNamespace(**runpy.run_path(str(file.locate()))).LRUCacheWorkerLoRAManager
+
+
 @pytest.fixture
-def engine(engine_config, path, monkeypatch):
+def engine(engine_config, path, manager_of, monkeypatch):
     """An engine's model runner as our code asks for it: vLLM's model and its LoRA manager, on the CPU."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
@@ -119,7 +132,6 @@ def engine(engine_config, path, monkeypatch):
         ensure_model_parallel_initialized,
         init_distributed_environment,
     )
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config, _ = engine_config
@@ -138,7 +150,7 @@ def engine(engine_config, path, monkeypatch):
                 model = initialize_model(config)
                 source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
                 model.load_weights(source.state_dict().items())
-                manager = LRUCacheWorkerLoRAManager(config, cpu, model.embedding_modules)
+                manager = manager_of(config, cpu, model.embedding_modules)
                 model = manager.create_lora_manager(model.eval(), config)
             torch.set_default_dtype(before)
             runner = SimpleNamespace(lora_manager=manager, get_model=lambda: model)
