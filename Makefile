@@ -1,6 +1,7 @@
 # make run: set up if needed, then self-play with the default config. make test: the default test suite.
 PYTHON ?= python3.11
 BIN := .venv/bin
+HERE := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 
 .venv/.installed: requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -8,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 lint bench rehearse-t4
+.PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 check-torch lint bench rehearse-t4
 setup: .venv/.installed
 
 run: setup
@@ -23,13 +24,25 @@ test-slow: setup
 # with the python of a GPU's set (requirements/t4.lock, cuda13.lock): GPU_PYTHON=/path/to/python make test-gpu
 GPU_PYTHON ?= python
 test-gpu:
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py tests/test_sums.py \
+	$(HERE) $(GPU_PYTHON) -m pytest tests/kernels tests/test_attention.py tests/test_fuse.py tests/test_sums.py \
 	  -m "not slow and not faults"
 
 # a GPU's set, installed for real and driven without a card (docs/without-a-gpu.md); the first time downloads 5 GB
+SEAMS := "tests/test_unsloth.py::test_same_log_probs_and_gradients_as_the_stock_policy[gpu-qwen2-float16]"
 check-t4 check-cuda13: check-%:
-	python=$$(tests/cuda_sets/environment.sh $*) && TRITON_INTERPRET=0 PYTHONPATH=.:kernels $$python -m pytest \
-	  tests/cuda_sets tests/engine/test_single_adapter.py tests/kernels/test_compile.py -m "not gpu and not faults"
+	python=$$(tests/cuda_sets/environment.sh $*) && TRITON_INTERPRET=0 $(HERE) $$python -m pytest \
+	  tests/cuda_sets tests/engine/test_single_adapter.py tests/kernels/test_compile.py $(SEAMS) -m "not gpu and not faults"
+
+# what is in plain torch, under other versions of it, each over the set of its CUDA: TORCH="2.9.1 2.12.0" make check-torch
+TORCH ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0
+PLAIN := $(patsubst %,tests/%.py,kernels/test_cpu kernels/test_layer kernels/test_linear_logps kernels/test_pairwise \
+  test_attention test_device test_fuse test_memory test_objectives test_packing test_policy test_run test_sums)
+check-torch:
+	for torch in $(TORCH); do \
+	  case $$torch in 2.9.*|2.10.*) set=t4;; *) set=cuda13;; esac; \
+	  python=$$(tests/cuda_sets/environment.sh $$set $$torch) && echo "torch $$torch" && \
+	  $(HERE) $$python -m pytest $(PLAIN) || exit 1; \
+	done
 
 test-faults: setup
 	$(BIN)/python -m pytest -m "faults and not slow"

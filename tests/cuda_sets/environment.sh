@@ -1,16 +1,30 @@
 #!/usr/bin/env bash
-# environment.sh NAME: prints the python of an environment that holds exactly requirements/NAME.lock, made if there is
-# none yet. It stands outside the tree under the lock's hash (SETS, by default ~/.cache/spinfast/sets): a changed lock
-# is another environment, and what an interrupted install left is thrown away. PYTHON312: the interpreter to make it with.
+# environment.sh NAME [TORCH]: prints the python of an environment that holds exactly requirements/NAME.lock, made if
+# there is none yet. It stands outside the tree under the lock's hash (SETS, by default ~/.cache/spinfast/sets): a changed
+# lock is another environment, and what an interrupted install left is thrown away. PYTHON312: the interpreter to make it
+# with. With TORCH: an environment of links to it, that torch's wheel alone in place of the set's (of the same CUDA), and
+# without what is compiled for the set's torch.
 set -euo pipefail
 lock="$(dirname "$0")/../../requirements/$1.lock"
 home="${SETS:-$HOME/.cache/spinfast/sets}/$1-$(sha256sum "$lock" | cut -c1-16)"
+# wheels alone: a user's machine has no compiler
+install="-m pip install --quiet --disable-pip-version-check --no-cache-dir --only-binary :all: --no-deps"
 if [ ! -e "$home/.installed" ]; then
   rm -rf "$home"
   "${PYTHON312:-python3.12}" -m venv "$home" >&2
-  # wheels alone: a user's machine has no compiler
-  "$home/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
-    --only-binary :all: --no-deps --require-hashes -r "$lock" >&2
+  "$home/bin/python" $install --require-hashes -r "$lock" >&2
   touch "$home/.installed"
+fi
+packages=lib/python3.12/site-packages
+if [ -n "${2:-}" ] && [ ! -e "$home/$packages/torch-$2.dist-info" ]; then
+  set="$home" home="$home-torch-$2"
+  if [ ! -e "$home/.installed" ]; then
+    rm -rf "$home"
+    "$set/bin/python" -m venv --without-pip "$home" >&2
+    ln -s "$set/$packages"/* "$home/$packages"
+    for name in torch vllm xformers unsloth flashinfer; do rm -f "$home/$packages/$name"*; done
+    "$home/bin/python" $install "torch==$2" >&2
+    touch "$home/.installed"
+  fi
 fi
 echo "$home/bin/python"
