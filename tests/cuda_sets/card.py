@@ -58,6 +58,8 @@ def present():
     with ExitStack() as undo:
         for name, function in answers().items():
             undo.enter_context(mock.patch.object(torch.cuda, name, function))
+        stream = SimpleNamespace(is_capturing=lambda: False)  # from torch 2.13 on the optimizers ask there
+        undo.enter_context(mock.patch.object(torch.accelerator, "current_stream", return_value=stream))
         yield
 
 
