@@ -123,7 +123,8 @@ def notes_to_log() -> Iterator[None]:
         return
     sys.stderr.flush()
     kept = os.dup(2)
-    os.dup2(file.stream.fileno(), 2)
+    with open(file.baseFilename, "ab") as notes:  # whoever configures logging closes the handler's until it logs again
+        os.dup2(notes.fileno(), 2)
     try:
         yield
     finally:

@@ -320,9 +320,10 @@ def test_on_a_terminal_of_80_columns_records_wrap_and_a_phase_is_one_live_line(d
 
 def test_what_compiled_code_says_goes_to_the_log(tmp_path):
     code = (
-        "import logging, os, sys; from spinfast.terminal import LogFile, notes_to_log\n"
+        "import logging.config, os, sys; from spinfast.terminal import LogFile, notes_to_log\n"
         "with notes_to_log(): os.write(2, b'seen, ')\n"
         "logging.root.addHandler(LogFile(sys.argv[1]))\n"
+        "logging.config.dictConfig({'version': 1})\n"  # a library's, which closes what others opened
         "with notes_to_log(): os.write(2, b'from C\\n'); print('from Python', file=sys.stderr)\n"
         "print('seen', file=sys.stderr)"
     )

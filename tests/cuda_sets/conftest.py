@@ -54,8 +54,10 @@ def driver(tmp_path_factory):
 def vllm_on_t4(driver, t4, monkeypatch):
     """vLLM takes the machine for one with a T4."""
     import vllm.platforms
+    from vllm.utils.platform_utils import is_pin_memory_available
 
     monkeypatch.setattr(vllm.platforms, "_current_platform", card.vllm_platform())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)  # the driver pins
     monkeypatch.setattr(torch, "tensor", card.unpinned)
-    return vllm
+    yield vllm
+    is_pin_memory_available.cache_clear()
