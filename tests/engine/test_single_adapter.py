@@ -29,6 +29,21 @@ class Reference:
         return torch.cat([self.expand(part, x.double() @ A[0, 0].double().T, B, scale) for part, A, B in parts], dim=1)
 
 
+@pytest.fixture(autouse=True)
+def unpinned(monkeypatch):
+    """vLLM for CUDA pins what it copies to the card, where there is none too."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from vllm.platforms import current_platform
+    from vllm.utils.platform_utils import is_pin_memory_available
+
+    monkeypatch.setattr(type(current_platform), "is_pin_memory_available", classmethod(lambda cls: False))
+    is_pin_memory_available.cache_clear()
+    yield
+    is_pin_memory_available.cache_clear()
+
+
 @pytest.fixture
 def numbers():
     draw = torch.Generator().manual_seed(0)
