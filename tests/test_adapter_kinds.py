@@ -35,7 +35,8 @@ XS = sections.LoraXs(kind="lora_xs", r=4, alpha=8)
 TINY = sections.TinyLora(kind="tiny_lora", u=3, tie=4)
 FULL = sections.Full(kind="full", target_modules=("q_proj", "down_proj"))
 FRAMED = {"lora_xs": XS, "tiny_lora": TINY, "structured": TINY.model_copy(update={"sharing": "structured"})}
-KINDS = FRAMED | {"full": FULL}
+TABLES = sections.Full(kind="full", target_modules=("v_proj",), embeddings=True)
+KINDS = FRAMED | {"full": FULL, "embeddings": TABLES}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def policy_of(path, settings, moved=True, found=None):
     policy = load_policy(path, name, revision, lora=settings, **options)
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.trainable_parameters().values() if moved else ():
-        parameter.data += (0.03 if settings is FULL else 0.3) * torch.randn(parameter.shape, generator=generator)
+        parameter.data += (0.03 if settings.kind == "full" else 0.3) * torch.randn(parameter.shape, generator=generator)
     policy.updated()
     return policy
 
@@ -60,18 +61,19 @@ def batch_of(policy):
     return pack(groups, range(len(groups)), "sdpa").to(policy.device)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_logps_and_gradients_are_those_of_dense_weights(tiny_model, name):
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in KINDS), ("embeddings", False)])
+def test_logps_and_gradients_are_those_of_dense_weights(tiny_model, name, tied):
     """W + s B R A put together in fp64 by plain torch, and differentiated there."""
-    policy = policy_of(tiny_model("llama"), KINDS[name])
+    path = tiny_model("llama", tied)
+    policy = policy_of(path, KINDS[name])
     batch, kind = batch_of(policy), policy.kind
     logps = answer_logps(policy, batch)
     logps.sum().backward()
     values = {n: p.detach().double().requires_grad_() for n, p in policy.trainable_parameters().items()}
-    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), attn_implementation="eager").double()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").double()
     dense = dict(model.named_parameters())
     for number, module in enumerate(kind.config["modules"]):
-        if name == "full":
+        if name in ("full", "embeddings"):
             dense[f"{module}.weight"] = values[f"{module}.weight"]
             continue
         A, B = (factor.double() for factor in kind.frames.by_module[module])
@@ -187,7 +189,7 @@ def test_saved_and_loaded_it_is_the_same(tiny_model, tmp_path, name):
     other.load_adapter(adapters.load(tmp_path))
     assert torch.equal(answer_logps(other, batch), answer_logps(policy, batch))
     assert not torch.equal(answer_logps(other, batch), base)
-    if name != "full":
+    if KINDS[name].kind != "full":
         with other.playing(amplified(other.adapter(), 0)):
             assert torch.equal(answer_logps(other, batch), base)
     assert adapters.fingerprint(adapters.load(tmp_path)) == adapters.fingerprint(policy.adapter())
@@ -317,9 +319,10 @@ def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, n
         assert words in line
 
 
-def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path):
-    found = resolve_model(str(tiny_model("llama")))
-    policy = policy_of(found.path, FULL, found=found)
+@pytest.mark.parametrize(("name", "tied"), [("full", True), ("embeddings", True), ("embeddings", False)])
+def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path, name, tied):
+    found = resolve_model(str(tiny_model("llama", tied)))
+    policy = policy_of(found.path, KINDS[name], found=found)
     policy.save_adapter(tmp_path / "a")
     assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
@@ -351,7 +354,7 @@ def test_updates_too_small_for_16_bits_are_not_lost(tiny_model, dtype):
     assert all(torch.equal(weight, start) for weight, start in zip(policy.kind.weights(), before, strict=True))
 
 
-def test_a_list_of_spectrum_chooses(tiny_model, tmp_path, caplog):
+def test_a_list_of_spectrum_chooses(tiny_model, tmp_path, capsys):
     (tmp_path / "list.yaml").write_text(
         "unfrozen_parameters:\n- ^lm_head.weight$\n- ^model.embed_tokens.weight$\n- model.layers.1.mlp.up_proj\n"
     )
@@ -359,7 +362,7 @@ def test_a_list_of_spectrum_chooses(tiny_model, tmp_path, caplog):
     words = [config, f"adapter.target_modules={tmp_path}/list.yaml", "--run-dir", str(tmp_path / "run")]
     assert main(words) == 0
     assert adapters.load(tmp_path / "run" / "sft" / "adapter").config["modules"] == ["model.layers.1.mlp.up_proj"]
-    assert "left out" in caplog.text
+    assert "left out" in " ".join("".join(capsys.readouterr()).split())
     (tmp_path / "list.yaml").write_text("unfrozen_parameters:\n- model.layers.0.mlp.up_proj\n")
     assert main(words) == 2  # the run's own list is another one now
 

@@ -62,6 +62,7 @@ class Full(Continued):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="also a file: the list that `spinfast spectrum` writes, or Axolotl's or TRL users'"
     )
+    embeddings: bool = Field(False, description="the token embeddings and the head too, 16 bytes a number")
 
 
 KINDS = {  # in the place of an error the kind, in brackets

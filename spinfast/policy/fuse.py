@@ -24,7 +24,14 @@ from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
-KNOWN = ("Linear", "Linear4bit", "Embedding", "FramedLayer", "FullLayer")  # of torch, bitsandbytes, PEFT's LoRA, ours
+KNOWN = (
+    "Linear",
+    "Linear4bit",
+    "Embedding",
+    "FramedLayer",
+    "FullLayer",
+    "FullEmbedding",
+)  # of torch, bitsandbytes, PEFT's LoRA, ours
 
 
 def fuse(base: PreTrainedModel, ops: Ops) -> Callable[[], None]:

@@ -84,7 +84,8 @@ class TransformersPolicy:
 
     @property
     def head_VD(self) -> torch.Tensor:
-        return self.causal_lm.get_output_embeddings().weight
+        weight_VD = self.causal_lm.get_output_embeddings().weight
+        return self.kind.head(weight_VD) if self.kind.trains_weights else weight_VD
 
     @property
     def head_bias_V(self) -> torch.Tensor | None:

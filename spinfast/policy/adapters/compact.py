@@ -62,4 +62,13 @@ def settings(adapter: Adapter) -> dict:
     """The config's adapter section that it fits: the modules by their full names."""
     own = {key: value for key, value in adapter.config.items() if key not in OF_THE_FILE}
     alpha = {"alpha": adapter.config["scaling"] * adapter.config["r"]} if adapter.kind == "lora_xs" else {}
-    return own | alpha | {"target_modules": adapter.config["modules"]}
+    return own | alpha | {"target_modules": adapter.config["modules"]} | _tables(adapter)
+
+
+def _tables(adapter: Adapter) -> dict:
+    """Embeddings and head are no target_modules."""
+    if adapter.kind != "full":
+        return {}
+    named = {"model.embed_tokens", "lm_head"} & {*adapter.config["modules"]}
+    modules = [module for module in adapter.config["modules"] if module not in named]
+    return {"target_modules": modules, "embeddings": bool(named)}

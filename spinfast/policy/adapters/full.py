@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
@@ -24,13 +25,36 @@ from spinfast.weights import spectrum
 class FullLayer(torch.nn.Module):
     """A linear layer of the base that is trained itself."""
 
-    def __init__(self, base_layer: torch.nn.Linear):
+    def __init__(self, base_layer: torch.nn.Linear | torch.nn.Embedding):
         super().__init__()
         self.base_layer, self.on = base_layer, True
         self.lora_master = torch.nn.Parameter(base_layer.weight.detach().float().clone())
 
-    def get_base_layer(self) -> torch.nn.Linear:
+    def get_base_layer(self) -> torch.nn.Module:
         return self.base_layer
+
+    def weight(self) -> torch.Tensor:
+        """The model's, with a gradient for the master where it is not taken by a fused block."""
+        return _OfMaster.apply(self.lora_master, self.base_layer.weight) if self.on else self.base_layer.weight
+
+
+class FullEmbedding(FullLayer):
+    """The table of token embeddings."""
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight(), self.base_layer.padding_idx)
+
+
+class _OfMaster(torch.autograd.Function):
+    """The 16-bit weight as a function of its fp32 master."""
+
+    @staticmethod
+    def forward(ctx, master, weight):
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.float(), None
 
 
 def _chosen(base: PreTrainedModel, settings) -> list[str]:
@@ -39,8 +63,14 @@ def _chosen(base: PreTrainedModel, settings) -> list[str]:
     if not isinstance(named, str) or Path(named).suffix not in spectrum.LISTS:
         return targets(base, settings)
     shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
-    names = spectrum.matched(shapes, spectrum.read_list(files.expanded(named)))
+    names = spectrum.matched(shapes, spectrum.read_list(files.expanded(named)), settings.embeddings)
     return [name.removesuffix(".weight") for name in names]
+
+
+def _tables(base: PreTrainedModel) -> list[str]:
+    """The modules of embeddings and head, one where they share their weight."""
+    wanted = {id(table.weight) for table in (base.get_input_embeddings(), base.get_output_embeddings())}
+    return [name.removesuffix(".weight") for name, p in base.named_parameters() if id(p) in wanted]
 
 
 class Full:
@@ -56,16 +86,21 @@ class Full:
             layer = base.get_submodule(module)
             if not layer.weight.is_floating_point():
                 raise UserError("adapter.kind: full trains 16- or 32-bit weights; set model.load_in_4bit to false")
-            self.layers[module] = FullLayer(layer)
+            self.layers[module] = (FullEmbedding if isinstance(layer, torch.nn.Embedding) else FullLayer)(layer)
             parent, _, child = module.rpartition(".")
+            if layer is base.get_output_embeddings():  # it never runs as a module
+                parent, child = "", "lora_head"
             setattr(base.get_submodule(parent), child, self.layers[module])
+        self.by_weight = {id(layer.base_layer.weight): layer for layer in self.layers.values()}
         meta = any(weight.is_meta for weight in self.weights())
         self.before = [] if meta else [weight.detach().to("cpu", copy=True) for weight in self.weights()]
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path: Path | None = None):
         """By the config's adapter section. Nothing is random."""
-        return cls(base, _chosen(base, settings), name, revision)
+        chosen, tables = _chosen(base, settings), _tables(base) if settings.embeddings else []
+        order = [name.removesuffix(".weight") for name, _ in base.named_parameters()]
+        return cls(base, sorted({*chosen, *tables}, key=order.index), name, revision)
 
     # Its layers ------------------------------------------------------------------------------------------------
 
@@ -76,6 +111,11 @@ class Full:
     @staticmethod
     def added(layer: FullLayer) -> dict:
         return {"master": layer.lora_master} if layer.on else {}
+
+    def head(self, weight_VD: torch.Tensor) -> torch.Tensor:
+        """The output projection, differentiable if it is trained."""
+        layer = self.by_weight.get(id(weight_VD))
+        return weight_VD if layer is None else layer.weight()
 
     def weights(self) -> list[torch.nn.Parameter]:
         """The model's own, in its dtype."""
