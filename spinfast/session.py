@@ -108,10 +108,8 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
         raise UserError(
             f"adapter.start: {path} is a {start.kind}, adapter.kind is {config.adapter.kind}; give that kind"
         )
-    if start.kind == "lora" and start.config["r"] > config.adapter.r:
-        raise UserError(
-            f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
-        )
+    if start.kind == "lora" and (rank := adapters.largest_rank(start)) > config.adapter.largest_rank:
+        raise UserError(f"adapter.start: {path} has rank {rank}, adapter.r is {config.adapter.largest_rank}; raise it")
     log.info("adapter.start: %s, %s, %d tensors", path, start.kind, len(start.tensors))
     return start
 
@@ -135,10 +133,9 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
             f"prompt.max_prompt_tokens + the longer of max_answer_tokens and max_tokens = {longest} tokens, but "
             f"{model.name} has a sliding_window of {seen}, beyond which the engine computes another model; lower them"
         )
-    if config.adapter.r > shape.hidden_size:
-        raise UserError(
-            f"adapter.r: {config.adapter.r} is more than the width of {model.name}, {shape.hidden_size}; lower it"
-        )
+    rank = config.adapter.largest_rank
+    if rank > shape.hidden_size:
+        raise UserError(f"adapter.r: {rank} is more than the width of {model.name}, {shape.hidden_size}; lower it")
 
 
 def check_rows(machine: Machine, loads: Sequence[Load]) -> None:
@@ -205,7 +202,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             load_in_4bit=config.model.load_in_4bit,
             max_seq_length=max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens),
             engine_cache=cache if backend == "vllm" else None,
-            max_lora_rank=config.adapter.r,
+            max_lora_rank=config.adapter.largest_rank,
         )
         new_policy = partial(new_policy, base=base, fuse=unsloth.fuse)
         engine = getattr(base, "vllm_engine", None)
@@ -218,7 +215,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             capability=device.capability,
             dtype=device.dtype,
             max_model_len=context,
-            max_lora_rank=config.adapter.r,
+            max_lora_rank=config.adapter.largest_rank,
             kv_cache_bytes=cache,
             batch_size=settings.batch_size,
             seed=config.seed,

@@ -36,6 +36,8 @@ TINY = sections.TinyLora(kind="tiny_lora", u=3, tie=4)
 FULL = sections.Full(kind="full", target_modules=("q_proj", "down_proj"))
 FRAMED = {"lora_xs": XS, "tiny_lora": TINY, "structured": TINY.model_copy(update={"sharing": "structured"})}
 KINDS = FRAMED | {"full": FULL}
+PATTERNS = {"rank_pattern": {"q_proj": 2, "up_proj": 6}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 1}}
+LORA = sections.Lora(r=4, alpha=2, use_rslora=True, init_lora_weights="orthogonal", init="merge", **PATTERNS)
 
 
 @pytest.fixture(autouse=True)
@@ -263,13 +265,13 @@ def configured(directory, model, method, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["lora_xs", "tiny_lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "lora_xs", "tiny_lora", "full"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     tmp_path, tiny_model, monkeypatch, method, name
 ):
     """The adapter moves, the loss falls; a run that is stopped within training leaves the bytes of one that is not."""
-    config = configured(tmp_path, tiny_model("llama"), method, KINDS[name])
+    config = configured(tmp_path, tiny_model("llama"), method, {"lora": LORA, **KINDS}[name])
     assert main([config, "--run-dir", str(tmp_path / "whole")]) == 0
     stages = sorted((tmp_path / "whole").glob("*/adapter"))
     assert (
