@@ -168,14 +168,16 @@ def open_session(config: Config, machine: Machine, plan: StepPlan, generate: boo
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(config.device.deterministic)
-    with open_players(config, machine, generate) as (policy, generator):
+    with open_players(config, machine, generate, plan.dense_layers) as (policy, generator):
         apply_checkpointing(policy, plan.checkpoint_layers, plan.offload)
         apply_head_chunk(policy, plan.head_chunk)
         yield Session(config, machine, policy, generator, plan)
 
 
 @contextmanager
-def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[tuple[Policy, Generator | None]]:
+def open_players(
+    config: Config, machine: Machine, generate: bool, dense_layers: int
+) -> Iterator[tuple[Policy, Generator | None]]:
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings, device, model = config.generation, machine.device, machine.model
     context = context_of(config)
@@ -233,7 +235,11 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
         from spinfast.generation.transformers import TransformersGenerator
 
         generator = TransformersGenerator(
-            policy, batch_size=settings.batch_size, max_model_len=context, attention=device.attention
+            policy,
+            batch_size=settings.batch_size,
+            max_model_len=context,
+            attention=device.attention,
+            dense_layers=dense_layers,
         )
     with generator as opened:
         yield policy, opened

@@ -165,11 +165,12 @@ def uniform(adapter: Adapter) -> Adapter:
 
 
 def settings(adapter: Adapter) -> dict:
-    """The config's adapter section that an adapter, uniform if it is LoRA, fits: the modules by their full names."""
+    """The config's adapter section that an adapter fits: the modules by their full names."""
     if adapter.kind != "lora":
         return compact.settings(adapter)
     modules = sorted({MATRIX.fullmatch(name)[1] for name in adapter.tensors})
-    return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], "target_modules": modules}
+    more = {key: adapter.config[key] for key in SCALING[2:] if adapter.config.get(key)}
+    return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], **more, "target_modules": modules}
 
 
 def rank_axis(name: str) -> int:

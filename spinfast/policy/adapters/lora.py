@@ -48,6 +48,8 @@ class Lora:
                 f"adapter.init: {tied[0]} is the head's weight too, which merging would change with it and the saved "
                 "adapter would not; leave it out of adapter.target_modules, or use continue"
             )
+        if settings.init == "merge" and not all(base.get_submodule(m).weight.is_floating_point() for m in modules):
+            raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
