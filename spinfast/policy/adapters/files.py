@@ -295,7 +295,7 @@ def fitted(adapter: Adapter, config: dict) -> Adapter:
     for name, tensor in adapter.tensors.items():
         (own, scaling), (rank, wanted) = (scale(c, name) for c in (adapter.config, config))
         if own > rank:
-            raise UserError(f"adapter: rank {own} of {MATRIX.fullmatch(name)[1]} exceeds the policy's {rank}")
+            raise UserError(f"adapter: rank {own} exceeds the policy's {rank} in {MATRIX.fullmatch(name)[1]}")
         tensors[name] = _fit(name, tensor, rank, scaling / wanted)
     none = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     return Adapter(adapter.config | none | {key: config[key] for key in SCALING if key in config}, tensors)

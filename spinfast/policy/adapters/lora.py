@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -136,15 +137,20 @@ class Lora:
     def parts(self, adapter: Adapter) -> list[Adapter]:
         return files.unstack(adapter, plain_json(self.config))
 
-    @torch.no_grad()
     def restart(self, seed: int) -> None:
-        with _seeded(seed):
-            for layer in self.layers():
-                for parameter, value in zip(_factors(layer), _factors(_as_made(layer, self.config)), strict=True):
-                    parameter.copy_(value)
+        self._draw(seed, self.config)
 
     def renew(self, seed: int) -> None:
-        self.restart(seed)
+        nothing_yet = copy(self.config)
+        nothing_yet.init_lora_weights = self.config.init_lora_weights or True  # False draws B too
+        self._draw(seed, nothing_yet)
+
+    @torch.no_grad()
+    def _draw(self, seed: int, config: LoraConfig) -> None:
+        with _seeded(seed):
+            for layer in self.layers():
+                for parameter, value in zip(_factors(layer), _factors(_as_made(layer, config)), strict=True):
+                    parameter.copy_(value)
 
     @contextmanager
     def off(self) -> Iterator[None]:
