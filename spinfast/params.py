@@ -60,7 +60,8 @@ def counts(model: PretrainedConfig, own: AnyKind) -> Iterator[tuple[str, Count, 
     """(name, count, published as) of the config's own adapter, then of SETTINGS."""
     yield "this config", count(model, own), own.kind
     for name, (settings, published) in SETTINGS.items():
-        yield name, count(model, settings.model_copy(update={"target_modules": own.target_modules})), published
+        same = {key: getattr(own, key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
+        yield name, count(model, settings.model_copy(update=same)), published
 
 
 def main(path: Path, own: AnyKind, as_json: bool) -> None:

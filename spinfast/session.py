@@ -108,10 +108,8 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
         raise UserError(
             f"adapter.start: {path} is a {start.kind}, adapter.kind is {config.adapter.kind}; give that kind"
         )
-    if start.kind == "lora" and start.config["r"] > config.adapter.r:
-        raise UserError(
-            f"adapter.start: {path} has rank {start.config['r']}, adapter.r is {config.adapter.r}; raise it"
-        )
+    if start.kind == "lora" and (rank := adapters.largest_rank(start)) > config.adapter.largest_rank:
+        raise UserError(f"adapter.start: {path} has rank {rank}, adapter.r is {config.adapter.largest_rank}; raise it")
     log.info("adapter.start: %s, %s, %d tensors", path, start.kind, len(start.tensors))
     return start
 
@@ -135,10 +133,9 @@ def check_limits(config: Config, model: ResolvedModel, shape: PretrainedConfig) 
             f"prompt.max_prompt_tokens + the longer of max_answer_tokens and max_tokens = {longest} tokens, but "
             f"{model.name} has a sliding_window of {seen}, beyond which the engine computes another model; lower them"
         )
-    if config.adapter.r > shape.hidden_size:
-        raise UserError(
-            f"adapter.r: {config.adapter.r} is more than the width of {model.name}, {shape.hidden_size}; lower it"
-        )
+    rank = config.adapter.largest_rank
+    if rank > shape.hidden_size:
+        raise UserError(f"adapter.r: {rank} is more than the width of {model.name}, {shape.hidden_size}; lower it")
 
 
 def check_rows(machine: Machine, loads: Sequence[Load]) -> None:
@@ -171,14 +168,16 @@ def open_session(config: Config, machine: Machine, plan: StepPlan, generate: boo
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(config.device.deterministic)
-    with open_players(config, machine, generate) as (policy, generator):
+    with open_players(config, machine, generate, plan.dense_layers) as (policy, generator):
         apply_checkpointing(policy, plan.checkpoint_layers, plan.offload)
         apply_head_chunk(policy, plan.head_chunk)
         yield Session(config, machine, policy, generator, plan)
 
 
 @contextmanager
-def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[tuple[Policy, Generator | None]]:
+def open_players(
+    config: Config, machine: Machine, generate: bool, dense_layers: int
+) -> Iterator[tuple[Policy, Generator | None]]:
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
     settings, device, model = config.generation, machine.device, machine.model
     context = context_of(config)
@@ -205,7 +204,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             load_in_4bit=config.model.load_in_4bit,
             max_seq_length=max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens),
             engine_cache=cache if backend == "vllm" else None,
-            max_lora_rank=config.adapter.r,
+            max_lora_rank=config.adapter.largest_rank,
         )
         new_policy = partial(new_policy, base=base, fuse=unsloth.fuse)
         engine = getattr(base, "vllm_engine", None)
@@ -218,7 +217,7 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
             capability=device.capability,
             dtype=device.dtype,
             max_model_len=context,
-            max_lora_rank=config.adapter.r,
+            max_lora_rank=config.adapter.largest_rank,
             kv_cache_bytes=cache,
             batch_size=settings.batch_size,
             seed=config.seed,
@@ -236,7 +235,11 @@ def open_players(config: Config, machine: Machine, generate: bool) -> Iterator[t
         from spinfast.generation.transformers import TransformersGenerator
 
         generator = TransformersGenerator(
-            policy, batch_size=settings.batch_size, max_model_len=context, attention=device.attention
+            policy,
+            batch_size=settings.batch_size,
+            max_model_len=context,
+            attention=device.attention,
+            dense_layers=dense_layers,
         )
     with generator as opened:
         yield policy, opened

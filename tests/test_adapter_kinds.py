@@ -37,6 +37,9 @@ FULL = sections.Full(kind="full", target_modules=("q_proj", "down_proj"))
 FRAMED = {"lora_xs": XS, "tiny_lora": TINY, "structured": TINY.model_copy(update={"sharing": "structured"})}
 TABLES = sections.Full(kind="full", target_modules=("v_proj",), embeddings=True)
 KINDS = FRAMED | {"full": FULL, "embeddings": TABLES}
+PATTERNS = {"rank_pattern": {"q_proj": 2, "up_proj": 6}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 1}}
+LORA = sections.Lora(r=4, alpha=2, use_rslora=True, init_lora_weights="orthogonal", init="merge", **PATTERNS)
+QLORA = sections.Lora(r=4, alpha=8)  # on a 4-bit base
 
 
 @pytest.fixture(autouse=True)
@@ -265,14 +268,18 @@ def configured(directory, model, method, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["lora_xs", "tiny_lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "lora_xs", "tiny_lora", "full", "qlora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     tmp_path, tiny_model, monkeypatch, method, name
 ):
     """The adapter moves, the loss falls; a run that is stopped within training leaves the bytes of one that is not."""
-    config = configured(tmp_path, tiny_model("llama"), method, KINDS[name])
-    assert main([config, "--run-dir", str(tmp_path / "whole")]) == 0
+    four_bit = name == "qlora"
+    if four_bit:
+        pytest.importorskip("bitsandbytes")
+    config = configured(tmp_path, tiny_model("llama"), method, {"lora": LORA, "qlora": QLORA, **KINDS}[name])
+    words = [config, f"model.load_in_4bit={str(four_bit).lower()}", "--run-dir"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
     stages = sorted((tmp_path / "whole").glob("*/adapter"))
     assert (
         len({adapters.fingerprint(adapters.load(stage)) for stage in stages}) == len(stages) == 2 + (method == "spin")
@@ -290,7 +297,7 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Tick, "advance", advance_and_signal)
-    words = [config, "--run-dir", str(tmp_path / "stopped")]
+    words.append(str(tmp_path / "stopped"))
     assert main(words) == EXIT_CODE
     assert main(words) == 0
     assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")

@@ -73,7 +73,7 @@ def policy_sums(policy):
 
 def engine_sums(base, path):
     """Log-prob sums of the answers by the engine with this adapter, opened as `spinfast eval` opens it."""
-    found = adapters.load(path)
+    found = adapters.uniform(adapters.load(path))
     policy = policy_of(base, adapters.settings(found))
     policy.load_adapter(found)
     return policy_sums(policy)
@@ -146,7 +146,10 @@ def test_loaded_as_it_was_saved(base, tmp_path, plain):
     found, tensors = adapters.load(plain), load_file(plain / "adapter_model.safetensors")
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
     patterned = saved(base, tmp_path / "patterned", lora(use_rslora=True, rank_pattern={"q_proj": 8, "k_proj": 2}))
-    adapters.save(adapters.load(patterned), tmp_path / "made plain")
+    made = adapters.uniform(adapters.load(patterned))
+    assert (made.config["rank_pattern"], made.config["use_rslora"]) == ({}, False)
+    assert adapters.uniform(found) is found
+    adapters.save(made, tmp_path / "made plain")
     assert peft_sums(base, tmp_path / "made plain") == pytest.approx(peft_sums(base, patterned), rel=1e-5)
 
 
@@ -382,8 +385,9 @@ def test_a_start_that_does_not_fit(base, tmp_path, capsys, settings, message):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_may_train_the_embedding(base, tmp_path):
+def test_a_run_may_train_the_embedding(tiny_model, tmp_path):
     """Saved, restored and merged like any other module, and plain LoRA to PEFT."""
+    base = tiny_model("llama", tied=False)
     settings = {"r": 2, "alpha": 4, "target_modules": ["embed_tokens", "v_proj"], "init": "merge"}
     few = {"problems": 2, "pairs": 4, "max_tokens": 6}
     run_dir = play(tmp_path, base, adapter=settings, sft={"groups_per_step": 6}, spin={"iterations": 1}, evaluate=few)
@@ -391,3 +395,9 @@ def test_a_run_may_train_the_embedding(base, tmp_path):
     assert adapters.load(last).config["r"] == 4
     assert engine_sums(base, last) == pytest.approx(peft_sums(base, last), rel=1e-4)
     assert engine_sums(base, last) != pytest.approx(peft_sums(base), rel=1e-6)
+
+
+def test_a_tied_embedding_is_not_merged(base):
+    """Its head would move too, and the saved adapter would not say so."""
+    with pytest.raises(UserError, match=r"adapter.init: model.embed_tokens is the head's weight too"):
+        policy_of(base, {"target_modules": ["embed_tokens"], "init": "merge"})

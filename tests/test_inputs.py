@@ -83,7 +83,6 @@ def test_model_faults(tmp_path, tmp_path_factory, capsys, harm, words):
         ({"model": {"name": "/nowhere/model"}}, ["/nowhere/model"]),
         ({"model": {"name": "someone/unknown-model"}}, ["someone/unknown-model"]),
         ({"data": {"source": "missing.jsonl"}}, ["missing.jsonl"]),
-        ({"model": {"load_in_4bit": True}}, ["load_in_4bit", "CUDA"]),
         ({"device": {"profile": "h100"}}, ["h100", "CUDA"]),
         ({"device": {"profile": "tpu"}}, ["tpu", "auto, cpu"]),
         ({"device": {"kernels": "triton"}}, ["triton"]),

@@ -187,6 +187,7 @@ ELSEWHERE = {  # keys of other tools' files, where likeness alone leads to anoth
     "dataset": "data: {source: ...}",
     "datasets": "data: {source: ...}",
     "output_dir": "--run-dir",
+    "lora_alpha": "adapter.alpha",
     "num_generations": "grpo.samples",
     "reward_funcs": "grpo.rewards",
     "reward_weights": "grpo.rewards, {name: weight}",
@@ -209,6 +210,10 @@ ELSEWHERE = {  # keys of other tools' files, where likeness alone leads to anoth
     "vllm_importance_sampling_mode": "grpo.correction",
     "vllm_importance_sampling_clip_max": "grpo.correction_max",
     "vllm_importance_sampling_cap": "grpo.correction_max",
+}
+REFUSED = {  # keys of PEFT's LoraConfig that nothing here does
+    "lora_dropout": "adapters are trained without dropout",
+    "use_dora": "DoRA is not supported, plain LoRA is",
 }
 
 
@@ -290,6 +295,8 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
         if key in ELSEWHERE:
             return f"unknown key {dotted!r}; it is {ELSEWHERE[key]} here"
+        if key in REFUSED:
+            return f"unknown key {dotted!r}; {REFUSED[key]}"
         if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in first["loc"]]:
             return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)

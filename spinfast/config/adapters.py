@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from spinfast.config.sections import Section
+
+Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class AnyKind(Section):
     kind: str
-    target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="all-linear, names or a regular expression, as PEFT's"
+    target_modules: Names = Field("all-linear", description="all-linear, names or a regular expression, as PEFT's")
+    exclude_modules: Names | None = Field(None, description="names or a regular expression of target_modules left out")
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
+        None, description="numbers of the layers that are trained; null: all"
     )
     start: str | None = Field(
         None, description="directory of an adapter that the run trains on (or of a run: its best); null: a fresh one"
     )
+
+    @property
+    def largest_rank(self) -> int:
+        """Of any module."""
+        return self.r
+
+    @model_validator(mode="after")
+    def _layers_of_names(self):
+        if self.layers_to_transform and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise ValueError(
+                "layers_to_transform goes with names in target_modules; write the layers into the regular expression"
+            )
+        return self
 
 
 class Continued(AnyKind):
@@ -29,10 +46,22 @@ class Lora(AnyKind):
     kind: Literal["lora"] = Field("lora", description="what is trained: lora, lora_xs, tiny_lora, full")
     r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
+    use_rslora: bool = Field(False, description="scaling is alpha / sqrt(r) (arXiv 2312.03732)")
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="other ranks, by module name or regular expression"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
+    init_lora_weights: Annotated[
+        Literal["kaiming", "gaussian", "orthogonal"], BeforeValidator(lambda v: "kaiming" if v is True else v)
+    ] = Field("kaiming", description="how A is drawn, B is 0; orthogonal: both are drawn, B A is 0, and ranks are even")
     init: Literal["continue", "merge"] = Field(
         "continue",
         description="the next round or stage trains the same adapter on, or merges it and starts a fresh one",
     )
+
+    @property
+    def largest_rank(self) -> int:
+        return max([self.r, *self.rank_pattern.values()])
 
 
 class LoraXs(Continued):
@@ -59,7 +88,7 @@ class Full(Continued):
     r: ClassVar[int] = 0  # of what an engine would have to serve as LoRA
 
     kind: Literal["full"]
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: Names = Field(
         "all-linear", description="also a file: the list that `spinfast spectrum` writes, or Axolotl's or TRL users'"
     )
     embeddings: bool = Field(False, description="the token embeddings and the head too, 16 bytes a number")

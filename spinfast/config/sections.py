@@ -47,7 +47,7 @@ class Model(Section):
     backend: Literal["transformers", "unsloth"] = Field(
         "transformers", description="who loads the model and runs its layers"
     )
-    load_in_4bit: bool = Field(False, description="NF4 base weights (bitsandbytes; CUDA only)")
+    load_in_4bit: bool = Field(False, description="NF4 base weights (bitsandbytes)")
 
 
 class Source(Section):

@@ -168,7 +168,7 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     }
     adapter = None
     if path:
-        adapter = adapters.load(path, model.revision, name=model.name)
+        adapter = adapters.uniform(adapters.load(path, model.revision, name=model.name))
         tree["adapter"] = adapters.settings(adapter)
     config = parse_config(tree, "eval")
     machine = look(config, model=model)

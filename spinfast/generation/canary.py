@@ -22,7 +22,7 @@ import torch
 
 from spinfast.packing import pack
 from spinfast.policy import Policy
-from spinfast.policy.adapters.files import linear
+from spinfast.policy.adapters.files import idle, linear
 from spinfast.train import answer_logps
 from spinfast.types import Adapter, Group
 
@@ -51,7 +51,11 @@ class CanaryReport:
     move_error: float | None  # relative, of the strong adapter; None while B is zero
 
     def __str__(self) -> str:
-        moves = "B is zero" if self.move_error is None else f"the strong adapter's moves by {self.move_error:.1%}"
+        moves = (
+            "the adapter adds nothing"
+            if self.move_error is None
+            else f"the strong adapter's moves by {self.move_error:.1%}"
+        )
         return f"engine and policy differ by {self.adapter_error:.2g} nats per token, {moves}"
 
 
@@ -93,10 +97,7 @@ def check_adapter(
         torch.tensor(generator.prompt_logps(prompt_ids, None)),
         torch.tensor(policy_logps(prompt_ids, 0)),
     )
-    scaled, fixed = ([t for n, t in adapter.tensors.items() if linear(n) == side] for side in (True, False))
-    trained = any(t.any() for t in scaled) and (
-        not fixed or any(t.any() for t in fixed)
-    )  # an embedding's A starts at 0
+    trained = any(map(linear, adapter.tensors)) and not idle(adapter)  # whole weights are not amplified
     factor, policy_move = _strong(policy_logps, prompt_ids, policy_base) if trained else (1.0, None)
     strong = torch.tensor(generator.prompt_logps(prompt_ids, amplified(adapter, factor))) if trained else base
     adapted = torch.tensor(generator.prompt_logps(prompt_ids, adapter))  # last: it stays in the engine's slot

@@ -31,6 +31,7 @@ from spinfast.errors import UserError
 from spinfast.generation import with_sampling
 from spinfast.policy import Policy
 from spinfast.policy.adapters.files import settings
+from spinfast.policy.quantised import dense
 from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
 
 TRIM = 64  # decode attention reads the cache up to the longest answer, rounded up to this
@@ -59,12 +60,17 @@ class TransformersGenerator:
         batch_size: int = 64,
         max_model_len: int | None = None,
         attention: str = "sdpa",
+        dense_layers: int = 0,
     ):
-        """`attention` is the packed backend of the prompts (attention.py); decoding is SDPA everywhere."""
+        """`attention` is the packed backend of the prompts (attention.py); decoding is SDPA everywhere.
+
+        dense_layers: how many layers hold their 4-bit weights dense while answers are made.
+        """
         self.policy = policy
         self.attention = attention
         self.batch_size = batch_size
         self.max_model_len = max_model_len or policy.model.config.max_position_embeddings
+        self.dense_layers = dense_layers
         self._streams = ExitStack()
 
     def __enter__(self) -> TransformersGenerator:
@@ -113,18 +119,19 @@ class TransformersGenerator:
         slots = min(self.batch_size, len(waiting))
         cache = SlotCache(self.policy, slots, longest, self.attention)
         active: list[_Answer] = []
-        while waiting or active:
-            ended: list[Completion] = []
-            with player(), self._evaluating():
-                while not ended:
-                    again, fresh = _admit(waiting, active, slots - len(active))
-                    sampled = self._step(cache, active, again, fresh)
-                    active += again + fresh
-                    for answer, (token, logp) in zip(active, sampled, strict=True):
-                        answer.append(int(token), logp)
-                    ended = [answer.completion() for answer in active if answer.finished]
-                    active = cache.keep(active)
-            yield from ended
+        with dense(self.policy.decoder.layers[: self.dense_layers]):
+            while waiting or active:
+                ended: list[Completion] = []
+                with player(), self._evaluating():
+                    while not ended:
+                        again, fresh = _admit(waiting, active, slots - len(active))
+                        sampled = self._step(cache, active, again, fresh)
+                        active += again + fresh
+                        for answer, (token, logp) in zip(active, sampled, strict=True):
+                            answer.append(int(token), logp)
+                        ended = [answer.completion() for answer in active if answer.finished]
+                        active = cache.keep(active)
+                yield from ended
 
     @torch.inference_mode()
     def _step(

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from spinfast.policy import Policy
+from spinfast.policy.quantised import states
 from spinfast.policy.transformers import TransformersPolicy
 from spinfast.train import TrainState
 
@@ -138,6 +139,8 @@ def counting(
     ledger = Ledger(block, simulated, timeline)
     for tensor in [*policy.model.parameters(), *policy.model.buffers()]:
         ledger.tag(tensor, "adapters" if tensor.requires_grad else "weights")
+    for tensor in states(policy.model).values():
+        ledger.tag(tensor, "weights")
     moments = {} if state is None else state.optimizer.state
     for tensor in tree_leaves([dict(moment) for moment in moments.values()]):
         if isinstance(tensor, torch.Tensor) and tensor.dim():  # step counters are scalars on the host

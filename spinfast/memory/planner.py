@@ -65,12 +65,13 @@ class Load:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How a step is made; head_chunk None is the kernel's own."""
+    """How a step is made; head_chunk None is the kernel's own. dense_layers: whose 4-bit weights answers hold dense."""
 
     microbatch_tokens: int
     checkpoint_layers: int = 0
     offload: bool = False
     head_chunk: int | None = None
+    dense_layers: int = 0
     predicted_mib: dict[str, int] = field(default_factory=dict)  # by phase
 
 
@@ -88,11 +89,14 @@ class Plan:
     reserve: int
     budget: int
     step_seconds: float
+    dense_layers: int = 0  # whose 4-bit weights the generator holds dense
 
     @property
     def step(self) -> StepPlan:
         predicted = {name: round(usage.peak / 2**20) for name, usage in self.phases.items()}
-        return StepPlan(self.microbatch_tokens, self.checkpoint_layers, self.offload, self.head_chunk, predicted)
+        return StepPlan(
+            self.microbatch_tokens, self.checkpoint_layers, self.offload, self.head_chunk, self.dense_layers, predicted
+        )
 
     @property
     def peak(self) -> int:
@@ -165,9 +169,14 @@ def plan(
             continue
         others = [load for load in loads if load is not heaviest]
         phases = {heaviest.method: train, **other_phases(config, simulation, heaviest, others, option.tokens, engine)}
+        dense = 0
+        if config.model.load_in_4bit and "generate" in phases:
+            layer = linear_weights(model) // model.num_hidden_layers * profile.dtype.itemsize * (1 + FRAGMENTATION)
+            dense = max(0, min(model.num_hidden_layers, int(room(phases["generate"].peak) // layer)))
+            phases["generate"] = generating(config, simulation, dense)
         result = Plan(
             option.tokens, option.layers, model.num_hidden_layers, option.offload, chunk, kv_cache, phases,
-            reserve(profile, max(phase.peak for phase in phases.values())), profile.memory, option.seconds,
+            reserve(profile, max(phase.peak for phase in phases.values())), profile.memory, option.seconds, dense,
         )  # fmt: skip
         _refuse_phases(result)
         return result
@@ -273,9 +282,13 @@ def other_phases(
         batch = max(([groups[i] for i in rows] for rows in bins(groups, tokens)), key=len)
         phases[load.method] = run.train(batch, load.objective, load.settings.optimizer, True).usage
     if engine == "transformers":
-        longest = config.prompt.max_prompt_tokens + config.longest_generated()
-        phases["generate"] = run.generate(config.generation.batch_size, longest, config.generation.top_p)
+        phases["generate"] = generating(config, run)
     return phases
+
+
+def generating(config: Config, run: Phases, dense_layers: int = 0) -> Usage:
+    longest = config.prompt.max_prompt_tokens + config.longest_generated()
+    return run.generate(config.generation.batch_size, longest, config.generation.top_p, dense_layers)
 
 
 def _refuse_phases(result: Plan) -> None:

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from peft.tuners.lora import LoraLayer
 from spinfast_kernels import blocks
 from torch.fx.experimental import _config as fx_config
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -49,7 +48,7 @@ class Phases:
             batch_sequence_logps(self.policy, pack(groups, range(len(groups)), self.profile.attention))
         return ledger.usage
 
-    def generate(self, slots: int, longest: int, top_p: float) -> Usage:
+    def generate(self, slots: int, longest: int, top_p: float, dense_layers: int = 0) -> Usage:
         """A full batch in its last steps beside freshly admitted prompts."""
         from spinfast.generation.transformers import TransformersGenerator
 
@@ -59,7 +58,11 @@ class Phases:
         with self.counting() as ledger:
             ledger.kind = "generation"
             generator = TransformersGenerator(
-                self.policy, batch_size=slots, max_model_len=longest, attention=self.profile.attention
+                self.policy,
+                batch_size=slots,
+                max_model_len=longest,
+                attention=self.profile.attention,
+                dense_layers=dense_layers,
             )
             list(generator.generate(requests, sampling, None))
         return ledger.usage
@@ -96,16 +99,18 @@ def settled(policy: Policy, optimizer: str, scaled: bool) -> TrainState:
 class Nf4Weight:
     """Stands for a bitsandbytes NF4 weight with double quantisation: its bytes at rest, a dense one at each use.
 
-    4 bits per weight, an 8-bit scale per 64 of them, a 32-bit scale per 256 of those (arXiv 2305.14314).
+    4 bits per weight, an 8-bit scale per 64 of them, a 32-bit scale per 256 of those (arXiv 2305.14314), their offset,
+    and the tables of the 16 and the 256 values. While it becomes dense its scales are 32-bit.
     """
 
     def __init__(self, weight: torch.Tensor):
-        scales = -(-weight.numel() // 64)
-        sizes = (-(-weight.numel() // 2), scales, 4 * -(-scales // 256))
+        self.scales = -(-weight.numel() // 64)
+        sizes = (-(-weight.numel() // 2), self.scales, 4 * -(-self.scales // 256), 4, 4 * 16, 4 * 256)
         self.packed = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in sizes]
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
 
     def __call__(self) -> torch.Tensor:
+        scales = torch.empty(self.scales, device=self.device)  # noqa: F841
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
@@ -153,11 +158,10 @@ class Simulation(Phases):
     def _quantise(self) -> Iterator[torch.Tensor]:
         """The decoder's linear weights become NF4; bitsandbytes leaves embedding, head and norms as they are."""
         for module in self.policy.decoder.modules():
-            if isinstance(module, LoraLayer):
-                base = module.get_base_layer()
-                weight = Nf4Weight(base.weight)
-                del base.weight
-                base.weight = weight
+            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+                weight = Nf4Weight(module.weight)
+                del module.weight
+                module.weight = weight
                 yield from weight.packed
 
     @contextmanager

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from spinfast.errors import UserError
 from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
+from spinfast.policy.quantised import weight
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
 KNOWN = (
@@ -75,24 +76,13 @@ def projection(module: torch.nn.Module) -> Lora:
     """What PEFT would compute for this linear layer right now."""
     kind = _kind(module)
     if kind is None:
-        return Lora(_weight(module), module.bias)
+        return Lora(weight(module), module.bias)
     base = module.get_base_layer()
-    return Lora(_weight(base), base.bias, **kind.added(module))
+    return Lora(weight(base), base.bias, **kind.added(module))
 
 
 def _kind(module: torch.nn.Module) -> type[AdapterKind] | None:
     return next((kind for kind in KINDS.values() if isinstance(module, kind.LAYER)), None)
-
-
-def _weight(linear: torch.nn.Linear) -> torch.Tensor | Callable[[], torch.Tensor]:
-    """The dense weight, or for bitsandbytes' 4-bit parameters a function that de-quantises it."""
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return partial(dequantize_4bit, weight.data, state)
 
 
 def norm(module: torch.nn.Module) -> Norm:

@@ -22,31 +22,19 @@ from spinfast.policy.adapters import KINDS, AdapterKind
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
+from spinfast.policy.quantised import nf4, states
 from spinfast.types import Adapter, PackedBatch
 
 
 def load_base(path: Path, dtype: torch.dtype, device: torch.device, load_in_4bit: bool = False) -> PreTrainedModel:
     """The frozen base with spinfast's attention, weights in `dtype` on `device`."""
-    if load_in_4bit:
-        if device.type != "cuda":
-            raise UserError("model.load_in_4bit: needs a CUDA GPU (bitsandbytes NF4); set it to false")
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-        )
-    else:
-        quantization = None
     return AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
         attn_implementation=attention.NAME,
         device_map={"": device},
         local_files_only=True,
-        quantization_config=quantization,
+        quantization_config=nf4(dtype) if load_in_4bit else None,
     )
 
 
@@ -98,7 +86,7 @@ class TransformersPolicy:
         """Changes with any bit of the frozen weights, which an engine may hold."""
         trained = {id(weight) for weight in self.kind.weights()} if self.kind.trains_weights else {}
         frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad and id(p) not in trained}
-        return checksum(frozen)
+        return checksum(frozen | states(self.model))
 
     def checkpoint_layers(self, layers: int) -> None:
         """Recompute the activations of the first `layers` decoder layers in the backward."""

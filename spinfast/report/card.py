@@ -126,7 +126,9 @@ base = AutoModelForCausalLM.from_pretrained({base!r})
 
 def _adapter(config: dict) -> str:
     if "kind" not in config:
-        return f"LoRA, r = {config['r']}, alpha = {config['lora_alpha']:g}"
+        keys = ("use_rslora", "rank_pattern", "alpha_pattern")
+        more = [f"{key} = {config[key]}" for key in keys if config.get(key)]
+        return ", ".join(["LoRA", f"r = {config['r']}", f"alpha = {config['lora_alpha']:g}", *more])
     if config["kind"] == "full":
         return f"whole weights, {len(config['modules'])} matrices"
     if config["kind"] == "lora_xs":

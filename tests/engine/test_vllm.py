@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from spinfast.config import Full, LoraXs, TinyLora
+from spinfast.config import Full, Lora, LoraXs, TinyLora
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
@@ -270,10 +270,14 @@ def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prom
 
 @pytest.mark.parametrize(
     "settings",
-    [LoraXs(kind="lora_xs", r=8, alpha=8), TinyLora(kind="tiny_lora", u=13, tie="all")],
+    [
+        LoraXs(kind="lora_xs", r=8, alpha=8),
+        TinyLora(kind="tiny_lora", u=13, tie="all"),
+        Lora(r=4, alpha=3, use_rslora=True, rank_pattern={"q_proj": 8, "down_proj": 2}, alpha_pattern={"up_proj": 1}),
+    ],
     ids=lambda s: s.kind,
 )
-def test_kinds_of_few_numbers_are_served_as_the_lora_they_make(generator, new_policy, prompts, monkeypatch, settings):
+def test_every_form_is_served_as_the_plain_lora_it_makes(generator, new_policy, prompts, monkeypatch, settings):
     policy = new_policy(generator, settings)
     monkeypatch.setattr(generator, "serving", policy.serving)
     for parameter in policy.trainable_parameters().values():

@@ -1,12 +1,12 @@
 """Adapters outside a model: LoRA in PEFT's directory layout, the others in compact.py's, fingerprints, and stacking.
 
 `load` reads what PEFT writes, by an allow-list of the keys of adapter_config.json: what it takes equals PEFT's own
-log-probs (tests/test_adapters.py), all else is refused by name. An `Adapter` has one rank and one scaling;
-rank-stabilised scaling and patterns of ranks and alphas are brought into that form as they are read.
+log-probs (tests/test_adapters.py), all else is refused by name. An `Adapter` may have patterns of ranks and alphas and
+rank-stabilised scaling, as PEFT has them; `uniform` is the same with one rank and one scaling, for who knows no other.
 
 Stacking writes the sum of several adapters as one: A's rows and B's columns are concatenated, the rank is the sum
-and alpha grows with it, so that scaling = alpha / r stays. Merged rounds (adapter.init: merge) are saved that way,
-which keeps every saved adapter relative to the original base.
+and alpha grows with it, so that the scaling stays. Merged rounds (adapter.init: merge) are saved that way, which keeps
+every saved adapter relative to the original base.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def save(adapter: Adapter, directory: Path) -> None:
 
 
 def load(directory: Path, base: str | None = None, finite: bool = True, name: str | None = None) -> Adapter:
-    """Read PEFT's two files into the one form that the engine knows, or another kind's into its own.
+    """Read PEFT's two files, or another kind's.
 
     Raises UserError for whatever is missing, torn, not finite, of another base, or not plain LoRA to PEFT. `base` is
     the revision of the model it is meant for: a hub commit or a sha256, as its config records it; with `name` another
@@ -83,9 +83,10 @@ def load(directory: Path, base: str | None = None, finite: bool = True, name: st
                 "expected its default"
             )
     try:
-        adapter = _plain(config, tensors)
+        _check_tensors(config, tensors)
     except (ValueError, re.error) as error:
         raise UserError(f"adapter {directory}: {error}") from None
+    adapter = Adapter(config, tensors)
     if finite:
         _finite(adapter, directory)
     _check_base(directory, config, base, name)
@@ -115,12 +116,10 @@ def _check_base(directory: Path, config: dict, base: str | None, name: str | Non
         )
 
 
-def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
-    """The adapter with one rank and one scaling. Raises ValueError where PEFT would see another."""
+def _check_tensors(config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where PEFT would see another adapter."""
     targets = SimpleNamespace(**{key: config.get(key) for key in SELECTING})
     everything = config["target_modules"] == "all-linear"
-    root = math.sqrt if config.get("use_rslora") else float
-    ranks, scalings = {}, {}
     if not tensors:
         raise ValueError("it holds no LoRA matrix")
     for name, tensor in tensors.items():
@@ -132,20 +131,37 @@ def _plain(config: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
             raise ValueError("lm_head has an adapter; the engine's head takes none")
         if not (everything or check_target_module_exists(targets, module)):
             raise ValueError(f"{module} has tensors, but {CONFIG_FILE} does not target it; PEFT would leave them out")
-        rank, alpha = (
-            (config.get(pattern) or {}).get(get_pattern_key((config.get(pattern) or {}).keys(), module), config[key])
-            for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
         if _twin(name) not in tensors:
             raise ValueError(f"{name} is there, {_twin(name)} is not; only both are a LoRA")
+        rank, _ = scale(config, name)
         if tensor.shape[rank_axis(name)] != rank:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{name} is {dtype} {tuple(tensor.shape)}, r is {rank}; expected LoRA matrices of rank r")
-        ranks[module], scalings[name] = rank, alpha / root(rank)
-    r = max(ranks.values())
-    alpha = config["lora_alpha"] if root is float else config["lora_alpha"] / root(r) * r
-    plain = config | {"r": r, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    return Adapter(plain, {n: _fit(n, t, r, scalings[n] / (alpha / r)) for n, t in tensors.items()})
+
+
+def scale(config: dict, name: str) -> tuple[int, float]:
+    """Rank and scaling that PEFT gives the module of a tensor of this name."""
+    module = MATRIX.fullmatch(name)[1]
+    rank, alpha = (
+        (config.get(pattern) or {}).get(get_pattern_key((config.get(pattern) or {}).keys(), module), config[key])
+        for pattern, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """Of any module of a LoRA."""
+    return max(scale(adapter.config, name)[0] for name in adapter.tensors)
+
+
+def uniform(adapter: Adapter) -> Adapter:
+    """The same with one rank and one scaling; the very adapter where it has no other."""
+    config = adapter.config
+    if adapter.kind != "lora" or not any(map(config.get, SCALING[2:])):
+        return adapter
+    r = largest_rank(adapter)
+    alpha = config["lora_alpha"] * (math.sqrt(r) if config.get("use_rslora") else 1)
+    return fitted(adapter, {"r": r, "lora_alpha": alpha})
 
 
 def settings(adapter: Adapter) -> dict:
@@ -153,7 +169,8 @@ def settings(adapter: Adapter) -> dict:
     if adapter.kind != "lora":
         return compact.settings(adapter)
     modules = sorted({MATRIX.fullmatch(name)[1] for name in adapter.tensors})
-    return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], "target_modules": modules}
+    more = {key: adapter.config[key] for key in SCALING[2:] if adapter.config.get(key)}
+    return {"r": adapter.config["r"], "alpha": adapter.config["lora_alpha"], **more, "target_modules": modules}
 
 
 def rank_axis(name: str) -> int:
@@ -167,8 +184,18 @@ def linear(name: str) -> bool:
 
 
 def idle(adapter: Adapter) -> bool:
-    """Whether it changes nothing: every B is zero. Of whole weights that cannot be told."""
-    return adapter.kind != "full" and not any(t.any() for name, t in adapter.tensors.items() if linear(name))
+    """Whether it changes nothing: every B A is zero to fp32's rounding, of which |B A|^2 = tr(B'B AA') tells.
+
+    Of whole weights that cannot be told.
+    """
+    if adapter.kind != "lora":
+        return adapter.kind != "full" and not any(tensor.any() for tensor in adapter.tensors.values())
+    for name, a in adapter.tensors.items():
+        if rank_axis(name) == 0:
+            grams_rr = [side.double() @ side.double().t() for side in (a, adapter.tensors[_twin(name)].t())]
+            if (grams_rr[0] * grams_rr[1]).sum() > ROUNDING**2 * grams_rr[0].trace() * grams_rr[1].trace():
+                return False
+    return True
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -220,6 +247,8 @@ SELECTING = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "target_parameters"),
 )
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+ROUNDING = 1e-6  # of a product of two fp32 matrices, relative to their sizes
 NO_MATTER = {  # whatever their value: where it comes from, how it was trained, what a dense linear layer does not read
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("lora_dropout", "eva_config", "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size"),
@@ -229,8 +258,9 @@ DEFAULTS = {field.name: field.default for field in fields(LoraConfig) if field.d
 
 def fingerprint(adapter: Adapter) -> str:
     """sha256 over scaling, names and bytes: equal adapters, equal hex."""
+    scaling = [f"{key} {adapter.config[key]}" for key in SCALING[2:] if adapter.config.get(key)]
     digest = hashlib.sha256(
-        f"{adapter.config['r']}/{adapter.config['lora_alpha']}".encode()
+        "/".join([f"{adapter.config['r']}/{adapter.config['lora_alpha']}", *scaling]).encode()
         if adapter.kind == "lora"
         else json.dumps(compact.settings(adapter), sort_keys=True).encode()
     )
@@ -242,22 +272,33 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 def stack(adapters: list[Adapter]) -> Adapter:
-    """One adapter that equals the sum of `adapters`, which share r and alpha."""
+    """One adapter that equals the sum of `adapters`, which share ranks and scalings."""
     first, count = adapters[0], len(adapters)
     if count == 1:
         return first
     tensors = {name: torch.cat([a.tensors[name] for a in adapters], dim=rank_axis(name)) for name in first.tensors}
-    grown = {"r": first.config["r"] * count, "lora_alpha": first.config["lora_alpha"] * count}
-    return Adapter(first.config | grown, tensors)
+    return Adapter(first.config | _times(first.config, count), tensors)
 
 
-def fitted(adapter: Adapter, r: int, alpha: float) -> Adapter:
-    """An adapter of rank r and scaling alpha / r that adds the same to the weights: zeros beside A and B, B scaled."""
-    factor = adapter.config["lora_alpha"] / adapter.config["r"] / (alpha / r)
-    if adapter.config["r"] > r:
-        raise UserError(f"adapter: rank {adapter.config['r']} exceeds the policy's {r}")
-    tensors = {name: _fit(name, tensor, r, factor) for name, tensor in adapter.tensors.items()}
-    return Adapter(adapter.config | {"r": r, "lora_alpha": alpha}, tensors)
+def _times(config: dict, count: int) -> dict:
+    """`count` times the ranks, the scalings as they are."""
+    more = math.sqrt(count) if config.get("use_rslora") else count
+    ranks = {key: rank * count for key, rank in (config.get("rank_pattern") or {}).items()}
+    alphas = {key: alpha * more for key, alpha in (config.get("alpha_pattern") or {}).items()}
+    grown = {"r": config["r"] * count, "lora_alpha": config["lora_alpha"] * more}
+    return grown | {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def fitted(adapter: Adapter, config: dict) -> Adapter:
+    """One of the ranks and scalings of `config` that adds the same to the weights: zeros beside A and B, B scaled."""
+    tensors = {}
+    for name, tensor in adapter.tensors.items():
+        (own, scaling), (rank, wanted) = (scale(c, name) for c in (adapter.config, config))
+        if own > rank:
+            raise UserError(f"adapter: rank {own} exceeds the policy's {rank} in {MATRIX.fullmatch(name)[1]}")
+        tensors[name] = _fit(name, tensor, rank, scaling / wanted)
+    none = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return Adapter(adapter.config | none | {key: config[key] for key in SCALING if key in config}, tensors)
 
 
 def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor:
@@ -282,12 +323,13 @@ def find(directory: Path) -> Path:
 
 
 def grown(start: Adapter, own: Adapter) -> Adapter:
-    """`start` in the place of `own`, which adds nothing: it adds what `start` does, at own's rank and scaling.
+    """`start` in the place of `own`, which adds nothing: it adds what `start` does, at own's ranks and scalings.
 
     Ranks and modules that `start` lacks stay as they are in `own`, which changes nothing and can be trained; zeros in
-    both A and B never could. Raises UserError if `start` has what `own` lacks.
+    both A and B never could. Where only all of own's ranks together add nothing (orthogonal), its B there is zero.
+    Raises UserError if `start` has what `own` lacks.
     """
-    wide = fitted(start, own.config["r"], own.config["lora_alpha"]).tensors
+    wide = fitted(start, own.config).tensors
     if misfits := [name for name, t in wide.items() if name not in own.tensors or own.tensors[name].shape != t.shape]:
         raise UserError(
             f"adapter: {len(misfits)} of its tensors have no place in the run's adapter, first {misfits[0]}; give "
@@ -298,8 +340,9 @@ def grown(start: Adapter, own: Adapter) -> Adapter:
         if rank_axis(name) == 0:
             b = _twin(name)
             used_r = wide[name].any(1) | wide[b].any(0)
+            adds_r = own.tensors[name].any(1) & own.tensors[b].any(0)
             tensors[name] = torch.where(used_r[:, None], wide[name].float(), own.tensors[name])
-            tensors[b] = torch.where(used_r, wide[b].float(), own.tensors[b])
+            tensors[b] = torch.where(used_r, wide[b].float(), own.tensors[b].masked_fill(adds_r, 0))
     return Adapter(own.config, tensors)
 
 
@@ -308,14 +351,11 @@ def _twin(name: str) -> str:
     return re.sub(r"(lora_(?:embedding_)?)([AB])", lambda m: m[1] + ("B" if m[2] == "A" else "A"), name)
 
 
-def unstack(adapter: Adapter, r: int) -> list[Adapter]:
-    """The parts of rank r that `stack` joined, oldest first."""
-    count = adapter.config["r"] // r
-    if count * r != adapter.config["r"]:
-        raise UserError(f"adapter of rank {adapter.config['r']}: expected a multiple of adapter.r = {r}")
-    shrunk = {"r": r, "lora_alpha": adapter.config["lora_alpha"] / count}
-    parts = {name: tensor.split(r, dim=rank_axis(name)) for name, tensor in adapter.tensors.items()}
-    return [
-        Adapter(adapter.config | shrunk, {name: split[i].contiguous() for name, split in parts.items()})
-        for i in range(count)
-    ]
+def unstack(adapter: Adapter, config: dict) -> list[Adapter]:
+    """The parts with the ranks of `config` that `stack` joined, oldest first."""
+    r, own = adapter.config["r"], config["r"]
+    if r % own:
+        raise UserError(f"adapter of rank {r}: expected a multiple of adapter.r = {own}")
+    shrunk = adapter.config | {key: config[key] for key in SCALING}
+    parts = {name: tensor.chunk(r // own, dim=rank_axis(name)) for name, tensor in adapter.tensors.items()}
+    return [Adapter(shrunk, {name: split[i].contiguous() for name, split in parts.items()}) for i in range(r // own)]

@@ -62,6 +62,8 @@ def _chosen(base: PreTrainedModel, settings) -> list[str]:
     named = settings.target_modules
     if not isinstance(named, str) or Path(named).suffix not in spectrum.LISTS:
         return targets(base, settings)
+    if settings.exclude_modules:
+        raise UserError("adapter.exclude_modules goes with names or an expression; take it out of the list")
     shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
     names = spectrum.matched(shapes, spectrum.read_list(files.expanded(named)), settings.embeddings)
     return [name.removesuffix(".weight") for name in names]

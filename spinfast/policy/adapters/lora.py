@@ -7,20 +7,23 @@ any layer, which is all that the fused blocks, the engine and merging see.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
 from spinfast.policy.adapters import files
 from spinfast.types import Adapter
+
+ALL = "all-linear"
 
 
 class Lora:
@@ -29,26 +32,35 @@ class Lora:
     LAYER, trains_weights = LoraLayer, False
 
     def __init__(self, base: PreTrainedModel, config: LoraConfig, seed: int):
-        self.config = config
         with _seeded(seed):
             try:
                 self.model = get_peft_model(base, config, autocast_adapter_dtype=True)
             except (ValueError, re.error) as error:
-                raise UserError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from error
-        if isinstance(self.model.get_output_embeddings(), LoraLayer):
-            raise UserError(
-                "adapter.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out"
-            )
+                raise UserError(f"adapter: {' '.join(str(error).split())[:300]}") from error
+        self.config = self.model.peft_config["default"]
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path=None) -> Lora:
         """By the config's adapter section; name and revision are the base's."""
+        modules, head = targets(base, settings, (torch.nn.Linear, torch.nn.Embedding)), base.get_output_embeddings()
+        tied = [module for module in modules if base.get_submodule(module).weight is head.weight]
+        if tied and settings.init == "merge":
+            raise UserError(
+                f"adapter.init: {tied[0]} is the head's weight too, which merging would change with it and the saved "
+                "adapter would not; leave it out of adapter.target_modules, or use continue"
+            )
+        if settings.init == "merge" and not all(base.get_submodule(m).weight.is_floating_point() for m in modules):
+            raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
             lora_alpha=settings.alpha,
+            use_rslora=settings.use_rslora,
+            rank_pattern=dict(settings.rank_pattern),
+            alpha_pattern=dict(settings.alpha_pattern),
+            init_lora_weights={"kaiming": True}.get(settings.init_lora_weights, settings.init_lora_weights),
             lora_dropout=0.0,
-            target_modules=_listed(settings.target_modules),
+            **_selection(base, settings),
             base_model_name_or_path=name,
             revision=revision,
         )
@@ -93,7 +105,7 @@ class Lora:
 
     def adapter(self) -> Adapter:
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        config = plain_json(self.model.peft_config["default"]) | {"inference_mode": True}
+        config = plain_json(self.config) | {"inference_mode": True}
         return Adapter(config, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
 
     def load(self, adapter: Adapter) -> None:
@@ -111,32 +123,34 @@ class Lora:
         set_peft_model_state_dict(self.model, adapter.tensors)
 
     def fitted(self, adapter: Adapter) -> Adapter:
-        return files.fitted(adapter, self.config.r, self.config.lora_alpha)
+        return files.fitted(adapter, plain_json(self.config))
 
     def grown(self, start: Adapter, own: Adapter) -> Adapter:
         return files.grown(start, own)
 
     def lora(self, adapter: Adapter) -> Adapter:
-        return adapter
+        return files.uniform(adapter)
 
     def saved(self, adapter: Adapter) -> Adapter:
         return adapter
 
     def parts(self, adapter: Adapter) -> list[Adapter]:
-        return files.unstack(adapter, self.config.r)
+        return files.unstack(adapter, plain_json(self.config))
 
-    @torch.no_grad()
     def restart(self, seed: int) -> None:
-        with _seeded(seed):
-            for layer in self.layers():
-                base = layer.get_base_layer().weight
-                for parameter, value in _as_made(layer):
-                    parameter.copy_(value.to(base.dtype if base.is_floating_point() else value.dtype))
+        self._draw(seed, self.config)
 
     def renew(self, seed: int) -> None:
+        nothing_yet = copy(self.config)
+        nothing_yet.init_lora_weights = self.config.init_lora_weights or True  # False draws B too
+        self._draw(seed, nothing_yet)
+
+    @torch.no_grad()
+    def _draw(self, seed: int, config: LoraConfig) -> None:
         with _seeded(seed):
             for layer in self.layers():
-                layer.reset_lora_parameters("default", init_lora_weights=True)
+                for parameter, value in zip(_factors(layer), _factors(_as_made(layer, config)), strict=True):
+                    parameter.copy_(value)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -154,38 +168,91 @@ class Lora:
         return (layer.get_delta_weight("default") for layer in self.layers())
 
 
-def _as_made(layer: LoraLayer) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """A layer's parameters with the values that PEFT draws as it makes the layer, on the CPU, from the same stream."""
-    if "default" in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-        zeros, drawn = torch.randn(a.shape), torch.randn(b.shape)
-        return [(a, zeros.zero_()), (b, drawn.normal_())]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    drawn, zeros = (torch.nn.Linear(w.shape[1], w.shape[0], bias=False).weight for w in (a, b))
-    torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-    return [(a, drawn), (b, zeros.zero_())]
+def _factors(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
 
 
-def targets(base: PreTrainedModel, settings) -> list[str]:
-    """The linear layers that adapter.target_modules means, in the model's order, as PEFT matches them."""
-    everything = settings.target_modules == "all-linear"
-    config = LoraConfig(target_modules=_listed(settings.target_modules))
-    head = base.get_output_embeddings()
+def _as_made(layer: LoraLayer, config: LoraConfig) -> LoraLayer:
+    """Another as PEFT makes it: drawn on the CPU, from the same stream, and in the dtype of the base's weight."""
+    base, rank, alpha = layer.get_base_layer(), layer.r["default"], layer.lora_alpha["default"]
+    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+    if isinstance(base, torch.nn.Embedding):
+        kind, hollow = Embedding, torch.nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
+    else:
+        kind, hollow = Linear, torch.nn.Linear(base.in_features, base.out_features, device="meta")
+    hollow.weight = torch.nn.Parameter(torch.empty(0, dtype=dtype))
+    return kind(hollow, "default", config=config, r=rank, lora_alpha=alpha)
+
+
+# Which modules --------------------------------------------------------------------------------------------------
+
+
+def targets(base: PreTrainedModel, settings, kinds=torch.nn.Linear) -> list[str]:
+    """The layers that the config's adapter section means, in the model's order, as PEFT matches them.
+
+    Raises UserError for the head, and by name for what the section names and no such layer is, which PEFT passes over.
+    """
+    selection, head = _selection(base, settings), base.get_output_embeddings()
+    if selection["target_modules"] == ALL:
+        selection["target_modules"] = _linear_layers(base)
+    config, layers = LoraConfig(**selection), {n: m for n, m in base.named_modules() if isinstance(m, kinds)}
     try:
-        found = [
-            name
-            for name, module in base.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-            if everything or check_target_module_exists(config, name)
-        ]
+        found = [name for name in layers if check_target_module_exists(config, name)]
+        _check_named(settings, found, layers)
     except re.error as error:
-        raise UserError(f"adapter.target_modules: {error}") from None
+        raise UserError(f"adapter: {error} in a regular expression") from None
     if not found:
-        raise UserError(f"adapter.target_modules: {settings.target_modules!r} matches no linear layer of the decoder")
+        raise UserError("adapter.exclude_modules: no layer is left that an adapter could be put on")
+    if any(layers[name] is head for name in found):
+        raise UserError("adapter.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out")
     return found
 
 
-def _listed(names: str | tuple[str, ...]) -> str | list[str]:
+def _linear_layers(base: PreTrainedModel) -> list[str]:
+    head = base.get_output_embeddings()
+    return [n for n, module in base.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+
+
+def _selection(base: PreTrainedModel, settings) -> dict:
+    """As PEFT's LoraConfig has it, which takes numbers of layers only beside names."""
+    names = settings.target_modules
+    if names == ALL and settings.layers_to_transform:
+        names = sorted({name.rpartition(".")[2] for name in _linear_layers(base)})  # PEFT asks no full name for a layer
+    keys = {"exclude_modules": settings.exclude_modules, "layers_to_transform": settings.layers_to_transform}
+    return {"target_modules": _listed(names)} | {key: value and _listed(value) for key, value in keys.items()}
+
+
+def _check_named(settings, found: Sequence[str], layers: Iterable[str]) -> None:
+    for key, among in (("target_modules", found), ("exclude_modules", layers)):
+        names = getattr(settings, key)
+        alone = [[name] for name in names] if isinstance(names, tuple) else [names] * (names not in (None, ALL))
+        for part in alone:
+            config = LoraConfig(target_modules=part)
+            if not any(check_target_module_exists(config, name) for name in among):
+                _matches_nothing(key, part if isinstance(part, str) else part[0])
+    for number in settings.layers_to_transform or ():
+        if not any(f".{number}." in name for name in found):
+            _matches_nothing("layers_to_transform", number)
+    for key in ("rank_pattern", "alpha_pattern"):
+        value_of = {}
+        for expression, value in getattr(settings, key, {}).items():
+            matched = [name for name in found if get_pattern_key([expression], name) == expression]
+            if not matched:
+                _matches_nothing(key, expression)
+            for name in matched:
+                first, other = value_of.setdefault(name, (expression, value))
+                if value != other:
+                    raise UserError(
+                        f"adapter.{key}: {first!r} and {expression!r} both match {name}, and PEFT's file keeps no "
+                        "order of them; let one alone match it"
+                    )
+
+
+def _matches_nothing(key: str, what: str | int) -> None:
+    raise UserError(f"adapter.{key}: {what!r} matches no layer that an adapter is put on; correct it or leave it out")
+
+
+def _listed(names: str | tuple) -> str | list:
     return names if isinstance(names, str) else list(names)
 
 
