@@ -115,7 +115,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tiny_model, tmp_path, name):
     other.load_adapter(saved)
     assert torch.equal(logps_of(other), logps_of(policy))
     assert adapters.fingerprint(saved) == adapters.fingerprint(policy.adapter())
-    served = policy.lora(policy.adapter())  # what an engine takes
+    served = policy.serving(policy.adapter())[1]  # what an engine takes
     assert max(t.shape[adapters.rank_axis(n)] for n, t in served.tensors.items()) == served.config["r"]
     assert served.config["r"] <= settings.largest_rank
     plain = policy_of(tiny_model("llama"), Lora(**adapters.settings(served)))
