@@ -301,6 +301,7 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     assert main(words) == EXIT_CODE
     assert main(words) == 0
     assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
+    assert method != "sft" or main(["report", str(tmp_path / "whole")]) == 0
 
 
 # Commands ----------------------------------------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def _setup(runs: Sequence[Run]) -> str:
             "model": f"{c['model']['name']} {c['model']['revision'] or ''}",
             "training data": f"{source_name(c['data']['source'])} ({c['data']['size'] or 'all'} examples)",
             "held-out data": source_name(c["heldout"]["source"]) if c["heldout"] else "none",
-            "adapter": f"LoRA r = {a['r']}, alpha = {a['alpha']:g}, on {a['target_modules']}",
+            "adapter": ", ".join(f"{key} = {value}" for key, value in a.items() if value not in (None, False, {})),
             **{name: fact(c[name]) for name, fact in PLAYED.items() if name in c["method"]},
             **{
                 f"optimizer, {method}": f"{c[method]['optimizer']}, lr = {c[method]['lr']}, {amount(c[method])}"
