@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from spinfast import attention
 from spinfast.config import Full, Lora, LoraXs, TinyLora
 from spinfast.config.adapters import AnyKind
 from spinfast.device import profile
+from spinfast.errors import UserError
 from spinfast.memory.ledger import META
 from spinfast.ops import EAGER
 from spinfast.policy.transformers import load_policy
+from spinfast.weights.spectrum import LISTS
 
 SETTINGS: dict[str, tuple[AnyKind, str]] = {  # as others published them
     "tiny_lora u 13, tie all": (TinyLora(kind="tiny_lora", u=13, tie="all"), "arXiv 2602.04118"),
@@ -29,7 +32,7 @@ SETTINGS: dict[str, tuple[AnyKind, str]] = {  # as others published them
     "lora r 1": (Lora(r=1, alpha=32), "LoRA w/o Regret"),
     "lora r 16": (Lora(), "the default here"),
     "lora r 32": (Lora(r=32, alpha=128), "arXiv 2504.15777"),
-    "full": (Full(kind="full"), "every matrix"),
+    "full": (Full(kind="full"), "whole matrices"),
 }
 MOMENTS = 2  # of AdamW, fp32 as what is trained
 
@@ -59,9 +62,11 @@ def count(model: PretrainedConfig, settings: AnyKind) -> Count:
 def counts(model: PretrainedConfig, own: AnyKind) -> Iterator[tuple[str, Count, str]]:
     """(name, count, published as) of the config's own adapter, then of SETTINGS."""
     yield "this config", count(model, own), own.kind
+    keys = ("target_modules", "exclude_modules", "layers_to_transform")
+    same = {} if Path(str(own.target_modules)).suffix in LISTS else {key: getattr(own, key) for key in keys}
     for name, (settings, published) in SETTINGS.items():
-        same = {key: getattr(own, key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
-        yield name, count(model, settings.model_copy(update=same)), published
+        with suppress(UserError):  # a rank that such a small matrix does not have
+            yield name, count(model, settings.model_copy(update=same)), published
 
 
 def main(path: Path, own: AnyKind, as_json: bool) -> None:

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    refuse_remote_code()
     try:
         find_home()
         if any("\0" in word for word in argv):
@@ -173,6 +174,13 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
         raise
     finally:
         record.close()
+
+
+def refuse_remote_code() -> None:
+    """bitsandbytes, which PEFT imports, takes a compiled kernel from the hub as it is imported, where Hugging Face's
+    `kernels` package is there, and else says that it could not."""
+    sys.modules.setdefault("kernels", None)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -238,6 +238,61 @@ def test_weights_of_another_base_are_refused(tiny_model, tmp_path):
         narrow.load_adapter(adapters.load(tmp_path))
 
 
+def edited(directory, name, change):
+    path = directory / name
+    written = json.loads(path.read_text())
+    change(written)
+    path.write_text(json.dumps(written))
+
+
+EDITS = {  # of the JSON, each refused in one line
+    **{f"no {key}": lambda c, key=key: c.pop(key) for key in ("r", "scaling", "revision", "base_sha256", "version")},
+    **{
+        f"probe {value}": lambda c, value=value: c.update(probe=value)
+        for value in ([], None, "x", ["x"] * 8, [0.0] * 8)
+    },
+    **{f"scaling {value}": lambda c, value=value: c.update(scaling=value) for value in (4.0, float("nan"), "x", 0)},
+    **{f"r {value}": lambda c, value=value: c.update(r=value) for value in (3, "4", 4096, 0, True)},
+    "version 99": lambda c: c.update(version=99),
+    "a key more": lambda c: c.update(more=1),
+    "modules of numbers": lambda c: c.update(modules=[1, 2]),
+    "a module twice": lambda c: c.update(modules=c["modules"] + c["modules"][:1]),
+    "modules reversed": lambda c: c.update(modules=c["modules"][::-1]),
+    "no base": lambda c: c.update(base_model_name_or_path=None),
+}
+OF_TINY = {
+    **{f"tie {value}": lambda c, value=value: c.update(tie=value) for value in (0, 2, "some")},
+    "sharing x": lambda c: c.update(sharing="x"),
+    "seed x": lambda c: c.update(projection_seed="x"),
+    "payload": lambda c: c.update(payload="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "tiny_lora"])
+def test_an_edited_description_is_refused(tiny_model, tmp_path, capsys, name):
+    found = resolve_model(str(tiny_model("llama")))
+    policy_of(found.path, KINDS[name], found=found).save_adapter(tmp_path / "whole")
+    passed = []
+    for what, change in (EDITS | (OF_TINY if name == "tiny_lora" else {})).items():
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "a")
+        edited(tmp_path / "a", f"{name}.json", change)
+        if main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) != 2 or (tmp_path / "out").exists():
+            passed.append(what)
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not passed
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
+    assert len(lines) == len(EDITS | (OF_TINY if name == "tiny_lora" else {}))
+
+
+@pytest.mark.parametrize("name", ["lora", *KINDS])
+def test_memory_is_planned_for_every_kind_that_generates_by_itself(tiny_model, tmp_path, name):
+    kind = sections.Lora(r=4) if name == "lora" else KINDS[name]
+    config = configured(tmp_path, tiny_model("llama"), "spin", kind)
+    words = ["train.microbatch_tokens=auto", "train.checkpointing=auto", "generation.backend=transformers", "--dry-run"]
+    assert main([config, *words]) == 0
+
+
 # Methods -----------------------------------------------------------------------------------------------------------
 
 METHODS = {
@@ -337,8 +392,28 @@ def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path, name, tied):
     groups = make_groups([(4, (5, 3)), (1, (2, 6))])
     expected = [plain_logps(whole, group.prompt_ids, answer) for group in groups for answer in group.answers]
     assert torch.allclose(answer_logps(policy, batch_of(policy)), torch.cat(expected), atol=1e-4)
-    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(tiny_model("qwen3"))]) == 2
-    assert not (tmp_path / "b").exists()
+    for other in (tiny_model("qwen3"), scaled(tiny_model("llama", tied), tmp_path / "other")):
+        assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
+        assert not (tmp_path / "b").exists()
+
+
+def test_the_whole_model_is_in_the_dtype_that_was_trained(tiny_model, tmp_path):
+    """Of a bf16 checkpoint trained in fp16 nothing is rounded away."""
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    found = resolve_model(str(base))
+    options = {"ops": ops.EAGER, "profile": profile("cpu", "float16"), "load_in_4bit": False, "seed": 0}
+    policy = load_policy(base, found.name, found.revision, lora=FULL, **options)
+    for parameter in policy.trainable_parameters().values():
+        parameter.data *= 1 + 2e-3
+    policy.updated()
+    policy.save_adapter(tmp_path / "a")
+    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert whole.dtype == torch.float16
+    for name, parameter in policy.trainable_parameters().items():
+        assert torch.equal(whole.get_parameter(name), parameter.half())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

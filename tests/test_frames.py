@@ -58,6 +58,35 @@ def test_another_lapack_gives_the_same_frame(values, r, tall, seed):
         assert (ours - theirs).norm() <= 1e-5 * ours.norm()
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_weight_of_lower_rank_has_a_finite_frame(seed, tall):
+    W = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+    W[3] = W[5]
+    A, B = frames.frame(W.t() if tall else W, 8)
+    assert A.isfinite().all()
+    assert B.isfinite().all()
+    assert torch.allclose(B @ A, W.t() if tall else W, atol=1e-5)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    with pytest.raises(UserError, match="NaN or inf"):
+        frames.frame(torch.full((3, 3), torch.nan), 2)
+
+
+def test_a_damaged_cache_is_made_again_and_none_that_can_be_written_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    save_file({"q.weight": weight([3.0, 1.0], 6, 8)}, tmp_path / "model.safetensors")
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "cache"))
+    made = frames.of_model(tmp_path, "rev", ["q"], 2)
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    for content in (b"", kept.read_bytes()[:-9]):
+        kept.write_bytes(content)
+        assert frames.of_model(tmp_path, "rev", ["q"], 2).base == made.base
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "file"))
+    assert frames.of_model(tmp_path, "rev", ["q"], 2).base == made.base
+
+
 def test_files_decide_and_the_cache_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "cache"))
     names = ["layers.0.q", "layers.1.q"]
@@ -75,9 +104,10 @@ def test_a_probe_tells_updates_apart():
     W = weight([5.0, 3.0, 1.0], 10, 14)
     by_module = {"a": frames.frame(W, 2), "b": frames.frame(W * 2, 2)}
     R = {"a": torch.tensor([[1.0, 0.5], [0.0, -1.0]]), "b": torch.tensor([[0.2, 0.0], [0.3, 1.0]])}
-    told = frames.probe(by_module, R)
+    told = frames.probe(by_module, R, 1.0)
     turned = {name: (-A, B) for name, (A, B) in by_module.items()}
-    for other in (frames.probe(turned, R), frames.probe(by_module, {"a": R["b"], "b": R["a"]})):
+    swapped = frames.probe(by_module, {"a": R["b"], "b": R["a"]}, 1.0)
+    for other in (frames.probe(turned, R, 1.0), swapped, frames.probe(by_module, R, 2.0)):
         assert np.linalg.norm(np.subtract(told, other)) > 0.1 * np.linalg.norm(told)
-    half = frames.probe(by_module, {name: small / 2 for name, small in R.items()})
+    half = frames.probe(by_module, {name: small / 2 for name, small in R.items()}, 1.0)
     assert np.allclose(np.array(told) / 2, half)

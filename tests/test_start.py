@@ -1,5 +1,6 @@
 """The first second: help, a wrong line and a wrong config are told before anything large is imported."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,20 @@ def test_spinfast_alone_lists_the_commands(words):
     assert named == [["spinfast", name] for name in COMMANDS]
     assert max(map(len, lines)) <= 80
     assert imported & LARGE == set()
+
+
+def test_no_library_takes_code_from_the_hub_as_it_is_imported(tmp_path):
+    """With a package `kernels` there, as Hugging Face's would be."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked the hub')\n")
+    words = "from spinfast.run import main; main(['run', 'nothing.yaml']); import peft"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", words],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing.yaml: no such file" in done.stderr
+    assert "gemm_4bit" not in done.stderr

@@ -11,9 +11,12 @@ machine knows whether it rebuilt the same one.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +26,7 @@ from spinfast.types import Adapter
 KINDS = ("lora_xs", "tiny_lora", "full")
 DTYPES = {"bfloat16": (torch.bfloat16, "bf16"), "float32": (torch.float32, "f32")}
 SUFFIXES = {f".{suffix}" for _, suffix in DTYPES.values()}
+VERSION = 1  # of frames and projections: raise it when either comes out otherwise
 OF_THE_FILE = {"base_model_name_or_path", "revision", "base_sha256", "version", "probe", "scaling", "modules"}
 
 
@@ -42,20 +46,95 @@ def save(adapter: Adapter, directory: Path) -> None:
 
 
 def load(directory: Path) -> Adapter:
-    """Raises UserError for whatever is missing or torn."""
+    """Raises UserError for whatever is missing, torn, or not what these files hold."""
     kind = kind_of(directory)
     try:
-        config = json.loads((directory / f"{kind}.json").read_text(encoding="utf-8"))
-        if config["kind"] != kind or not config["modules"]:
-            raise ValueError(f"kind {config['kind']} of {len(config['modules'])} modules")
+        written = json.loads((directory / f"{kind}.json").read_text(encoding="utf-8"))
+        config = DESCRIPTIONS[kind].model_validate(written).model_dump(exclude_unset=True)
         if kind != "tiny_lora":
-            return Adapter(config, load_file(directory / f"{kind}.safetensors"))
-        dtype, suffix = DTYPES[config["payload"]]
-        numbers = torch.frombuffer(bytearray((directory / f"{kind}.{suffix}").read_bytes()), dtype=dtype)
-        return Adapter(config, {"v": numbers.view(-1, config["u"]).float()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
+            adapter = Adapter(config, load_file(directory / f"{kind}.safetensors"))
+        else:
+            dtype, suffix = DTYPES[config["payload"]]
+            numbers = (directory / f"{kind}.{suffix}").read_bytes()
+            v = torch.frombuffer(bytearray(numbers), dtype=dtype) if numbers else torch.empty(0)
+            adapter = Adapter(config, {"v": v.view(-1, config["u"]).float()})
+        _check_tensors(adapter)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, got = ".".join(map(str, first["loc"])), reprlib.repr(first["input"])
+        raise UserError(f"adapter {directory}: {kind}.json: {place}: {first['msg']}, got {got}") from None
+    except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"adapter {directory}: {kind}.json or what it names cannot be read ({said})") from None
+    return adapter
+
+
+def _check_tensors(adapter: Adapter) -> None:
+    """Raises ValueError where the numbers are not those of the description."""
+    config, r = adapter.config, adapter.config.get("r")
+    if adapter.kind == "tiny_lora":
+        expected = {"v": (groups(config), config["u"])}
+    elif adapter.kind == "lora_xs":
+        expected = {f"{module}.R": (r, r) for module in config["modules"]}
+    else:
+        expected = {f"{module}.weight": None for module in config["modules"]}
+    odd = sorted(expected.keys() ^ adapter.tensors.keys())
+    if odd:
+        raise ValueError(f"{len(odd)} tensors are too many or missing, first {odd[0]}")
+    for name, tensor in adapter.tensors.items():
+        shape = expected[name] or tuple(tensor.shape)
+        if tuple(tensor.shape) != shape or len(shape) != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {shape}")
+
+
+def groups(config: dict) -> int:
+    """How many v a TinyLoRA has."""
+    count = len(config["modules"])
+    return 1 if config["tie"] == "all" else -(-count // config["tie"])
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    kind: str
+    modules: Annotated[list[str], Field(min_length=1)]
+    base_model_name_or_path: str
+    revision: str | None
+
+    @field_validator("modules")
+    @classmethod
+    def _each_once(cls, modules: list[str]) -> list[str]:
+        if len({*modules}) < len(modules):
+            raise ValueError("a module is named twice")
+        return modules
+
+
+class _Framed(_Description):
+    version: Literal[VERSION]
+    base_sha256: Annotated[str, Field(pattern="[0-9a-f]{64}")]
+    r: Annotated[int, Field(gt=0)]
+    scaling: Annotated[float, Field(gt=0)]
+    probe: Annotated[list[float], Field(min_length=8, max_length=8)] = []
+
+
+class _LoraXs(_Framed):
+    kind: Literal["lora_xs"]
+
+
+class _TinyLora(_Framed):
+    kind: Literal["tiny_lora"]
+    u: Annotated[int, Field(gt=0)]
+    tie: Annotated[int, Field(gt=0)] | Literal["all"]
+    sharing: Literal["tiled", "structured"]
+    projection_seed: Annotated[int, Field(ge=0, lt=2**32)]
+    payload: Literal["float32", "bfloat16"]
+
+
+class _Full(_Description):
+    kind: Literal["full"]
+
+
+DESCRIPTIONS = {"lora_xs": _LoraXs, "tiny_lora": _TinyLora, "full": _Full}
 
 
 def settings(adapter: Adapter) -> dict:

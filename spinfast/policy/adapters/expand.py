@@ -3,6 +3,7 @@ base's files alone, a tensor at a time."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,11 @@ def expand(directory: Path, out: Path, model: str | None = None) -> str:
     config = adapter.config
     base = resolve_model(model or config["base_model_name_or_path"], None if model else config["revision"])
     if adapter.kind == "full":
+        if base.revision != config["revision"]:
+            raise UserError(
+                f"adapter {found}: trained on {config['base_model_name_or_path']} of revision {config['revision']}, "
+                f"{base.name} is of {base.revision}; give its base by --model"
+            )
         write_directory(out, partial(_whole, base.path, adapter))
         return f"{base.name} with {len(adapter.tensors)} matrices of its own"
     kind = KINDS[adapter.kind]
@@ -41,15 +47,18 @@ def expand(directory: Path, out: Path, model: str | None = None) -> str:
     if rebuilt.base != config["base_sha256"]:
         raise UserError(f"adapter {found}: made on other weights than those of {base.name}; give the base by --model")
     smalls = {m: kind.small(config, number)(adapter.tensors) for number, m in enumerate(config["modules"])}
-    check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls))
+    if not config.get("probe"):
+        raise UserError(f"adapter {found}: a checkpoint's, without the probe that tells the update; take a stage's")
+    check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls, config["scaling"]))
     lora = expanded(kind, adapter, rebuilt)
     write_directory(out, lambda path: files.save(lora, path))
     return f"LoRA of rank {config['r']}, {len(lora.tensors)} matrices"
 
 
 def _whole(base: Path, adapter: Adapter, out: Path) -> None:
-    """The base's files with the trained weights in place of theirs; a shard of weights at a time."""
-    left = dict(adapter.tensors)
+    """The base's files with the trained weights in place of theirs, all in the dtype in which they were trained: in
+    another one small updates would be rounded away. A shard of weights at a time."""
+    left, dtype = dict(adapter.tensors), next(iter(adapter.tensors.values())).dtype
     for file in sorted(base.iterdir()):
         if file.suffix != ".safetensors":
             if file.is_file():
@@ -61,7 +70,11 @@ def _whole(base: Path, adapter: Adapter, out: Path) -> None:
             trained = left.pop(name)
             if trained.shape != own[name].shape:
                 raise UserError(f"{name} is {tuple(trained.shape)}, the base's {tuple(own[name].shape)}; give its base")
-            own[name] = trained.to(own[name].dtype)
+            own[name] = trained
+        own = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
         save_file(own, out / file.name, metadata=metadata)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if left:
         raise UserError(f"the base has no {next(iter(left))}; give the base that was trained by --model")

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
 from spinfast.policy.adapters import frames
+from spinfast.policy.adapters.compact import VERSION
 from spinfast.policy.adapters.frames import Frame, Frames
 from spinfast.policy.adapters.lora import plain_json, targets
 from spinfast.types import Adapter
 
 Tensors = Mapping[str, torch.Tensor]
 SAME_UPDATE = 1e-3  # of two machines' frames, relative; fp32 frames of one weight are at 1e-6
-NOT_COMPARED = {"base_model_name_or_path", "revision", "payload", "probe", "version"}
+NOT_COMPARED = {"base_model_name_or_path", "revision", "payload", "probe"}
 
 
 class FramedLayer(torch.nn.Module):
@@ -76,7 +77,7 @@ class Framed:
         self.model, self.settings, self.frames = base, settings, found
         self.description = self.describe(settings) | {"modules": modules}
         named = {"base_model_name_or_path": name, "revision": revision, "base_sha256": found.base}
-        self.config = self.description | named | {"version": frames.VERSION}
+        self.config = self.description | named | {"version": VERSION}
         device = base.device
         self.values = {n: torch.nn.Parameter(t.to(device)) for n, t in self.tensors(self.description).items()}
         base.lora_values = torch.nn.ParameterList(self.values.values())
@@ -137,14 +138,14 @@ class Framed:
                 raise UserError(f"adapter: its {key} is {got}, this run's {self.config['kind']} has {expected}")
         if {n: t.shape for n, t in adapter.tensors.items()} != {n: t.shape for n, t in own.tensors.items()}:
             raise UserError(f"adapter: its tensors are not those of a {self.config['kind']} of these settings")
-        if (told := adapter.config.get("probe")) is not None:
+        if told := adapter.config.get("probe"):
             check_probe(told, self.probe(adapter.tensors))
         for name, parameter in self.values.items():
             parameter.copy_(adapter.tensors[name])
 
     def probe(self, tensors: Tensors) -> list[float]:
         smalls = {m: self.small(self.description, i)(tensors) for i, m in enumerate(self.description["modules"])}
-        return frames.probe(self.frames.by_module, smalls)
+        return frames.probe(self.frames.by_module, smalls, self.description["scaling"])
 
     def saved(self, adapter: Adapter) -> Adapter:
         """As it is written at the end of a stage: with what shows another machine that it rebuilt the same update."""

@@ -20,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from spinfast.errors import UserError
 from spinfast.models import default_cache
+from spinfast.policy.adapters.compact import VERSION
 from spinfast.store import files
 
 log = logging.getLogger("spinfast")
-VERSION = 1  # of all that a saved adapter takes for granted: raise it when a frame comes out otherwise
+NOTHING = 1e-6  # singular values this small beside the largest are rounding: nothing is added along their vectors
 EQUAL = 1e-8  # squared singular values this close, relative to the largest, are one
 Frame = tuple[torch.Tensor, torch.Tensor]  # A (r, D), B (O, r) in fp32
 
@@ -36,11 +37,16 @@ Frame = tuple[torch.Tensor, torch.Tensor]  # A (r, D), B (O, r) in fp32
 def frame(weight_OD: torch.Tensor, r: int) -> Frame:
     """The canonical truncated SVD; r is at most n."""
     W = weight_OD.detach().to("cpu", torch.float64)
+    if r > min(W.shape):
+        raise UserError(f"adapter: rank {r} is more than a weight of {tuple(W.shape)} has")
+    if not W.isfinite().all():
+        raise UserError("adapter: a weight of the base holds NaN or inf, it has no SVD; get the model again")
     wide = W if W.shape[0] <= W.shape[1] else W.t()
     values, vectors = torch.linalg.eigh(wide @ wide.t())
     squared_n, Q_nn = values.flip(0).clamp(min=0), vectors.flip(1)
     near_nr, singular_r = _canonical(squared_n, Q_nn, r)
-    far_rm = near_nr.t() @ wide / singular_r.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    singular_r = singular_r.where(singular_r > NOTHING * singular_r[0], 0.0)
+    far_rm = torch.where(singular_r[:, None] > 0, near_nr.t() @ wide / singular_r[:, None], 0.0)
     U_Or, V_rD = (near_nr, far_rm) if wide is W else (far_rm.t(), near_nr.t())
     return V_rD.float().contiguous(), (U_Or * singular_r).float().contiguous()
 
@@ -76,21 +82,34 @@ def of_model(path: Path, revision: str, modules: list[str], r: int, tick: Callab
     key = hashlib.sha256("\n".join([revision, str(r), *modules]).encode()).hexdigest()[:32]
     kept = default_cache() / "frames" / f"{key}-v{VERSION}.safetensors"
     ends = "".join(_digest(*found) for found in _weights(path, [modules[0], modules[-1]]))  # if the name should lie
-    if kept.exists():
-        with safe_open(kept, "pt") as file:
-            told = file.metadata()
-        if told["ends"] == ends:
-            return Frames(_pairs(load_file(kept), modules), told["base"])
+    if (found := _kept(kept, ends, modules)) is not None:
+        return found
     log.info("adapter: the SVD of %d weights, once for this model, rank and choice of modules", len(modules))
     digest, tensors = hashlib.sha256(), {}
     for module, weight in _weights(path, modules):
         digest.update(_digest(module, weight).encode())
         tensors[f"{module}.A"], tensors[f"{module}.B"] = frame(weight, r)
         tick()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(kept) as temporary:
-        save_file(tensors, temporary, metadata={"base": digest.hexdigest(), "ends": ends})
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(kept) as temporary:
+            save_file(tensors, temporary, metadata={"base": digest.hexdigest(), "ends": ends})
+    except OSError as error:
+        log.warning("adapter: the SVD cannot be kept for the next run (%s); see SPINFAST_CACHE", error)
     return Frames(_pairs(tensors, modules), digest.hexdigest())
+
+
+def _kept(path: Path, ends: str, modules: list[str]) -> Frames | None:
+    """What the cache has, if it is whole and of these weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+        if told.get("ends") == ends:
+            return Frames(_pairs(load_file(path), modules), told["base"])
+    except (OSError, SafetensorError, KeyError) as error:
+        if path.exists():
+            log.warning("adapter: the cache's %s is damaged (%s) and made again", path.name, error)
+    return None
 
 
 def _digest(module: str, weight: torch.Tensor) -> str:
@@ -120,14 +139,14 @@ def _weights(path: Path, modules: list[str]):
         yield module, weight
 
 
-def probe(by_module: Mapping[str, Frame], smalls: Mapping[str, torch.Tensor]) -> list[float]:
-    """Eight numbers that tell an update, the sum of B R A over all modules, between fixed random vectors, in fp64.
+def probe(by_module: Mapping[str, Frame], smalls: Mapping[str, torch.Tensor], scaling: float) -> list[float]:
+    """Eight numbers that tell an update, the sum of s B R A over all modules, between fixed random vectors, in fp64.
 
-    Another frame, order of modules or projection gives others. `smalls`: R of each module, (r, r).
+    Another frame, order of modules, projection or scaling gives others. `smalls`: R of each module, (r, r).
     """
     draw, found = np.random.RandomState(1), np.zeros(8)
     for module, (A_rD, B_Or) in by_module.items():
         left_8O, right_D8 = draw.standard_normal((8, len(B_Or))), draw.standard_normal((A_rD.shape[1], 8))
         inner_8r = (left_8O @ B_Or.double().numpy()) @ smalls[module].detach().cpu().double().numpy()
         found += (inner_8r * (A_rD.double().numpy() @ right_D8).T).sum(1)
-    return found.tolist()
+    return (scaling * found).tolist()

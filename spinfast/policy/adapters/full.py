@@ -94,8 +94,7 @@ class Full:
                 parent, child = "", "lora_head"
             setattr(base.get_submodule(parent), child, self.layers[module])
         self.by_weight = {id(layer.base_layer.weight): layer for layer in self.layers.values()}
-        meta = any(weight.is_meta for weight in self.weights())
-        self.before = [] if meta else [weight.detach().to("cpu", copy=True) for weight in self.weights()]
+        self.before = [w.detach() if w.is_meta else w.detach().to("cpu", copy=True) for w in self.weights()]
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path: Path | None = None):

@@ -23,7 +23,7 @@ class TinyLora(Framed):
 
     @staticmethod
     def tensors(description):
-        return {"v": torch.zeros(max(groups(description)) + 1, description["u"])}
+        return {"v": torch.zeros(compact.groups(description), description["u"])}
 
     @staticmethod
     def small(description, number, device="cpu"):
