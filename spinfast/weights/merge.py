@@ -182,7 +182,7 @@ def karcher(tensors: Sequence[Tensor], max_iter: int = 10, tol: float = 1e-5) ->
     """The Riemannian mean of T_i / |T_i| on the sphere, times the mean of |T_i| (Karcher 1977; arXiv 2603.04972).
 
     From the normalised mean m: v = mean of (th_i / sin th_i) (u_i - cos th_i m), cos th_i = u_i . m, then
-    m <- cos |v| m + sin |v| v / |v|, until |v| < tol or `max_iter` times. Tensors of a norm up to tol have no direction.
+    m <- cos |v| m + sin |v| v / |v|, until |v| < tol or `max_iter` times. A norm up to tol has no direction.
     """
     if len(tensors) == 1:
         return tensors[0]
