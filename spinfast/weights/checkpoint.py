@@ -103,11 +103,14 @@ class Checkpoint:
         return DTYPES[self._slice(name).get_dtype()]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """In fp32, rounded to `dtype` first if there is one. Raises UserError if it is not finite."""
+        """In fp32, rounded to `dtype` first if there is one; it may be the file's own memory, not to be written to.
+
+        Raises UserError if it is not finite.
+        """
         tensor = self._slice(name)[:].float()
         factors = self._factors.get(TABLE if name == HEAD and HEAD not in self._slices else name)
         if factors:
-            tensor.addmm_(*factors)
+            tensor = torch.addmm(tensor, *factors)
         if not tensor.isfinite().all():
             raise UserError(
                 f"model {self.reference}: {name} is not finite; a damaged or diverged model cannot be merged"

@@ -133,7 +133,7 @@ def _aligned(tensor: torch.Tensor, model: Checkpoint, donor: Checkpoint, into: t
         return tensor
     shared = [(row, model.tokens[token]) for token, row in donor.tokens.items() if token in model.tokens]
     to, of = torch.tensor(shared).T
-    return into.index_copy_(0, to, tensor[of])
+    return into.index_copy(0, to, tensor[of])
 
 
 # Beside the weights --------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ class Weight:
 def plan(recipe: Recipe, checkpoints: Checkpoints) -> list[Weight]:
     """In the order of a model. Raises UserError for models that do not fit together, or a number that is missing."""
     _check_alike(checkpoints)
-    weights = [_weight(recipe, checkpoints, *place) for place in _places(recipe, checkpoints)]
-    check_effects(recipe, [weight.entry.name for weight in weights])
-    return weights
+    places = [*_places(recipe, checkpoints)]
+    check_effects(recipe, [name for _, _, name, _ in places])
+    return [_weight(recipe, checkpoints, *place) for place in places]
 
 
 def layers_from(recipe: Recipe, checkpoints: Checkpoints) -> list[tuple[Checkpoint, int]]:
