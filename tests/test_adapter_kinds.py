@@ -322,23 +322,30 @@ def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, n
     assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
     for line, words in zip(
-        lines, ["is there already", "expected a lora_xs or tiny_lora or full", "other weights"], strict=True
+        lines,
+        ["is there already", "expected lora_xs or tiny_lora, got another; it is plain LoRA", "other weights"],
+        strict=True,
     ):
         assert words in line
 
 
-@pytest.mark.parametrize(("name", "tied"), [("full", True), ("embeddings", True), ("embeddings", False)])
-def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path, name, tied):
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in KINDS), ("embeddings", False)])
+def test_merged_into_its_base_it_is_the_whole_model(tiny_model, tmp_path, capsys, name, tied):
     found = resolve_model(str(tiny_model("llama", tied)))
     policy = policy_of(found.path, KINDS[name], found=found)
     policy.save_adapter(tmp_path / "a")
-    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     groups = make_groups([(4, (5, 3)), (1, (2, 6))])
     expected = [plain_logps(whole, group.prompt_ids, answer) for group in groups for answer in group.answers]
     assert torch.allclose(answer_logps(policy, batch_of(policy)), torch.cat(expected), atol=1e-4)
-    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(tiny_model("qwen3"))]) == 2
+    other = scaled(tiny_model("llama"), tmp_path / "other")
+    for base in (tiny_model("qwen3"), other):
+        assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(base)]) == 2
     assert not (tmp_path / "b").exists()
+    if name == "full":
+        assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
+        assert f"spinfast merge {tmp_path / 'a'} --out DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -84,7 +84,7 @@ def merge(recipe: Recipe, text: str, out: Path, rank: int | None, display: Displ
             lost, whole = lost + dropped, whole + total
             tick.advance()
     error = math.sqrt(lost / whole) if whole else 0.0
-    r = max(len(A) for _, A in made.values())
+    r = max(1, *(len(A) for _, A in made.values()))
     dtype = getattr(torch, recipe.out_dtype or recipe.dtype or "float32")
     tensors = _named(made, r, dtype, {name for adapter in loaded for name in adapter.tensors})
     if wrong := adapters.not_finite(tensors):
@@ -126,7 +126,9 @@ def _merged(
         coefficients = METHODS[method](base, units, given).tolist()
         B = torch.cat([pair[0] * c for pair, c in zip(factors, coefficients, strict=True) if pair], dim=1)
         A = torch.cat([A for _, A in known])
-        return ((B, A), 0.0, 0.0) if rank is None or rank >= ranks else truncated(B, A, rank)
+        if rank is None or rank >= ranks:
+            return (B, A), 0.0, float(((B.T @ B) * (A @ A.T)).sum())
+        return truncated(B, A, rank)
     dense = [pair[0] @ pair[1] if pair else None for pair in factors]
     base = torch.zeros_like(next(update for update in dense if update is not None))
     own = int.from_bytes(hashlib.sha256(f"{seed} {weight}".encode()).digest()[:6], "big")

@@ -313,11 +313,16 @@ def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor
 
 
 def updates(adapter: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(name of the base's weight, (B, A) in fp32): what a LoRA adds to the weight is B A, its scaling is in B."""
+    """(name of the base's weight, (B, A) in fp32): what a LoRA adds to the weight is B A, its scaling is in B.
+
+    Ranks that add nothing, as those beside a lower rank of a pattern, are left out.
+    """
     for name, tensor in adapter.tensors.items():
         if rank_axis(name) == 0:
             A, B = tensor.float(), adapter.tensors[_twin(name)].float() * scale(adapter.config, name)[1]
             weight = f"{MATRIX.fullmatch(name)[1]}.weight"
+            used = A.any(1) & B.any(0)
+            A, B = A[used], B[:, used]
             yield weight, (A.T, B.T) if "lora_embedding" in name else (B, A)
 
 
