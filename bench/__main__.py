@@ -11,6 +11,7 @@ COMMANDS = {  # name -> module of bench, function of its arguments
     "kernels": ("kernels", "main"),
     "limits": ("scaling", "limits"),
     "memory": ("memory", "main"),
+    "merging": ("merging", "main"),
     "peers": ("peers.compare", "main"),
     "profile": ("profile", "main"),
     "rehearse": ("rehearse", "main"),

@@ -80,7 +80,7 @@ def params(argv: Sequence[str]) -> int:
 def expand(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast expand",
-        description="Make plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter, or the whole model of trained weights.",
+        description="Make plain PEFT LoRA of a LoRA-XS or TinyLoRA adapter. A whole model: spinfast merge.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="the adapter's, or a run's: its best")
     parser.add_argument("--out", type=Path, required=True, help="where it goes; must not be there")
@@ -90,6 +90,10 @@ def expand(argv: Sequence[str]) -> int:
 
     print(f"{arguments.out}: {expand(arguments.directory, arguments.out, arguments.model)}")
     return 0
+
+
+def merge(argv: Sequence[str]) -> int:
+    return import_module("spinfast.weights.merge_cli").main(argv)
 
 
 def spectrum(argv: Sequence[str]) -> int:
@@ -115,7 +119,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (evaluate, "score a model, with or without an adapter, on tasks"),
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
-    "expand": (expand, "plain LoRA, or the whole model, of what was trained"),
+    "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA adapter"),
+    "merge": (merge, "one model of several, or of a run and its base"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }

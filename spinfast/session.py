@@ -197,6 +197,8 @@ def open_players(
     )
     engine = None
     if config.model.backend == "unsloth":
+        from spinfast.generation import vllm_compat
+
         unsloth = import_unsloth()
         base = unsloth.load_base(
             model.path,
@@ -205,6 +207,7 @@ def open_players(
             max_seq_length=max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens),
             engine_cache=cache if backend == "vllm" else None,
             max_lora_rank=config.adapter.largest_rank,
+            prepare=vllm_compat.prepare,
         )
         new_policy = partial(new_policy, base=base, fuse=unsloth.fuse)
         engine = getattr(base, "vllm_engine", None)

@@ -339,7 +339,8 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     assert (
         len({adapters.fingerprint(adapters.load(stage)) for stage in stages}) == len(stages) == 2 + (method == "spin")
     )
-    losses = [row["train/loss"] for row in train_rows(tmp_path / "whole")]
+    rows = train_rows(tmp_path / "whole")
+    losses = [row["train/loss"] for row in rows if row["stage"] == rows[0]["stage"]]
     assert method == "grpo" or losses[-1] < losses[0]
     advance, steps = Tick.advance, 0
 
@@ -377,24 +378,30 @@ def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, n
     assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
     for line, words in zip(
-        lines, ["is there already", "expected a lora_xs or tiny_lora or full", "other weights"], strict=True
+        lines,
+        ["is there already", "expected lora_xs or tiny_lora, got another; it is plain LoRA", "other weights"],
+        strict=True,
     ):
         assert words in line
 
 
-@pytest.mark.parametrize(("name", "tied"), [("full", True), ("embeddings", True), ("embeddings", False)])
-def test_expanded_weights_are_the_whole_model(tiny_model, tmp_path, name, tied):
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in KINDS), ("embeddings", False)])
+def test_merged_into_its_base_it_is_the_whole_model(tiny_model, tmp_path, capsys, name, tied):
     found = resolve_model(str(tiny_model("llama", tied)))
     policy = policy_of(found.path, KINDS[name], found=found)
     policy.save_adapter(tmp_path / "a")
-    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     groups = make_groups([(4, (5, 3)), (1, (2, 6))])
     expected = [plain_logps(whole, group.prompt_ids, answer) for group in groups for answer in group.answers]
     assert torch.allclose(answer_logps(policy, batch_of(policy)), torch.cat(expected), atol=1e-4)
-    for other in (tiny_model("qwen3"), scaled(tiny_model("llama", tied), tmp_path / "other")):
-        assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
-        assert not (tmp_path / "b").exists()
+    other = scaled(tiny_model("llama"), tmp_path / "other")
+    for base in (tiny_model("qwen3"), other):
+        assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(base)]) == 2
+    assert not (tmp_path / "b").exists()
+    if name == "full":
+        assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
+        assert f"spinfast merge {tmp_path / 'a'} --out DIR" in capsys.readouterr().err
 
 
 def test_the_whole_model_is_in_the_dtype_that_was_trained(tiny_model, tmp_path):
@@ -409,7 +416,7 @@ def test_the_whole_model_is_in_the_dtype_that_was_trained(tiny_model, tmp_path):
         parameter.data *= 1 + 2e-3
     policy.updated()
     policy.save_adapter(tmp_path / "a")
-    assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "model")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert whole.dtype == torch.float16
     for name, parameter in policy.trainable_parameters().items():

@@ -11,6 +11,7 @@ from spinfast.commands import split
 from spinfast.config import parse_config
 from spinfast.evaluate.cli import parse as parse_eval
 from spinfast.run import parse
+from spinfast.weights.merge_cli import parse as parse_merge
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -57,5 +58,7 @@ def test_commands_are_understood(line):
     elif name == "run":
         path, *_ = parse(words)
         assert path.name == "mine.yaml" or (ROOT / path).exists()
+    elif name == "merge":
+        assert parse_merge(words).what == Path("runs/NAME")
     else:
         assert name in ("report", "doctor")

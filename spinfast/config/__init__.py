@@ -13,7 +13,7 @@ import json
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -67,8 +67,13 @@ __all__ = [
     "at",
     "load_config",
     "parse_config",
+    "plain_yaml",
     "reference_table",
+    "validated",
 ]
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class Config(Section):
@@ -238,10 +243,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config {path}: no such file")
     if suffix_of(path) in {*FILE_SUFFIXES} - {".json"}:
         raise UserError(f"config {path}: a data file, expected a YAML file; after a config give data.source={path}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8-sig"), PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
-        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = plain_yaml(path, f"config {path}")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: expected sections (model:, data:, ...), got {type(tree).__name__}")
     for override in overrides:
@@ -254,12 +256,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return parse_config(tree, where=f"config {path}")
 
 
+def plain_yaml(path: Path, where: str) -> Any:
+    """The plain values of a YAML file. Raises UserError where it is none."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def parse_config(tree: dict, where: str = "config", kind: type[Config] = Config) -> Config:
     """Validate a plain tree."""
-    try:
-        config = kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error, kind)}") from None
+    config = validated(tree, where, kind)
     for name in kind.methods():
         if name in tree and name not in config.method:
             raise UserError(
@@ -267,6 +274,14 @@ def parse_config(tree: dict, where: str = "config", kind: type[Config] = Config)
                 f"name {name} there too, or leave the section out"
             )
     return config
+
+
+def validated(tree: dict, where: str, kind: type[Kind]) -> Kind:
+    """The section of a plain tree. Raises UserError with one line: where, which key, expected, got."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_one_line(error, kind)}") from None
 
 
 def _override(tree: dict, override: str) -> None:
@@ -285,20 +300,14 @@ def _override(tree: dict, override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
 
 
-def _one_line(error: ValidationError, kind: type[Config]) -> str:
+def _one_line(error: ValidationError, kind: type[Section]) -> str:
     errors = error.errors()  # what is there and unknown says more of a foreign file than what is not there
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     dotted = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "extra_forbidden":
-        if dotted in MOVED:
-            return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
-        if key in ELSEWHERE:
-            return f"unknown key {dotted!r}; it is {ELSEWHERE[key]} here"
-        if key in REFUSED:
-            return f"unknown key {dotted!r}; {REFUSED[key]}"
-        if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in first["loc"]]:
-            return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
+        if issubclass(kind, Config) and (known := _known_otherwise(key, dotted, first["loc"])):
+            return known
         near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
@@ -315,22 +324,35 @@ def _one_line(error: ValidationError, kind: type[Config]) -> str:
     return f"{dotted}: {said[0].lower()}{said[1:]}, got {reprlib.repr(first['input'])}"
 
 
+def _known_otherwise(key: str, dotted: str, location: tuple) -> str | None:
+    """What a config's unknown key is where likeness would not tell: one that moved, another tool's, another kind's."""
+    if dotted in MOVED:
+        return f"{dotted}: is now {MOVED[dotted]}" + ("" if "." in dotted else f", its keys {MOVED[dotted]}.r ...")
+    if key in ELSEWHERE:
+        return f"unknown key {dotted!r}; it is {ELSEWHERE[key]} here"
+    if key in REFUSED:
+        return f"unknown key {dotted!r}; {REFUSED[key]}"
+    if kinds := [tag[1:-1] for tag, each in KINDS.items() if key in each.model_fields and tag not in location]:
+        return f"unknown key {dotted!r}; it is one of adapter.kind {' or '.join(kinds)}"
+    return None
+
+
 def _is_tag(part: str | int) -> bool:
     """Which member of a union is meant, no key."""
     return not str(part).replace("_", "").isalnum()
 
 
-def _siblings(location: tuple, kind: type[Config]) -> list[str]:
+def _siblings(location: tuple, kind: type[Section]) -> list[str]:
     section: Any = kind
     for part in location[:-1]:
         if part in KINDS:
             section = KINDS[part]
-        elif not isinstance(part, int) and not _is_tag(part):
+        elif part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation)
     return list(section.model_fields)
 
 
-def _elsewhere(key: str, kind: type[Config]) -> list[str]:
+def _elsewhere(key: str, kind: type[Section]) -> list[str]:
     """The sections' keys of exactly this name."""
     sections = {name: _section_of(field.annotation) for name, field in kind.model_fields.items()}
     return [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]

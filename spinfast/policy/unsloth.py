@@ -24,7 +24,6 @@ from unsloth import FastLanguageModel
 from spinfast import attention as packed
 from spinfast.device import GIB, DeviceProfile
 from spinfast.errors import UserError
-from spinfast.generation import vllm_compat
 from spinfast.ops import Ops
 from spinfast.policy.fuse import check, norm, projection
 
@@ -37,8 +36,10 @@ def load_base(
     max_seq_length: int,
     engine_cache: int | None = None,
     max_lora_rank: int = 16,
+    prepare: Callable[[torch.device, tuple[int, int] | None], None] | None = None,
 ) -> PreTrainedModel:
-    """The base as Unsloth loads it. With `engine_cache` bytes of K/V, `base.vllm_engine` holds its weights."""
+    """The base as Unsloth loads it. With `engine_cache` bytes of K/V, `base.vllm_engine` holds its weights, and
+    `prepare` makes vLLM ready for what the generator will do with it."""
     on_cuda = profile.device.type == "cuda"
     if load_in_4bit and not on_cuda:
         raise UserError("model.load_in_4bit: needs a CUDA GPU (bitsandbytes NF4); set it to false")
@@ -46,7 +47,7 @@ def load_base(
         raise UserError("model.backend: unsloth shares weights with vLLM on CUDA only; use generation.backend auto")
     sharing = {}
     if engine_cache is not None:
-        vllm_compat.prepare(profile.device, profile.capability)  # its engine too plays with one adapter at a time
+        prepare(profile.device, profile.capability)
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         share = (weights + engine_cache + GIB) / torch.cuda.get_device_properties(0).total_memory
         sharing = {"fast_inference": True, "gpu_memory_utilization": share, "max_lora_rank": max_lora_rank}

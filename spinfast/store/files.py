@@ -19,7 +19,7 @@ from pathlib import Path
 
 log = logging.getLogger("spinfast")
 MANIFEST = "manifest.json"
-ADDED_LATER = "README.md"  # an adapter's model card, written once its evaluation is known
+ADDED_LATER = "README.md"  # a model card: people edit it, an adapter's is written once its evaluation is known
 
 
 def expanded(name: str) -> Path:
@@ -127,9 +127,12 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     beside.mkdir()
     try:
         fill(beside)
-        sums = {str(file.relative_to(beside)): sha256(file) for file in sorted(beside.rglob("*")) if file.is_file()}
-        for name in sums:
-            sync(beside / name)
+        written = [file for file in sorted(beside.rglob("*")) if file.is_file()]
+        sums = {
+            name: sha256(beside / name) for file in written if (name := str(file.relative_to(beside))) != ADDED_LATER
+        }
+        for file in written:
+            sync(file)
         (beside / MANIFEST).write_text(json.dumps(sums, indent=2))
         sync(beside / MANIFEST)
         sync(beside)

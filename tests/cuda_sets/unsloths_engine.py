@@ -42,6 +42,7 @@ def main(path: Path) -> None:
     vllm.platforms._current_platform = card.vllm_platform()
 
     from spinfast.device import profile
+    from spinfast.generation import vllm_compat
     from spinfast.policy import import_unsloth
 
     unsloth, found = import_unsloth(), []
@@ -52,7 +53,14 @@ def main(path: Path) -> None:
 
     with mock.patch.object(vllm.LLM, "__init__", start):
         try:
-            unsloth.load_base(path, profile(), load_in_4bit=False, max_seq_length=512, engine_cache=1 << 28)
+            unsloth.load_base(
+                path,
+                profile(),
+                load_in_4bit=False,
+                max_seq_length=512,
+                engine_cache=1 << 28,
+                prepare=vllm_compat.prepare,
+            )
         except Exception as error:  # which Unsloth may have wrapped
             if not found:
                 raise error

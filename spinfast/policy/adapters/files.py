@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ def load(directory: Path, base: str | None = None, finite: bool = True, name: st
     if compact.kind_of(directory):
         adapter = compact.load(directory)
         if "base_sha256" not in adapter.config:  # else the weights themselves decide, when it is loaded
-            _check_base(directory, adapter.config, base, name)
+            check_base(directory, adapter.config, base, name)
         return _finite(adapter, directory) if finite else adapter
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -89,7 +90,7 @@ def load(directory: Path, base: str | None = None, finite: bool = True, name: st
     adapter = Adapter(config, tensors)
     if finite:
         _finite(adapter, directory)
-    _check_base(directory, config, base, name)
+    check_base(directory, config, base, name)
     return adapter
 
 
@@ -99,7 +100,8 @@ def _finite(adapter: Adapter, directory: Path) -> Adapter:
     return adapter
 
 
-def _check_base(directory: Path, config: dict, base: str | None, name: str | None) -> None:
+def check_base(directory: Path, config: dict, base: str | None, name: str | None) -> None:
+    """Raises UserError where an adapter's config tells of another base; warns where its name alone does."""
     made_on, made_by_name = (
         config.get("revision"),
         str(config.get("base_model_name_or_path") or "a base without a name"),
@@ -308,6 +310,20 @@ def _fit(name: str, tensor: torch.Tensor, r: int, factor: float) -> torch.Tensor
         tensor = tensor.float() * factor
     missing = r - tensor.shape[axis]
     return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing)) if missing else tensor
+
+
+def updates(adapter: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """(name of the base's weight, (B, A) in fp32): what a LoRA adds to the weight is B A, its scaling is in B.
+
+    Ranks that add nothing, as those beside a lower rank of a pattern, are left out.
+    """
+    for name, tensor in adapter.tensors.items():
+        if rank_axis(name) == 0:
+            A, B = tensor.float(), adapter.tensors[_twin(name)].float() * scale(adapter.config, name)[1]
+            weight = f"{MATRIX.fullmatch(name)[1]}.weight"
+            used = A.any(1) & B.any(0)
+            A, B = A[used], B[:, used]
+            yield weight, (A.T, B.T) if "lora_embedding" in name else (B, A)
 
 
 def find(directory: Path) -> Path:

@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
 from spinfast.policy.adapters import frames
 from spinfast.policy.adapters.compact import VERSION
 from spinfast.policy.adapters.frames import Frame, Frames
-from spinfast.policy.adapters.lora import plain_json, targets
+from spinfast.policy.adapters.lora import plain_config, targets
 from spinfast.types import Adapter
 
 Tensors = Mapping[str, torch.Tensor]
@@ -177,17 +176,8 @@ def expanded(kind: type[Framed], adapter: Adapter, found: Frames) -> Adapter:
         tensors[f"base_model.model.{module}.lora_A.weight"] = A_rD.clone()
         R_rr = kind.small(config, number)(adapter.tensors)
         tensors[f"base_model.model.{module}.lora_B.weight"] = B_Or @ R_rr.to(B_Or)
-    peft = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config["r"],
-        lora_alpha=config["scaling"] * config["r"],
-        lora_dropout=0.0,
-        target_modules=config["modules"],
-        base_model_name_or_path=config["base_model_name_or_path"],
-        revision=config["revision"],
-        inference_mode=True,
-    )
-    return Adapter(plain_json(peft), tensors)
+    r, base = config["r"], (config["base_model_name_or_path"], config["revision"])
+    return Adapter(plain_config(r, config["scaling"] * r, config["modules"], *base), tensors)
 
 
 def check_probe(told: Sequence[float], found: Sequence[float]) -> None:

@@ -256,6 +256,21 @@ def _listed(names: str | tuple) -> str | list:
     return names if isinstance(names, str) else list(names)
 
 
+def plain_config(r: int, alpha: float, modules: list[str], base: str, revision: str | None) -> dict:
+    """adapter_config.json of a plain LoRA on `modules`, by their full names."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=modules,
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+    )
+    return plain_json(config)
+
+
 def plain_json(config: LoraConfig) -> dict:
     """The content of adapter_config.json."""
     return json.loads(json.dumps(config.to_dict(), default=_plain, sort_keys=True))
