@@ -96,6 +96,10 @@ def spectrum(argv: Sequence[str]) -> int:
     return import_module("spinfast.weights.cli").main(argv)
 
 
+def export(argv: Sequence[str]) -> int:
+    return import_module("spinfast.weights.export").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -116,6 +120,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
     "expand": (expand, "plain LoRA, or the whole model, of what was trained"),
+    "export": (export, "one .gguf file for llama.cpp, Ollama and phones"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }

@@ -45,10 +45,8 @@ class ResolvedModel:
 
 def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> ResolvedModel:
     """Find, download or convert a model; `cache_dir` is where GGUF files are converted to."""
-    if name.startswith("package:"):
-        path, revision = _from_gguf(_package_file(name), name, cache_dir)
-    elif name.endswith(".gguf"):
-        path, revision = _from_gguf(expanded(name), name, cache_dir)
+    if file := gguf_file(name):
+        path, revision = _from_gguf(file, name, cache_dir)
     elif expanded(name).is_dir():
         path = expanded(name)
         architecture = check_model(path)
@@ -58,6 +56,13 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
     else:
         raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
     return ResolvedModel(path, name, revision, check_model(path))
+
+
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model's name means; None where it means something else."""
+    if name.startswith("package:"):
+        return _package_file(name)
+    return expanded(name) if name.endswith(".gguf") else None
 
 
 def load_tokenizer(path: Path | str):
@@ -172,7 +177,7 @@ def _read_gguf(file: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fields = _gguf_header(file)
+    fields = gguf_header(file)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     _mend_gguf_tokenizer(tokenizer, file, fields)
@@ -191,7 +196,7 @@ def _read_gguf(file: Path):
     return model, tokenizer
 
 
-def _gguf_header(file: Path) -> dict:
+def gguf_header(file: Path) -> dict:
     """The metadata, after checking that it agrees with the tensors: damaged sizes would build a model of any size."""
     from gguf import GGUFReader
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spinfast.errors import UserError
-from spinfast.models import resolve_model
+from spinfast.models import ResolvedModel, resolve_model
 from spinfast.policy.adapters import KINDS, compact, files, frames
 from spinfast.policy.adapters.framed import check_probe, expanded
 from spinfast.store.files import write_directory
@@ -42,17 +42,22 @@ def expand(directory: Path, out: Path, model: str | None = None) -> str:
             )
         write_directory(out, partial(_whole, base.path, adapter))
         return f"{base.name} with {len(adapter.tensors)} matrices of its own"
-    kind = KINDS[adapter.kind]
-    rebuilt = frames.of_model(base.path, base.revision, config["modules"], config["r"])
-    if rebuilt.base != config["base_sha256"]:
-        raise UserError(f"adapter {found}: made on other weights than those of {base.name}; give the base by --model")
-    smalls = {m: kind.small(config, number)(adapter.tensors) for number, m in enumerate(config["modules"])}
-    if not config.get("probe"):
-        raise UserError(f"adapter {found}: a checkpoint's, without the probe that tells the update; take a stage's")
-    check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls, config["scaling"]))
-    lora = expanded(kind, adapter, rebuilt)
+    lora = plain(adapter, base)
     write_directory(out, lambda path: files.save(lora, path))
     return f"LoRA of rank {config['r']}, {len(lora.tensors)} matrices"
+
+
+def plain(adapter: Adapter, base: ResolvedModel) -> Adapter:
+    """A LoRA-XS or TinyLoRA adapter as plain LoRA, from the base's files. Raises UserError if that is another's."""
+    kind, config = KINDS[adapter.kind], adapter.config
+    rebuilt = frames.of_model(base.path, base.revision, config["modules"], config["r"])
+    if rebuilt.base != config["base_sha256"]:
+        raise UserError(f"adapter: made on other weights than those of {base.name}; give its base by --model")
+    smalls = {m: kind.small(config, number)(adapter.tensors) for number, m in enumerate(config["modules"])}
+    if not config.get("probe"):
+        raise UserError("adapter: a checkpoint's, without the probe that tells the update; take a stage's")
+    check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls, config["scaling"]))
+    return expanded(kind, adapter, rebuilt)
 
 
 def _whole(base: Path, adapter: Adapter, out: Path) -> None:
