@@ -236,7 +236,9 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
             found = adapters.MATRIX.fullmatch(name)
             module, which = found[1], found[2]
             if which is None:
-                raise UserError(f"{module} has a LoRA, which is no tensor of llama.cpp's; export without --adapter-only")
+                raise UserError(
+                    f"{module} has a LoRA, which is no tensor of llama.cpp's; export without --adapter-only"
+                )
             own = heads.get(module.split(".")[-1], 0) if source.architecture == "LlamaForCausalLM" else 0
             matrix = permuted(tensor.float(), own if which == "B" else 0).contiguous().numpy()
             meant[f"{names.get_name(module)}.weight.lora_{which.lower()}"] = matrix
