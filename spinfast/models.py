@@ -175,9 +175,10 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
 def _read_gguf(file: Path):
     """(model in bf16, tokenizer) with the file's own end token and a pad token."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fields = gguf_header(file)
+    fields = gguf_header(GGUFReader(file))
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     _mend_gguf_tokenizer(tokenizer, file, fields)
@@ -196,11 +197,8 @@ def _read_gguf(file: Path):
     return model, tokenizer
 
 
-def gguf_header(file: Path) -> dict:
-    """The metadata, after checking that it agrees with the tensors: damaged sizes would build a model of any size."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+def gguf_header(reader) -> dict:
+    """A GGUFReader's metadata, after checking that it agrees with the tensors: damaged sizes would build any model."""
     fields = {name: field.contents() for name, field in reader.fields.items()}
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
     arch = fields["general.architecture"]

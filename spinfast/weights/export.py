@@ -1,4 +1,4 @@
-"""`spinfast export gguf MODEL | RUN | ADAPTER --type q8_0 --out FILE`: one file for llama.cpp, and how Ollama takes it."""
+"""`spinfast export gguf MODEL | RUN | ADAPTER [--type q8_0] [--out FILE]`: one file for llama.cpp, and an Ollama Modelfile."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FAMILIES = {  # before the role, after it, after the text
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="spinfast export",
-        description="A model, with what was trained of it, as one .gguf file for llama.cpp, Ollama and phones. The file "
-        "is read back and compared before it gets its name. Beside it an Ollama Modelfile.",
+        description="A model, with what was trained of it, as one .gguf file for llama.cpp, Ollama and phones. It is "
+        "read back and compared before it gets its name. Beside it goes an Ollama Modelfile.",
     )
     parser.add_argument("format", choices=["gguf"], metavar="gguf")
     parser.add_argument("target", metavar="MODEL | RUN | ADAPTER", help="hub id, directory, .gguf; of a run its best")

@@ -52,7 +52,8 @@ LORA_TYPES = ("f32", "f16", "bf16", "q8_0")
 SMALL = ("q5_1", "q5_0", "q4_1", "q4_0")
 BLOCK = 1 << 22  # numbers of a tensor that are in fp32 at a time
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
-YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+YARN_DEFAULTS = {("beta_fast", 32), ("beta_slow", 1)}  # with others llama.cpp computed another model (cyllama 0.2.18)
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,9 @@ class Weights:
 
     def difference(self, file: Path, pieces: list[Piece], advance) -> float:
         """||written - meant|| / ||meant|| over all tensors, the written ones read from the file."""
-        gguf_header(file)
-        written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        reader = gguf.GGUFReader(file)
+        gguf_header(reader)
+        written = {tensor.name: tensor for tensor in reader.tensors}
         apart = meant = 0.0
         for piece in pieces:
             tensor = written[piece.name]
@@ -219,7 +221,7 @@ class Weights:
 
 def write_lora(source: Source, kind: str, out: Path) -> float:
     """Write the source's LoRA alone, for llama.cpp's --lora; returns and raises as `write_model`."""
-    file_type, wanted, limit = TYPES[kind]
+    _, wanted, limit = TYPES[kind]
     config = source.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[source.architecture], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -318,12 +320,10 @@ def _describe(writer: gguf.GGUFWriter, source: Source, config, file_type: LlamaF
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
-        if strangers := {key for key, value in rope.items() if value is not None} - YARN:
-            raise UserError(f"model {source.path}: yarn with {strangers.pop()} is not llama.cpp's; {CONVERTER}")
+        given = {(key, value) for key, value in rope.items() if value is not None and key not in YARN}
+        if strangers := sorted(key for key, _ in given - YARN_DEFAULTS):
+            raise UserError(f"model {source.path}: yarn with {strangers[0]} is not computed alike by llama.cpp")
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key in ("beta_fast", "beta_slow"):
-            if rope.get(key) is not None:
-                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

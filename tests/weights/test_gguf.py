@@ -20,8 +20,8 @@ from spinfast.policy.adapters import compact
 from spinfast.progress import heard, open_console
 from spinfast.run import main
 from spinfast.types import Adapter
-from spinfast.weights.export import ollama, resolve
 from spinfast.weights.export import TYPES as WORDS
+from spinfast.weights.export import ollama, resolve
 from spinfast.weights.gguf import TYPES, write_lora, write_model
 from spinfast.weights.gguf_tokenizer import WORDS as SPLIT
 from spinfast.weights.gguf_tokenizer import add_tokenizer, copy_tokenizer
@@ -317,6 +317,14 @@ def test_numbers_that_the_file_cannot_hold(command, tiny_model, tmp_path, value,
     assert said in err
 
 
+@pytest.mark.parametrize(("key", "value"), [("beta_fast", 16.0), ("attention_factor", 2.0)])
+def test_yarn_that_llama_cpp_computes_otherwise_is_refused(tmp_path, key, value):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4, key: value}
+    with pytest.raises(UserError, match=f"yarn with {key}"):
+        write(tiny_model_dir(tmp_path, rope_parameters=yarn), "f32", tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(command, tiny_model, tmp_path):
     lora = tiny_lora(tiny_model("llama"), tmp_path / "lora")
     code, _, err = command(lora, "--model", tiny_model("llama", hidden=128))
@@ -324,7 +332,9 @@ def test_an_adapter_of_another_base_is_refused(command, tiny_model, tmp_path):
     assert "give its base by --model" in err
     assert not [*tmp_path.glob("*.gguf")]
     source = resolve(str(lora), "tiny", model=str(tiny_model("llama")))
-    strange = Adapter(source.lora.config, {k.replace("layers.1", "layers.9"): t for k, t in source.lora.tensors.items()})
+    strange = Adapter(
+        source.lora.config, {k.replace("layers.1", "layers.9"): t for k, t in source.lora.tensors.items()}
+    )
     with pytest.raises(UserError, match=r"layers.9.*the base's is None"):
         write_lora(type(source)(source.path, "n", source.architecture, strange), "f32", tmp_path / "m.gguf")
 
@@ -353,4 +363,4 @@ def test_modelfile_knows_a_family_by_what_it_renders(tmp_path, template, expecte
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 385, "model_type": "llama"}))
     found = ollama(tmp_path, "m.gguf")
     assert all(part in found for part in expected)
-    assert ("SYSTEM" in found, "TEMPLATE \"" in found) == ("SYSTEM" in expected[-1], "no" not in expected[0])
+    assert ("SYSTEM" in found, 'TEMPLATE "' in found) == ("SYSTEM" in expected[-1], "no" not in expected[0])

