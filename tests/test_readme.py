@@ -58,4 +58,4 @@ def test_commands_are_understood(line):
         path, *_ = parse(words)
         assert path.name == "mine.yaml" or (ROOT / path).exists()
     else:
-        assert name in ("report", "doctor")
+        assert name in ("report", "doctor", "export")

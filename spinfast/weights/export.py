@@ -1,4 +1,4 @@
-"""`spinfast export gguf MODEL | RUN | ADAPTER [--type q8_0] [--out FILE]`: one file for llama.cpp, and an Ollama Modelfile."""
+"""`spinfast export gguf MODEL | RUN | ADAPTER [--type] [--out]`: one file for llama.cpp, and an Ollama Modelfile."""
 
 from __future__ import annotations
 

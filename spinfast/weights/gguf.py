@@ -162,7 +162,6 @@ class Weights:
 
     def pieces(self, config, kind: str) -> list[Piece]:
         """The tensors of the file, in the order of the model's files."""
-        llama = self.source.architecture == "LlamaForCausalLM"
         names = gguf.get_tensor_name_map(ARCHITECTURES[self.source.architecture], config.num_hidden_layers)
         tied = config.tie_word_embeddings
         found, head = [], TABLE if tied else HEAD
@@ -172,9 +171,8 @@ class Weights:
             name, shape = names.get_name(weight, try_suffixes=(".weight", ".bias")), tuple(slice_.get_shape())
             if name is None or (weight.endswith(".bias") and self.source.architecture == "Qwen3ForCausalLM"):
                 raise UserError(f"model {self.source.path}: {weight} has no place in llama.cpp's; {CONVERTER}")
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-            own = heads.get(weight.split(".")[-2], 0) if llama else 0
-            found.append(Piece(name, weight, shape, _type(name, shape, kind, weight == head), own))
+            heads = _heads(self.source, config, weight.rpartition(".")[0])
+            found.append(Piece(name, weight, shape, _type(name, shape, kind, weight == head), heads))
         if tied and TABLE in self.added:  # a LoRA of the embedding leaves the head as it is
             table = next(piece for piece in found if piece.weight == TABLE)
             found.append(Piece("output.weight", HEAD, table.shape, table.type))
@@ -216,7 +214,7 @@ class Weights:
                 apart += np.square(gguf.dequantize(tensor.data[which], piece.type) - rows).sum()
                 meant += np.square(rows).sum()
             advance()
-        return math.sqrt(apart / meant)
+        return math.sqrt(apart / (meant or 1))
 
 
 def write_lora(source: Source, kind: str, out: Path) -> float:
@@ -224,7 +222,6 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
     _, wanted, limit = TYPES[kind]
     config = source.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[source.architecture], config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with ExitStack() as stack:
         Weights(source, stack)  # holds its shapes against the model's
         beside = stack.enter_context(files.replacing(out))
@@ -241,9 +238,10 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
                 raise UserError(
                     f"{module} has a LoRA, which is no tensor of llama.cpp's; export without --adapter-only"
                 )
-            own = heads.get(module.split(".")[-1], 0) if source.architecture == "LlamaForCausalLM" else 0
-            matrix = permuted(tensor.float(), own if which == "B" else 0).contiguous().numpy()
-            meant[f"{names.get_name(module)}.weight.lora_{which.lower()}"] = matrix
+            matrix = tensor.float()
+            if which == "B":
+                matrix = permuted(matrix, _heads(source, config, module))
+            meant[f"{names.get_name(module)}.weight.lora_{which.lower()}"] = matrix.contiguous().numpy()
         for name, matrix in meant.items():
             as_type = wanted if matrix.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Q.F16
             with np.errstate(over="ignore"):
@@ -265,6 +263,14 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     if not heads:
         return weight
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _heads(source: Source, config, module: str) -> int:
+    """Within how many heads the rows of a module are reordered."""
+    if source.architecture != "LlamaForCausalLM":
+        return 0
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.split(".")[-1], 0)
 
 
 def _factors(lora: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
