@@ -71,7 +71,8 @@ def main():
         model = tiny_model_dir(Path(folder) / "scaled", "llama", rope_parameters=scaled)
         convert("convert_hf_to_gguf.py", "llama", model, "--outfile", out, "--outtype", "f32")
         found["llama3 rope f32"] = content(out)
-    (HERE / "official.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(found[case], sort_keys=True)}" for case in sorted(found))
+    (HERE / "official.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":
