@@ -218,9 +218,11 @@ class Weights:
 
 
 def write_lora(source: Source, kind: str, out: Path) -> float:
-    """Write the source's LoRA alone, for llama.cpp's --lora; returns and raises as `write_model`."""
-    _, wanted, limit = TYPES[kind]
-    config = source.config
+    """Write the source's LoRA alone, for llama.cpp's --lora; returns and raises as `write_model`.
+
+    llama.cpp scales each matrix by alpha / its rank: patterns of alphas and rank-stabilised scaling go into B.
+    """
+    config, lora, (_, wanted, limit) = source.config, adapters.uniform(source.lora), TYPES[kind]
     names = gguf.get_tensor_name_map(ARCHITECTURES[source.architecture], config.num_hidden_layers)
     with ExitStack() as stack:
         Weights(source, stack)  # holds its shapes against the model's
@@ -228,10 +230,10 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
         writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[source.architecture]])
         _name(writer, source, "adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(source.lora.config["lora_alpha"]))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.config["lora_alpha"]))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         meant = {}
-        for name, tensor in source.lora.tensors.items():
+        for name, tensor in lora.tensors.items():
             found = adapters.MATRIX.fullmatch(name)
             module, which = found[1], found[2]
             if which is None:
@@ -275,8 +277,8 @@ def _heads(source: Source, config, module: str) -> int:
 
 def _factors(lora: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     """(weight, (left, right)): left @ right is what the LoRA adds to it, in fp32."""
-    scaling = lora.config["lora_alpha"] / lora.config["r"]
     for name, a in lora.tensors.items():
+        _, scaling = adapters.scale(lora.config, name)
         module, linear, embedding = adapters.MATRIX.fullmatch(name).groups()
         if linear == "A":
             b = lora.tensors[name.replace("lora_A", "lora_B")]

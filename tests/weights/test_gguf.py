@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from spinfast.errors import UserError
 from spinfast.models import resolve_model
 from spinfast.policy.adapters import compact
+from spinfast.policy.adapters import files as adapters
 from spinfast.progress import heard, open_console
 from spinfast.run import main
 from spinfast.types import Adapter
@@ -125,7 +126,9 @@ def test_a_lora_is_added_in_fp32(tiny_model, tmp_path, changes):
 
 def test_base_and_lora_are_the_merged_file(tiny_model, tmp_path):
     base = tiny_model("llama", hidden=128)
-    source = resolve(str(tiny_lora(base, tmp_path / "lora", use_rslora=True)), "tiny", model=str(base))
+    source = resolve(
+        str(tiny_lora(base, tmp_path / "lora", use_rslora=True, alpha_pattern={"v_proj": 3})), "tiny", model=str(base)
+    )
     write(base, "f32", tmp_path / "base.gguf")
     write(tmp_path / "lora", "f32", tmp_path / "merged.gguf", model=str(base))
     assert write_lora(source, "f32", tmp_path / "lora.gguf") == 0
@@ -155,11 +158,15 @@ def test_any_kind_of_adapter(tiny_model, tmp_path, capsys):
             plain |= {key: t.float() for key, t in compact.load(tmp_path / name).tensors.items()}
         else:
             lora = policy.serving(policy.adapter())[1]
-            scale = lora.config["lora_alpha"] / lora.config["r"]
             for key, a in lora.tensors.items():
                 if "lora_A" in key:
                     weight = key.removeprefix("base_model.model.").replace("lora_A.", "")
-                    plain[weight] = plain[weight] + scale * lora.tensors[key.replace("lora_A", "lora_B")].float() @ a
+                    plain[weight] = (
+                        plain[weight]
+                        + adapters.scale(lora.config, key)[1]
+                        * lora.tensors[key.replace("lora_A", "lora_B")].float()
+                        @ a
+                    )
         assert all(torch.allclose(made[key], t, atol=1e-5) for key, t in plain.items())
     assert main(["export", "gguf", str(tmp_path / "full"), "--adapter-only"]) == 2
     assert "holds no LoRA" in capsys.readouterr().err
