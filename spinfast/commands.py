@@ -100,6 +100,10 @@ def spectrum(argv: Sequence[str]) -> int:
     return import_module("spinfast.weights.cli").main(argv)
 
 
+def export(argv: Sequence[str]) -> int:
+    return import_module("spinfast.weights.export").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -121,6 +125,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
     "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA adapter"),
     "merge": (merge, "one model of several, or of a run and its base"),
+    "export": (export, "one .gguf file for llama.cpp, Ollama and phones"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }

@@ -45,10 +45,8 @@ class ResolvedModel:
 
 def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> ResolvedModel:
     """Find, download or convert a model; `cache_dir` is where GGUF files are converted to."""
-    if name.startswith("package:"):
-        path, revision = _from_gguf(_package_file(name), name, cache_dir)
-    elif name.endswith(".gguf"):
-        path, revision = _from_gguf(expanded(name), name, cache_dir)
+    if file := gguf_file(name):
+        path, revision = _from_gguf(file, name, cache_dir)
     elif expanded(name).is_dir():
         path = expanded(name)
         architecture = check_model(path)
@@ -58,6 +56,13 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
     else:
         raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
     return ResolvedModel(path, name, revision, check_model(path))
+
+
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model's name means; None where it means something else."""
+    if name.startswith("package:"):
+        return _package_file(name)
+    return expanded(name) if name.endswith(".gguf") else None
 
 
 def load_tokenizer(path: Path | str):
@@ -170,9 +175,10 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
 def _read_gguf(file: Path):
     """(model in bf16, tokenizer) with the file's own end token and a pad token."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fields = _gguf_header(file)
+    fields = gguf_header(GGUFReader(file))
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     _mend_gguf_tokenizer(tokenizer, file, fields)
@@ -191,11 +197,8 @@ def _read_gguf(file: Path):
     return model, tokenizer
 
 
-def _gguf_header(file: Path) -> dict:
-    """The metadata, after checking that it agrees with the tensors: damaged sizes would build a model of any size."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+def gguf_header(reader) -> dict:
+    """A GGUFReader's metadata, after checking that it agrees with the tensors: damaged sizes would build any model."""
     fields = {name: field.contents() for name, field in reader.fields.items()}
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
     arch = fields["general.architecture"]

@@ -61,4 +61,4 @@ def test_commands_are_understood(line):
     elif name == "merge":
         assert parse_merge(words).what == Path("runs/NAME")
     else:
-        assert name in ("report", "doctor")
+        assert name in ("report", "doctor", "export")

