@@ -21,7 +21,7 @@ from spinfast.run import default_config, parse, play
 
 
 def main(argv: list[str]) -> int:
-    path, overrides, run_dir, dry_run, controls = parse(argv)
+    path, overrides, run_dir, dry_run, controls, _ = parse(argv)
     if dry_run or controls:
         raise UserError("--dry-run and --controls are no iteration to measure; run `python -m spinfast.run` for them")
     path = path or default_config()[0]

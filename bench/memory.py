@@ -20,6 +20,7 @@ from bench.plots import picture
 from spinfast import ops as operators
 from spinfast.config import Config, parse_config
 from spinfast.device import GIB, profile
+from spinfast.errors import UserError
 from spinfast.memory import planner
 from spinfast.memory.ledger import KINDS, META, Ledger, apply_checkpointing, apply_head_chunk
 from spinfast.memory.simulation import Simulation, settled
@@ -143,9 +144,13 @@ def every_kind(name: str, ops) -> Iterator[dict]:
     for method in METHODS:
         for kind, adapter in ADAPTERS.items():
             config = run_config(**(ROLLOUT if method == "grpo" else {"method": [method]}), adapter=adapter)
-            plan = planner.plan(config, t4, model, ops, loads(config, ()), "vllm")
-            yield {
-                "what": "each kind of adapter on a T4", "model": f"{name} fp16", "method": method, "adapter": kind,
+            row = {"what": "each kind of adapter on a T4", "model": f"{name} fp16", "method": method, "adapter": kind}
+            try:
+                plan = planner.plan(config, t4, model, ops, loads(config, ()), "vllm")
+            except UserError as error:
+                yield row | {"refused": str(error)}
+                continue
+            yield row | {
                 "peak_gib": round(plan.peak / GIB, 3), "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3),
                 **held(plan),
             }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from fixtures import tiny_model_dir
 
 import bench.__main__ as table
-from bench import kernels, operators, results_page, rows, scaling, shapes
+from bench import kernels, merging, operators, results_page, rows, scaling, shapes
 from bench import memory as memory_bench
 from bench.peers import child, compare, end_to_end
 from spinfast import ops as spinfast_ops
@@ -124,6 +124,13 @@ def test_memory(command, monkeypatch, tmp_path):
     assert held["step, TRL-shaped eager, padded [2B, L]"] > held["step, fastest plan"]
     (rollout,) = (row for row in found if row["what"].startswith("GRPO"))
     assert rollout["prompt_tokens_saved"] == 0.875  # 7 of 8 answers find the prompt there
+
+
+def test_merging(command, monkeypatch):
+    small = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    monkeypatch.setattr(merging, "SHAPE", merging.SHAPE | small | {"num_attention_heads": 4})
+    (row,) = command("merging", "linear", "2")
+    assert row["output_mib"] < row["peak_anon_mib"]
 
 
 @pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
