@@ -41,7 +41,20 @@ class FramedLayer(torch.nn.Module):
         return self.base_layer
 
 
-class Framed:
+class OneForm:
+    """Of kinds that nothing but their own adapters fits, and that are never merged between rounds."""
+
+    def fitted(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def grown(self, start: Adapter, own: Adapter) -> Adapter:
+        return start
+
+    def parts(self, adapter: Adapter) -> list[Adapter]:
+        return [adapter]
+
+
+class Framed(OneForm):
     """Implements spinfast.policy.adapters.AdapterKind. A kind gives `describe`, `tensors` and `small`."""
 
     LAYER, trains_weights = FramedLayer, False
@@ -152,15 +165,6 @@ class Framed:
 
     def lora(self, adapter: Adapter) -> Adapter:
         return expanded(type(self), adapter, self.frames)
-
-    def fitted(self, adapter: Adapter) -> Adapter:
-        return adapter
-
-    def grown(self, start: Adapter, own: Adapter) -> Adapter:
-        return start
-
-    def parts(self, adapter: Adapter) -> list[Adapter]:
-        return [adapter]
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from spinfast.errors import UserError
+from spinfast.policy.adapters.framed import OneForm
 from spinfast.policy.adapters.lora import targets
 from spinfast.store import files
 from spinfast.types import Adapter
@@ -75,7 +76,7 @@ def _tables(base: PreTrainedModel) -> list[str]:
     return [name.removesuffix(".weight") for name, p in base.named_parameters() if id(p) in wanted]
 
 
-class Full:
+class Full(OneForm):
     """Implements spinfast.policy.adapters.AdapterKind."""
 
     LAYER, trains_weights = FullLayer, True
@@ -170,15 +171,6 @@ class Full:
         rounded = Adapter(adapter.config, {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()})
         self.load(rounded)
         return rounded
-
-    def fitted(self, adapter: Adapter) -> Adapter:
-        return adapter
-
-    def grown(self, start: Adapter, own: Adapter) -> Adapter:
-        return start
-
-    def parts(self, adapter: Adapter) -> list[Adapter]:
-        return [adapter]
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
