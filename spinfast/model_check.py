@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 ARCHITECTURES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("F32", "F16", "BF16")  # of weights, as safetensors names them
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others go by a sequence's length; a packed row has many
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")  # weights that transformers makes itself
 HARMLESS = {  # keys of config.json that change no log-prob, or that transformers reads under another name
     *("auto_map", "rope_theta", "rope_scaling", "torch_dtype", "_attn_implementation_autoset", "tokenizer_class"),
@@ -129,15 +130,14 @@ def _check_config(path: Path, raw: dict, config, architecture: str) -> None:
 
 
 def _check_weights(path: Path, config, expected: dict[str, list[int]]) -> None:
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
     with ExitStack() as stack:
         found = open_weights(path, stack)
         if config.tie_word_embeddings:
-            del expected[head]
-            if head in found and table in found and not _equal(found[head], found[table]):
+            del expected[HEAD]
+            if HEAD in found and TABLE in found and not _equal(found[HEAD], found[TABLE]):
                 raise UserError(
-                    f"model {path}: tie_word_embeddings is true, but {head} is not {table}; set it to false in "
-                    f"config.json if the head is meant, or take {head} out of the file"
+                    f"model {path}: tie_word_embeddings is true, but {HEAD} is not {TABLE}; set it to false in "
+                    f"config.json if the head is meant, or take {HEAD} out of the file"
                 )
         missing = sorted(set(expected) - set(found))
         if missing:
@@ -150,7 +150,7 @@ def _check_weights(path: Path, config, expected: dict[str, list[int]]) -> None:
                     f"model {path}: {name} is {found[name].get_dtype()}, expected {', '.join(DTYPES)}; "
                     "use the unquantised checkpoint"
                 )
-        spare = sorted(name for name in set(found) - set(expected) - {head} if not RECOMPUTED.fullmatch(name))
+        spare = sorted(name for name in set(found) - set(expected) - {HEAD} if not RECOMPUTED.fullmatch(name))
         if spare:
             raise UserError(
                 f"model {path}: {len(spare)} weights have no place in the model that config.json describes, first "

@@ -7,7 +7,6 @@ R_B R_A' (r x r). Elections (ties, dare) are of the elements of the update: thos
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from spinfast.policy.adapters.lora import plain_config
 from spinfast.store import files
 from spinfast.types import Adapter
 from spinfast.weights.checkpoint import LAYER, with_base
-from spinfast.weights.merge import METHODS
+from spinfast.weights.merge import METHODS, seed_of
 from spinfast.weights.merging import RECIPE_FILE
 from spinfast.weights.plan import check_effects, levels_above, parameters
 from spinfast.weights.recipe import Recipe, Reference
@@ -131,8 +130,8 @@ def _merged(
         return truncated(B, A, rank)
     dense = [pair[0] @ pair[1] if pair else None for pair in factors]
     base = torch.zeros_like(next(update for update in dense if update is not None))
-    own = int.from_bytes(hashlib.sha256(f"{seed} {weight}".encode()).digest()[:6], "big")
-    update = METHODS[method](base, [base if each is None else each for each in dense], given, own)
+    inputs = [base if each is None else each for each in dense]
+    update = METHODS[method](base, inputs, given, seed_of(seed, weight))
     return _best(*torch.linalg.svd(update, full_matrices=False), rank or ranks)
 
 

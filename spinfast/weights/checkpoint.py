@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from spinfast.errors import UserError
-from spinfast.model_check import RECOMPUTED, open_weights, read_json
+from spinfast.model_check import HEAD, RECOMPUTED, TABLE, open_weights, read_json
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.names import HUB_ID
 from spinfast.policy.adapters import compact, files
@@ -23,7 +23,6 @@ from spinfast.weights.recipe import Reference
 
 log = logging.getLogger("spinfast")
 
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 VOCABULARY = (TABLE, HEAD)  # weights of a row per token
 LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -24,14 +24,13 @@ from gguf import LlamaFileType
 from transformers import AutoConfig
 
 from spinfast.errors import UserError
-from spinfast.model_check import log, open_weights, read_json, window
+from spinfast.model_check import HEAD, RECOMPUTED, TABLE, log, open_weights, read_json, window
 from spinfast.models import gguf_header
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
 from spinfast.store import files, room
 from spinfast.types import Adapter
 from spinfast.weights.gguf_tokenizer import CONVERTER, add_tokenizer, copy_tokenizer
-from spinfast.weights.spectrum import HEAD, TABLE
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -149,7 +148,7 @@ class Weights:
 
     def __init__(self, source: Source, stack: ExitStack):
         self.source, self.slices = source, open_weights(source.path, stack)
-        self.added = dict(_factors(source.lora)) if source.lora else {}
+        self.added = dict(adapters.updates(source.lora)) if source.lora else {}
         for name in {*self.added, *source.own}:
             self._check(name)
 
@@ -166,7 +165,7 @@ class Weights:
         tied = config.tie_word_embeddings
         found, head = [], TABLE if tied else HEAD
         for weight, slice_ in self.slices.items():
-            if weight.endswith("rotary_emb.inv_freq") or (tied and weight == HEAD):
+            if RECOMPUTED.fullmatch(weight) or (tied and weight == HEAD):
                 continue
             name, shape = names.get_name(weight, try_suffixes=(".weight", ".bias")), tuple(slice_.get_shape())
             if name is None or (weight.endswith(".bias") and self.source.architecture == "Qwen3ForCausalLM"):
@@ -273,19 +272,6 @@ def _heads(source: Source, config, module: str) -> int:
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(module.split(".")[-1], 0)
-
-
-def _factors(lora: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(weight, (left, right)): left @ right is what the LoRA adds to it, in fp32."""
-    for name, a in lora.tensors.items():
-        _, scaling = adapters.scale(lora.config, name)
-        module, linear, embedding = adapters.MATRIX.fullmatch(name).groups()
-        if linear == "A":
-            b = lora.tensors[name.replace("lora_A", "lora_B")]
-            yield f"{module}.weight", (b.float() * scaling, a.float())
-        elif embedding == "A":
-            b = lora.tensors[name.replace("embedding_A", "embedding_B")]
-            yield f"{module}.weight", (a.float().T * scaling, b.float().T)
 
 
 def _type(name: str, shape: tuple[int, ...], kind: str, is_head: bool) -> Q:

@@ -7,6 +7,7 @@ says that it counts among them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,11 @@ def passthrough(tensors: Sequence[Tensor], scale: Sequence[float]) -> Tensor:
 
 
 # What they share -----------------------------------------------------------------------------------------------
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Of a weight's random choice, whatever came before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
 
 
 def _inner(a: Tensor, b: Tensor) -> float:

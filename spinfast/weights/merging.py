@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from spinfast.model_check import check_model, read_json
 from spinfast.names import HUB_ID
 from spinfast.store import files, room
 from spinfast.weights.checkpoint import VOCABULARY, Checkpoint
-from spinfast.weights.merge import METHODS
+from spinfast.weights.merge import METHODS, seed_of
 from spinfast.weights.plan import Weight, layers_from, plan
 from spinfast.weights.recipe import Recipe, Reference
 from spinfast.weights.writer import SHARD, write_weights
@@ -97,7 +96,7 @@ def _computed(recipe: Recipe, weight: Weight, donor: Checkpoint, seed: int) -> t
         return tensor
 
     base, name = weight.base and read(*weight.base), weight.entry.name
-    own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")  # whatever came before
+    own = seed_of(seed, name)
     found = METHODS[recipe.merge_method](base, [read(*each) for each in weight.inputs], weight.parameters, own)
     found = found.to(weight.entry.dtype)
     if not found.isfinite().all():

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 
 from spinfast.errors import UserError
-from spinfast.weights.checkpoint import HEAD, LAYER, TABLE, VOCABULARY, Checkpoint
+from spinfast.model_check import HEAD, TABLE
+from spinfast.weights.checkpoint import LAYER, VOCABULARY, Checkpoint
 from spinfast.weights.merge import METHODS, REQUIRED
 from spinfast.weights.recipe import Recipe, Reference, Settings, Slice, resolved
 from spinfast.weights.writer import Entry

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import yaml
 
 from spinfast.errors import UserError
-from spinfast.model_check import first_line, open_weights
+from spinfast.model_check import HEAD, TABLE, first_line, open_weights
 from spinfast.models import default_cache
 from spinfast.store import files
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("spinfast")
 
 METHOD = 1  # raise when a score is computed otherwise, and the cached ones are computed again
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 LISTS = (".yaml", ".yml", ".json")
 EMBEDDINGS = (f"^{HEAD}$", f"^{TABLE}$")
 ROWS = re.compile(r"\[(\d*:\d*|\d+)\]$")

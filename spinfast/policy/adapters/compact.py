@@ -73,7 +73,7 @@ def _check_tensors(adapter: Adapter) -> None:
     """Raises ValueError where the numbers are not those of the description."""
     config, r = adapter.config, adapter.config.get("r")
     if adapter.kind == "tiny_lora":
-        expected = {"v": (groups(config), config["u"])}
+        expected = {"v": (vectors(config), config["u"])}
     elif adapter.kind == "lora_xs":
         expected = {f"{module}.R": (r, r) for module in config["modules"]}
     else:
@@ -87,10 +87,14 @@ def _check_tensors(adapter: Adapter) -> None:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {shape}")
 
 
-def groups(config: dict) -> int:
-    """How many v a TinyLoRA has."""
-    count = len(config["modules"])
-    return 1 if config["tie"] == "all" else -(-count // config["tie"])
+def tied(config: dict) -> int:
+    """How many modules of a TinyLoRA share a v."""
+    return len(config["modules"]) if config["tie"] == "all" else config["tie"]
+
+
+def vectors(config: dict) -> int:
+    """How many v it has; the last may be of fewer modules."""
+    return -(-len(config["modules"]) // tied(config))
 
 
 class _Description(BaseModel):

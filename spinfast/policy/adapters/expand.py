@@ -42,8 +42,8 @@ def as_lora(adapter: Adapter, base: ResolvedModel) -> Adapter:
     rebuilt = frames.of_model(base.path, base.revision, config["modules"], config["r"])
     if rebuilt.base != config["base_sha256"]:
         raise UserError(f"adapter: made on other weights than those of {base.name}; give its base by --model")
-    smalls = {m: kind.small(config, number)(adapter.tensors) for number, m in enumerate(config["modules"])}
+    smalls = kind.smalls(config, adapter.tensors)
     if not config.get("probe"):
         raise UserError("adapter: a checkpoint's, without the probe that tells its update; take a stage's")
     check_probe(config["probe"], frames.probe(rebuilt.by_module, smalls, config["scaling"]))
-    return expanded(kind, adapter, rebuilt)
+    return expanded(config, smalls, rebuilt)

@@ -55,7 +55,7 @@ class OneForm:
 
 
 class Framed(OneForm):
-    """Implements spinfast.policy.adapters.AdapterKind. A kind gives `describe`, `tensors` and `small`."""
+    """Implements spinfast.policy.adapters.AdapterKind. A kind gives `describe`, `tensors` and `recipes`."""
 
     LAYER, trains_weights = FramedLayer, False
 
@@ -72,9 +72,15 @@ class Framed(OneForm):
         raise NotImplementedError
 
     @staticmethod
-    def small(description: dict, number: int, device="cpu") -> Callable[[Tensors], torch.Tensor]:
-        """R (r, r) of the module of this number, as a function of what is trained, which is on `device`."""
+    def recipes(description: dict, device="cpu") -> list[Callable[[Tensors], torch.Tensor]]:
+        """R (r, r) of each module, as functions of what is trained, which is on `device`."""
         raise NotImplementedError
+
+    @classmethod
+    def smalls(cls, description: dict, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """R of each module, of tensors on the host."""
+        made = zip(description["modules"], cls.recipes(description), strict=True)
+        return {module: recipe(tensors) for module, recipe in made}
 
     # Its layers ------------------------------------------------------------------------------------------------
 
@@ -94,10 +100,10 @@ class Framed(OneForm):
         self.values = {n: torch.nn.Parameter(t.to(device)) for n, t in self.tensors(self.description).items()}
         base.lora_values = torch.nn.ParameterList(self.values.values())
         self.layers: list[FramedLayer] = []
-        for number, (module, layer) in enumerate(layers.items()):
+        recipes = self.recipes(self.description, device)
+        for (module, layer), recipe in zip(layers.items(), recipes, strict=True):
             frame = tuple(factor.to(device) for factor in found.by_module[module])
-            small = partial(self.small(self.description, number, device), self.values)
-            framed = FramedLayer(layer, frame, small, self.description["scaling"])
+            framed = FramedLayer(layer, frame, partial(recipe, self.values), self.description["scaling"])
             parent, _, child = module.rpartition(".")
             setattr(base.get_submodule(parent), child, framed)
             self.layers.append(framed)
@@ -156,7 +162,7 @@ class Framed(OneForm):
             parameter.copy_(adapter.tensors[name])
 
     def probe(self, tensors: Tensors) -> list[float]:
-        smalls = {m: self.small(self.description, i)(tensors) for i, m in enumerate(self.description["modules"])}
+        smalls = self.smalls(self.description, tensors)
         return frames.probe(self.frames.by_module, smalls, self.description["scaling"])
 
     def saved(self, adapter: Adapter) -> Adapter:
@@ -164,7 +170,7 @@ class Framed(OneForm):
         return Adapter(adapter.config | {"probe": self.probe(adapter.tensors)}, adapter.tensors)
 
     def lora(self, adapter: Adapter) -> Adapter:
-        return expanded(type(self), adapter, self.frames)
+        return expanded(adapter.config, self.smalls(adapter.config, adapter.tensors), self.frames)
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
@@ -172,13 +178,12 @@ class Framed(OneForm):
             parameter.zero_()
 
 
-def expanded(kind: type[Framed], adapter: Adapter, found: Frames) -> Adapter:
-    """The same update as plain LoRA of PEFT."""
-    config, tensors = adapter.config, {}
-    for number, module in enumerate(config["modules"]):
+def expanded(config: dict, smalls: Tensors, found: Frames) -> Adapter:
+    """The update of these R, (r, r) by module, as plain LoRA of PEFT."""
+    tensors = {}
+    for module, R_rr in smalls.items():
         A_rD, B_Or = found.by_module[module]
         tensors[f"base_model.model.{module}.lora_A.weight"] = A_rD.clone()
-        R_rr = kind.small(config, number)(adapter.tensors)
         tensors[f"base_model.model.{module}.lora_B.weight"] = B_Or @ R_rr.to(B_Or)
     r, base = config["r"], (config["base_model_name_or_path"], config["revision"])
     return Adapter(plain_config(r, config["scaling"] * r, config["modules"], *base), tensors)

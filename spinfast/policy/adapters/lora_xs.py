@@ -5,6 +5,8 @@ r^2 numbers a module, whatever its width. R starts at zero: its gradient (U S)' 
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 
 from spinfast.policy.adapters.framed import Framed
@@ -20,6 +22,5 @@ class LoraXs(Framed):
         return {f"{module}.R": torch.zeros(description["r"], description["r"]) for module in description["modules"]}
 
     @staticmethod
-    def small(description, number, device="cpu"):
-        name = f"{description['modules'][number]}.R"
-        return lambda tensors: tensors[name]
+    def recipes(description, device="cpu"):
+        return [itemgetter(f"{module}.R") for module in description["modules"]]

@@ -23,12 +23,15 @@ class TinyLora(Framed):
 
     @staticmethod
     def tensors(description):
-        return {"v": torch.zeros(compact.groups(description), description["u"])}
+        return {"v": torch.zeros(compact.vectors(description), description["u"])}
 
     @staticmethod
-    def small(description, number, device="cpu"):
-        group, P_urr = groups(description)[number], projection(description, number).to(device)
-        return lambda tensors: torch.einsum("u,uij->ij", tensors["v"][group], P_urr)
+    def recipes(description, device="cpu"):
+        def recipe(number: int, group: int):
+            P_urr = projection(description, number).to(device)
+            return lambda tensors: torch.einsum("u,uij->ij", tensors["v"][group], P_urr)
+
+        return [recipe(*each) for each in enumerate(groups(description))]
 
     @torch.no_grad()
     def saved(self, adapter):
@@ -41,8 +44,7 @@ class TinyLora(Framed):
 
 def groups(description: dict) -> list[int]:
     """Which v each module has."""
-    modules = description["modules"]
-    tie = len(modules) if description["tie"] == "all" else description["tie"]
+    modules, tie = description["modules"], compact.tied(description)
     order = list(range(len(modules)))
     if description["sharing"] == "structured":
         types = list(dict.fromkeys(map(_type, modules)))
