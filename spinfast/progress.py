@@ -38,22 +38,28 @@ def open_console(file: TextIO | None = None) -> Console:
 
 
 class Display:
-    """Progress of one run on `console`; also writes everything logged to RUN/log.txt."""
+    """Progress of one run on `console`."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or open_console()
 
-    def log_to(self, path: Path) -> None:
-        """Send the spinfast logger to this console and, with what libraries warn of, append it to `path`."""
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        to_file = LogFile(path)
-        for logger in (logging.root, log):  # to the root goes what libraries warn of
-            for handler in [handler for handler in logger.handlers if isinstance(handler, (LogFile, Lines))]:
-                logger.removeHandler(handler)
-                handler.close()
-            logger.addHandler(to_file)
-        log.addHandler(Lines(self.console))
+    @contextmanager
+    def logged(self, path: Path) -> Iterator[None]:
+        """Inside the block the spinfast logger speaks on this console and, with what libraries warn of, to `path`."""
+        file, loggers = LogFile(path), (logging.root, log)  # to the root goes what libraries warn of
+        before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.handlers = [h for h in logger.handlers if not isinstance(h, (LogFile, Lines))] + [file]
+            log.addHandler(Lines(self.console))
+            log.setLevel(logging.INFO)
+            log.propagate = False
+            yield
+        finally:
+            for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(level)
+            file.close()
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str) -> Iterator[Tick]:

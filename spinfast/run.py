@@ -150,19 +150,20 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     started = time.monotonic()
     display, record = Display(), RunDir(run_dir, config)
     try:
-        display.log_to(run_dir / "log.txt")
-        log.info("config: %s, run directory: %s", chosen, run_dir)
-        describe(run_dir / "environment.json")
-        with open_run(config, record, display) as opened:
-            gc.enable()
-            for row in play_methods(opened):
-                log.info("%s done", label(row["iteration"]))
-            for name, row in play_controls(opened) if controls else ():
-                log.info("control %s: %s done", name, label(row["iteration"]))
-        for sentence in warnings(record.results()):
-            log.warning(sentence)
-        log.info("finished in %.0f s; adapters, pairs and figures are in %s", time.monotonic() - started, run_dir)
-        closing(read_run(run_dir), display.console)
+        with display.logged(run_dir / "log.txt"):
+            log.info("config: %s, run directory: %s", chosen, run_dir)
+            describe(run_dir / "environment.json")
+            with open_run(config, record, display) as opened:
+                gc.enable()
+                for row in play_methods(opened):
+                    log.info("%s done", label(row["iteration"]))
+                for name, row in play_controls(opened) if controls else ():
+                    log.info("control %s: %s done", name, label(row["iteration"]))
+            for sentence in warnings(record.results()):
+                log.warning(sentence)
+            took = time.monotonic() - started
+            log.info("finished in %.0f s; adapters, pairs and figures are in %s", took, run_dir)
+            closing(read_run(run_dir), display.console)
         return 0
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -87,9 +87,8 @@ def configured(directory, model, kind: type[Config] = Config, **changes) -> Conf
 
 @contextmanager
 def opened(config: Config, run_dir) -> Iterator[Run]:
-    with closing(RunDir(run_dir, config)) as directory:
-        display = Display()
-        display.log_to(run_dir / "log.txt")
+    display = Display()
+    with closing(RunDir(run_dir, config)) as directory, display.logged(run_dir / "log.txt"):
         with open_run(config, directory, display) as run:
             yield run
 

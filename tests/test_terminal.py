@@ -22,7 +22,7 @@ from spinfast.evaluate.cli import parse as parse_eval
 from spinfast.progress import Display, open_console, show
 from spinfast.report.closing import ANSWERS, HEADLINES, SHOWN, table
 from spinfast.run import main, parse
-from spinfast.terminal import PLAIN, lasting_streams
+from spinfast.terminal import PLAIN, lasting_streams, notes_to_log
 
 CASES = Path(__file__).parent / "cases"
 ROOT = Path(__file__).parents[1]
@@ -268,16 +268,11 @@ def test_what_answers_were_paid_for_fits(width):
 
 @pytest.fixture
 def display(request, tmp_path):
-    """Displays on a console of 80 columns, and its log; the program's loggers are as before afterwards."""
-    loggers = (logging.getLogger(), logging.getLogger("spinfast"))
-    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    """Displays on a console of 80 columns, and its log."""
     terminal = request.param == "terminal"
     display = Display(Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None))
-    display.log_to(tmp_path / "log.txt")
-    yield display
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    with display.logged(tmp_path / "log.txt"):
+        yield display
 
 
 LONG = "memory: microbatches of 1024 tokens, [bold]head[/bold] in chunks of 1024; peak 0.97 GiB, 18.11 GiB available"
@@ -330,6 +325,18 @@ def test_what_compiled_code_says_goes_to_the_log(tmp_path):
     done = python(code, tmp_path / "log.txt")
     assert (done.returncode, done.stderr) == (0, "seen, seen\n")
     assert (tmp_path / "log.txt").read_text() == "from C\nfrom Python\n"
+
+
+def test_a_log_ends_with_its_run(tmp_path, capfd):
+    """What comes after in the same process, an engine for instance, must not look for a run's log."""
+    handlers = logging.root.handlers[:], logging.getLogger("spinfast").handlers[:]
+    with Display(Console(file=io.StringIO())).logged(tmp_path / "log.txt"):
+        logging.getLogger("spinfast").info("seen")
+    (tmp_path / "log.txt").unlink()
+    with notes_to_log():
+        os.write(2, b"from C")
+    assert (logging.root.handlers, logging.getLogger("spinfast").handlers) == handlers
+    assert capfd.readouterr().err == "from C"
 
 
 @given(st.integers(60, 200), st.integers(1, 12), st.text("ab ", max_size=90), st.lists(st.text("12.±", max_size=25)))
