@@ -7,9 +7,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -59,10 +59,21 @@ class Session:
     policy: Policy
     generator: Generator | None  # None where nothing is generated
     plan: StepPlan
+    put: Callable[[Config, torch.nn.Module], Policy]  # a policy on the session's base
 
     def fresh(self) -> None:
         """A new run starts: the base as it was loaded, and the adapter that its seed gives."""
         self.policy.restart(self.config.seed)
+
+    def turned(self, config: Config, machine: Machine, plan: StepPlan) -> Session:
+        """The session of another run on the same base, which was among those that this one was opened for."""
+        policy = self.policy
+        if config.adapter != self.config.adapter:
+            policy = self.put(config, policy.leave())
+        _settle(policy, plan)
+        if self.generator is not None:
+            self.generator.serve(policy, plan.dense_layers)
+        return replace(self, config=config, machine=machine, policy=policy, plan=plan)
 
     def rest(self) -> None:
         """The generator gives its memory back until it is asked again."""
@@ -161,41 +172,49 @@ def plan_steps(config: Config, machine: Machine, loads: Sequence[Load], engine: 
 
 
 @contextmanager
-def open_session(config: Config, machine: Machine, plan: StepPlan, generate: bool = True) -> Iterator[Session]:
-    """Load the weights and start the generator; leaving gives the generator's memory back."""
+def open_session(
+    config: Config, machine: Machine, plan: StepPlan, generate: bool = True, others: Sequence[Config] = ()
+) -> Iterator[Session]:
+    """Load the weights and start the generator; leaving gives the generator's memory back.
+
+    `others` are the configs of runs that the session will be turned to.
+    """
     for name, reason in {**machine.device.reasons, "kernels": machine.kernels}.items():
         log.info("%s: %s", name, reason)
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(config.device.deterministic)
-    with open_players(config, machine, generate, plan.dense_layers) as (policy, generator):
-        apply_checkpointing(policy, plan.checkpoint_layers, plan.offload)
-        apply_head_chunk(policy, plan.head_chunk)
-        yield Session(config, machine, policy, generator, plan)
+    with open_players(config, machine, generate, plan.dense_layers, others) as (policy, generator, put):
+        _settle(policy, plan)
+        yield Session(config, machine, policy, generator, plan, put)
+
+
+def _settle(policy: Policy, plan: StepPlan) -> None:
+    apply_checkpointing(policy, plan.checkpoint_layers, plan.offload)
+    apply_head_chunk(policy, plan.head_chunk)
 
 
 @contextmanager
 def open_players(
-    config: Config, machine: Machine, generate: bool, dense_layers: int
-) -> Iterator[tuple[Policy, Generator | None]]:
-    """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's."""
+    config: Config, machine: Machine, generate: bool, dense_layers: int, others: Sequence[Config] = ()
+) -> Iterator[tuple[Policy, Generator | None, Callable[[Config, torch.nn.Module], Policy]]]:
+    """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's. And what
+    puts another policy on it."""
     settings, device, model = config.generation, machine.device, machine.model
-    context = context_of(config)
+    context, rank = (max(map(of, (config, *others))) for of in (context_of, lambda each: each.adapter.largest_rank))
     backend, why = choose_backend(config, generate)
     log.info("generation: %s: %s", backend, why)
     cache = engine_cache(config, machine.shape, device)
-    new_policy = partial(
+    loaded = partial(
         load_policy,
         model.path,
         model.name,
         model.revision,
-        lora=config.adapter,
         ops=machine.ops,
         profile=device,
         load_in_4bit=config.model.load_in_4bit,
-        seed=config.seed,
     )
-    engine = None
+    base = engine = None
     if config.model.backend == "unsloth":
         from spinfast.generation import vllm_compat
 
@@ -206,11 +225,15 @@ def open_players(
             load_in_4bit=config.model.load_in_4bit,
             max_seq_length=max(context, config.prompt.max_prompt_tokens + config.prompt.max_answer_tokens),
             engine_cache=cache if backend == "vllm" else None,
-            max_lora_rank=config.adapter.largest_rank,
+            max_lora_rank=rank,
             prepare=vllm_compat.prepare,
         )
-        new_policy = partial(new_policy, base=base, fuse=unsloth.fuse)
+        loaded = partial(loaded, fuse=unsloth.fuse)
         engine = getattr(base, "vllm_engine", None)
+
+    def put(config: Config, base: torch.nn.Module | None) -> Policy:
+        return loaded(lora=config.adapter, seed=config.seed, base=base)
+
     if backend == "vllm":
         from spinfast.generation.vllm import VLLMGenerator
 
@@ -220,19 +243,17 @@ def open_players(
             capability=device.capability,
             dtype=device.dtype,
             max_model_len=context,
-            max_lora_rank=config.adapter.largest_rank,
+            max_lora_rank=rank,
             kv_cache_bytes=cache,
             batch_size=settings.batch_size,
             seed=config.seed,
             engine=engine,
         ) as generator:
-            if config.model.backend == "transformers":
-                new_policy = partial(new_policy, base=generator.shared_model(attention.NAME))
-            policy = new_policy()
-            generator.serving = policy.serving
-            yield policy, generator
+            policy = put(config, base if base is not None else generator.shared_model(attention.NAME))
+            generator.serve(policy)
+            yield policy, generator, put
         return
-    policy = new_policy()
+    policy = put(config, base)
     generator = nullcontext()
     if backend == "transformers":
         from spinfast.generation.transformers import TransformersGenerator
@@ -245,7 +266,7 @@ def open_players(
             dense_layers=dense_layers,
         )
     with generator as opened:
-        yield policy, opened
+        yield policy, opened, put
 
 
 def choose_backend(config: Config, generate: bool = True) -> tuple[str, str]:

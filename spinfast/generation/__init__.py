@@ -31,6 +31,10 @@ class Generator(Protocol):
         leave room for max_tokens in the context.
         """
 
+    def serve(self, policy, dense_layers: int = 0) -> None:
+        """Answer for another policy on the same base. dense_layers: how many hold their 4-bit weights dense meanwhile,
+        where the policy itself answers."""
+
     def rest(self) -> None:
         """Give back what the next generate() can make again, for the phases that need the memory."""
 

@@ -81,6 +81,10 @@ class TransformersGenerator:
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def serve(self, policy: Policy, dense_layers: int = 0) -> None:
+        """Answer for this policy from now on; dense_layers as for a new generator."""
+        self.policy, self.dense_layers = policy, dense_layers
+
     def rest(self) -> None:
         """Nothing to give back: the cache lives as long as the stream of answers."""
 

@@ -72,7 +72,7 @@ class VLLMGenerator:
         self._made = engine
         self._sleeps = engine is None and vllm_compat.can_sleep(device)
         self._asleep = False
-        self.serving: Serving = lambda adapter: (nullcontext(), adapter)  # the policy's, whose kind may be another
+        self.serving: Serving = lambda adapter: (nullcontext(), adapter)  # a policy's, whose kind may be another
         self._engine = None
         self._adapter: tuple[str, int] | None = None  # fingerprint and id of what stands in the slot
         self._numbers = itertools.count(1)
@@ -133,6 +133,10 @@ class VLLMGenerator:
     def shared_model(self, attn_implementation: str = attention.NAME) -> PreTrainedModel:
         """A transformers model on the engine's own tensors; valid as long as either is in use."""
         return weight_sharing.shared_model(self.model_path, self.engine_model, self.dtype, attn_implementation)
+
+    def serve(self, policy, dense_layers: int = 0) -> None:
+        """Answer for this policy, which is on the engine's weights."""
+        self.serving = policy.serving
 
     def rest(self) -> None:
         """Free the K/V cache until the next answer, where vLLM can free it alone; elsewhere it keeps its bytes."""

@@ -22,7 +22,7 @@ from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
 from spinfast.rewards import Rewards
-from spinfast.session import Session, check_rows, choose_backend, look, open_session, plan_steps
+from spinfast.session import Machine, Session, check_rows, choose_backend, look, open_session, plan_steps
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
@@ -97,10 +97,41 @@ class Run:
             )
 
 
+@dataclass(frozen=True)
+class Ready:
+    """All of a run but the session."""
+
+    config: Config
+    machine: Machine
+    examples: Sequence[Example]
+    heldout: Sequence[Example]
+    rewards: Rewards | None
+    work: Sequence[Load]
+    generate: bool  # whether it writes answers at all
+
+    def plan(self, directory: RunDir) -> StepPlan:
+        """Of a run that goes on the one it has, as far as memory corrected it, so that its batches stay the same."""
+        known = files.read_sealed(plan_path(directory), "plan")
+        if known is not None:
+            return StepPlan(**known)
+        return plan_steps(self.config, self.machine, self.work, choose_backend(self.config, self.generate)[0])
+
+    def begin(self, session: Session, directory: RunDir, display: Display) -> Run:
+        needed = room.of_run(self.config, self.work, room.of(session.policy.trainable_parameters().values()))
+        room.check(directory.path, needed - room.taken(directory.path), "the run")
+        return begin(session, directory, display, self.examples, self.heldout, self.rewards)
+
+
 @contextmanager
 def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Run]:
     """Load data and weights, start the generator, begin or continue the run in `directory`."""
-    machine = look(config)
+    ready = prepare(config, look(config), directory)
+    with open_session(config, ready.machine, ready.plan(directory), ready.generate) as session:
+        yield ready.begin(session, directory, display)
+
+
+def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
+    """Load and check the data, and note in `directory` what the run is made from."""
     data = load_data(config, machine.renderer)
     fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
     if machine.start:
@@ -122,11 +153,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
         log.warning("evaluate.every has no use: only spin plays iterations, every other stage is evaluated")
     if sampled and not any(load.answers for load in work):
         log.warning("generation.%s has no use: no method of the run samples answers", sampled[0])
-    plan = _adopted(directory) or plan_steps(config, machine, work, choose_backend(config, generate)[0])
-    with open_session(config, machine, plan, generate) as session:
-        needed = room.of_run(config, work, room.of(session.policy.trainable_parameters().values()))
-        room.check(directory.path, needed - room.taken(directory.path), "the run")
-        yield begin(session, directory, display, examples, heldout, rewards)
+    return Ready(config, machine, examples, heldout, rewards, work, generate)
 
 
 def begin(
@@ -161,9 +188,3 @@ def generates(config: Config, work: Sequence[Load], heldout: Sequence[Example]) 
 
 def plan_path(directory: RunDir) -> Path:
     return directory.path / "plan.json"
-
-
-def _adopted(directory: RunDir) -> StepPlan | None:
-    """The plan of a run that goes on, as far as memory corrected it, so that its batches stay the same."""
-    known = files.read_sealed(plan_path(directory), "plan")
-    return StepPlan(**known) if known is not None else None

@@ -64,6 +64,9 @@ class Policy(Protocol):
     def merge_and_restart(self, seed: int) -> None:
         """Fold the adapter into the base and start a fresh one by `seed`, which changes nothing yet."""
 
+    def leave(self) -> torch.nn.Module:
+        """Give the base back as it was loaded, for another policy; this one is of no use any more."""
+
     # The adapter -----------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> Mapping[str, torch.nn.Parameter]:

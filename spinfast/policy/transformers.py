@@ -171,6 +171,13 @@ class TransformersPolicy:
         self._fold()
         self.kind.renew(seed)
 
+    def leave(self) -> PreTrainedModel:
+        """Give the base back as it was loaded, for another policy; this one is of no use any more."""
+        self._unfold()
+        self.unfuse()
+        self.kind.leave()
+        return self.causal_lm
+
     @torch.no_grad()
     def _fold(self) -> None:
         weights = self.kind.weights()

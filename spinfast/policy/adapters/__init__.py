@@ -74,5 +74,8 @@ class AdapterKind(Protocol):
     def deltas(self) -> Iterator[torch.Tensor]:
         """What it adds to each of them."""
 
+    def leave(self) -> None:
+        """Take its layers off the base again, which is as it was before them."""
+
 
 KINDS: dict[str, type[AdapterKind]] = {"lora": Lora, "lora_xs": LoraXs, "tiny_lora": TinyLora, "full": Full}

@@ -44,6 +44,16 @@ class FramedLayer(torch.nn.Module):
 class OneForm:
     """Of kinds that nothing but their own adapters fits, and that are never merged between rounds."""
 
+    @torch.no_grad()
+    def leave(self) -> None:
+        self.restart(0)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, self.LAYER):
+                    setattr(parent, name, child.get_base_layer())
+        for name in ("lora_values", "lora_head"):  # what holds parameters that no layer has
+            self.model._modules.pop(name, None)
+
     def fitted(self, adapter: Adapter) -> Adapter:
         return adapter
 

@@ -92,6 +92,9 @@ class Lora:
         factors = {"lora_A": layer.lora_A[adapter].weight, "lora_B": layer.lora_B[adapter].weight}
         return factors | {"scaling": layer.scaling[adapter]}
 
+    def leave(self) -> None:
+        self.model.unload()
+
     def layers(self) -> list[LoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
