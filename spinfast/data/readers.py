@@ -41,7 +41,8 @@ FOREIGN = (  # how files begin that hold no rows for us -> what they are and wha
     (rb"\x80[\x02-\x05]", "a pickle, which could run code and is not read; save its rows as JSON lines"),
     (rb"\xfd7zXZ|7z\xbc\xaf|Rar!|\x04\x22\x4d\x18", "an archive of a kind that is not read; unpack it"),
     (rb"(?s).{257}ustar", "a tar archive; unpack it"),
-    (rb"SQLite format 3|%PDF|\x89HDF|\x93NUMPY|ORC|Obj\x01", "no table of rows that is read; convert it to JSON lines"),
+    (rb"SQLite format 3|%PDF|\x89HDF|\x93NUMPY|Obj\x01", "no table of rows that is read; convert it to JSON lines"),
+    (rb"ORC[^\w\s,;|]", "an ORC table; convert it to JSON lines or Parquet"),
 )
 ROW_LISTS = ("data", "rows", "examples", "instances", "items", "records")  # {"data": [...]}: the rows of a JSON file
 SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval|evaluation|heldout)(_\w+)?")
@@ -70,7 +71,7 @@ def read_file(path: Path) -> dict[str, Table]:
         kinds = f"{', '.join(FILE_SUFFIXES)}, or one of these and {', '.join(PACKED_SUFFIXES)}"
         raise UserError(f"data {path}: expected a file ending in {kinds}")
     try:
-        opened = _unpacked(path)
+        opened = unpacked(path)
         with opened() as file:
             head = file.read(4096)
         for beginning, what in FOREIGN:
@@ -83,7 +84,7 @@ def read_file(path: Path) -> dict[str, Table]:
         raise UserError(f"data {path}: cannot be read as {suffix[1:]}: {one_line(error)}") from None
 
 
-def _unpacked(path: Path) -> Opened:
+def unpacked(path: Path) -> Opened:
     """How to open the file's plain bytes, as often as rows are read."""
     with path.open("rb") as file:
         start = file.read(4)
