@@ -20,6 +20,15 @@ WEATHER = {
 }
 FORMATS: dict[str, tuple[str, list[dict]]] = {  # what it is -> (who learns from it, rows)
     "plain text, no template": ("sft", [{"text": "Twelve eggs are a dozen."}]),
+    "token ids, as other trainers prepare them": (
+        "sft",
+        [
+            {
+                "input_ids": [40, 74, 288, 34, 224, 55, 278, 315, 17, 2],
+                "labels": [-100, -100, -100, -100, 224, 55, 278, 315, 17, 2],
+            }
+        ],
+    ),
     "a conversation (OpenAI's form)": ("sft, spin", [{"messages": [ASKED, TWELVE, SURE, DOZEN]}]),
     "turns that are not learnt from": (
         "sft",

@@ -159,6 +159,38 @@ def test_the_line_about_unused_columns_names_the_format(tmp_path):
     assert any("read as chosen + rejected; text, label are not used" in warning for warning in loaded.warnings)
 
 
+def test_token_ids_are_taken_as_they_are(tmp_path):
+    text = one(tmp_path, {"text": "Twelve eggs."}).examples[0]
+    ids = [*text.prompt_ids, *text.real_ids]
+    rows = [
+        {"input_ids": ids},
+        {"input_ids": ids, "labels": [-100, -100, *ids[2:-1], -100]},
+        {"input_ids": [*ids[::-1], 0], "attention_mask": [1] * len(ids) + [0]},
+    ]
+    plain, masked, padded = load(write(tmp_path / "ids.jsonl", rows)).examples
+    assert (plain.prompt_ids, plain.real_ids, plain.scored) == (text.prompt_ids, text.real_ids, None)
+    assert (masked.prompt_ids, masked.real_ids) == (tuple(ids[:2]), tuple(ids[2:]))
+    assert masked.scored == (*[True] * (len(ids) - 3), False)
+    assert [*padded.prompt_ids, *padded.real_ids] == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"input_ids": [1, 10**6]}, "strange token ids"),
+        ({"input_ids": [5]}, "nothing to learn"),
+        ({"input_ids": [5, 6], "labels": [5, -100]}, "nothing to learn"),
+        ({"input_ids": [5, 6], "labels": [6, 5]}, "labels that are others"),
+        ({"input_ids": [5, 6], "labels": [5]}, "labels that are others"),
+        ({"input_ids": "5 6"}, "not token ids"),
+        ({"input_ids": [5, 6.0]}, "not token ids"),
+    ],
+)
+def test_token_ids_that_are_none_are_refused(tmp_path, row, reason):
+    rows = [{"input_ids": [5, 6]}, row]
+    assert load(write(tmp_path / "ids.jsonl", rows), bad_rows="skip").rejected == {reason: 1}
+
+
 @pytest.mark.parametrize(("turns", "expected"), [("first", ["a"]), ("last", ["b"]), ("all", ["a", "b"])])
 def test_turns_say_which_answers_are_learnt(tmp_path, turns, expected):
     loaded = one(tmp_path, {"messages": [QUESTION, said("a"), QUESTION, said("b")]}, turns=turns)

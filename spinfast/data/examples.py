@@ -112,7 +112,7 @@ def load_examples(
             seen.add(example.content)
             noted.update([*told, *also, *cut])
             ignored |= {} if keep_columns else dict.fromkeys(given.unused())
-            kinds.add("text" if row.text is not None else "conversation" if row.answer is None else "answer")
+            kinds.add("text" if row.text is not None or row.ids else "conversation" if row.answer is None else "answer")
             examples.append(example)
     if not examples:
         raise UserError(
@@ -155,9 +155,10 @@ def render(
 
     Raises RowError.
     """
-    if row.text is not None:
-        rendered = renderer.text_ids(row.text)
-        return Example(index, (), row.text, rendered.prompt_ids, rendered.answer_ids), []
+    if row.text is not None or row.ids:
+        rendered = renderer.text_ids(row.text) if row.text is not None else renderer.given_ids(row.ids, row.learnt)
+        text = renderer.text(row.ids) if row.text is None else row.text
+        return Example(index, (), text, rendered.prompt_ids, rendered.answer_ids, scored=rendered.scored), []
     conversation = with_system(row.conversation, system)
     whole = row.answer is not None  # the row itself says what its answer is
     start = len(conversation) - len(row.conversation) + row.answer if whole else 0

@@ -1,6 +1,7 @@
 """What a row means: formats are recognised by their columns, and every one comes to the same few things.
 
     text                                            plain text, no template
+    input_ids (+ labels, attention_mask)            token ids of the model's tokenizer; label -100: not learnt
     messages | conversations                        a conversation (OpenAI's, ShareGPT's)
     prompt + completion | response                  each text, or turns
     instruction (+ input) + output (Alpaca), question + answer
@@ -43,6 +44,8 @@ class Row:
     worse: tuple[dict[str, Any], ...] = ()  # answers in place of the last turn, best first
     desirable: bool | None = None
     text: str | None = None  # plain text instead of a conversation
+    ids: tuple[int, ...] = ()  # token ids instead of a conversation
+    learnt: tuple[bool, ...] = ()  # which of them are
     equal: int = 0  # answers left out because their score is another's
 
 
@@ -65,6 +68,19 @@ IMAGES = ("image", "images", "video", "videos", "audio", "audios")
 
 def _text(row: RowOf) -> Row:
     return Row([], text=text(row.get("text"), "text"))
+
+
+def _ids(row: RowOf) -> Row:
+    ids, labels, seen = (row.get(column) for column in ("input_ids", "labels", "attention_mask"))
+    labels, seen = ids if labels is None else labels, ids and [1] * len(ids) if seen is None else seen
+    if not all(isinstance(of, list) and all(type(one) is int for one in of) for of in (ids, labels, seen)):
+        raise RowError("not token ids", f"input_ids, labels: expected lists of whole numbers, got {ids!r:.60}")
+    if not len(ids) == len(labels) == len(seen) or any(
+        label not in (-100, own) for own, label in zip(ids, labels, strict=True)
+    ):
+        raise RowError("labels that are others", "labels: expected input_ids, or -100 where nothing is learnt")
+    kept = [(own, label != -100) for own, label, there in zip(ids, labels, seen, strict=True) if there]  # no padding
+    return Row([], ids=tuple(own for own, _ in kept), learnt=tuple(learnt for _, learnt in kept))
 
 
 def _conversation(column: str) -> Callable[[RowOf], Row]:
@@ -164,6 +180,7 @@ FORMATS = (  # the first whose columns are all there
     *(Format(("prompt", column), _completion(column)) for column in ("completion", "response")),
     *(Format(("instruction", column), _completion(column, "instruction")) for column in ("output", "response")),
     Format(("question", "answer"), _completion("answer", "question")),
+    Format(("input_ids",), _ids),
     Format(("text",), _text),
 )
 ALONE = tuple(Format((column,), _asked(column)) for column in ("prompt", "question", "problem", "instruction"))

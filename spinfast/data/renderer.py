@@ -134,6 +134,17 @@ class Renderer:
             raise RowError("text too short", f"expected a text of two tokens or more, got {text!r}")
         return Rendered(tuple(ids[:1]), tuple(ids[1:]))
 
+    def given_ids(self, ids: Ids, learnt: Sequence[bool]) -> Rendered:
+        """Token ids as they are; the prompt is what stands before the first that is learnt, one token at the least."""
+        known = len(self.tokenizer)
+        if odd := [token for token in ids if not 0 <= token < known]:
+            raise RowError("strange token ids", f"input_ids: {odd[0]} is none of the tokenizer's {known}")
+        start = next((place for place, one in enumerate(learnt) if one and place), None)
+        if start is None:
+            raise RowError("nothing to learn", "expected two token ids or more, and one after the first to learn")
+        scored = tuple(learnt[start:])
+        return Rendered(ids[:start], ids[start:], None if all(scored) else scored)
+
     def has_control_tokens(self, text: str) -> bool:
         """Whether the text spells a special token."""
         return self._special.search(text) is not None
