@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Wrong config, data, model or environment. The message says expected, got and what to do, in one line."""
+
+
+class Busy(UserError):
+    """Another process has what can be one's only."""

@@ -173,18 +173,24 @@ def plan_steps(config: Config, machine: Machine, loads: Sequence[Load], engine: 
 
 @contextmanager
 def open_session(
-    config: Config, machine: Machine, plan: StepPlan, generate: bool = True, others: Sequence[Config] = ()
+    config: Config,
+    machine: Machine,
+    plan: StepPlan,
+    generate: bool = True,
+    others: Sequence[Config] = (),
+    context: int = 0,
 ) -> Iterator[Session]:
     """Load the weights and start the generator; leaving gives the generator's memory back.
 
-    `others` are the configs of runs that the session will be turned to.
+    `others` are the configs of runs that the session will be turned to, `context` the tokens that the generator must
+    have room for, if that is more than the runs ask.
     """
     for name, reason in {**machine.device.reasons, "kernels": machine.kernels}.items():
         log.info("%s: %s", name, reason)
     if config.device.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(config.device.deterministic)
-    with open_players(config, machine, generate, plan.dense_layers, others) as (policy, generator, put):
+    with open_players(config, machine, generate, plan.dense_layers, others, context) as (policy, generator, put):
         _settle(policy, plan)
         yield Session(config, machine, policy, generator, plan, put)
 
@@ -196,12 +202,18 @@ def _settle(policy: Policy, plan: StepPlan) -> None:
 
 @contextmanager
 def open_players(
-    config: Config, machine: Machine, generate: bool, dense_layers: int, others: Sequence[Config] = ()
+    config: Config,
+    machine: Machine,
+    generate: bool,
+    dense_layers: int,
+    others: Sequence[Config] = (),
+    context: int = 0,
 ) -> Iterator[tuple[Policy, Generator | None, Callable[[Config, torch.nn.Module], Policy]]]:
     """The policy and the generator, on one copy of the base: the engine's if it is vLLM, else the policy's. And what
     puts another policy on it."""
     settings, device, model = config.generation, machine.device, machine.model
-    context, rank = (max(map(of, (config, *others))) for of in (context_of, lambda each: each.adapter.largest_rank))
+    context = max(context, *map(context_of, (config, *others)))
+    rank = max(each.adapter.largest_rank for each in (config, *others))
     backend, why = choose_backend(config, generate)
     log.info("generation: %s: %s", backend, why)
     cache = engine_cache(config, machine.shape, device)

@@ -167,7 +167,8 @@ def test_token_ids_are_taken_as_they_are(tmp_path):
         {"input_ids": ids, "labels": [-100, -100, *ids[2:-1], -100]},
         {"input_ids": [*ids[::-1], 0], "attention_mask": [1] * len(ids) + [0]},
     ]
-    plain, masked, padded = load(write(tmp_path / "ids.jsonl", rows)).examples
+    loaded = load(write(tmp_path / "ids.jsonl", rows)).examples
+    plain, masked, padded = sorted(loaded, key=lambda example: example.index)
     assert (plain.prompt_ids, plain.real_ids, plain.scored) == (text.prompt_ids, text.real_ids, None)
     assert (masked.prompt_ids, masked.real_ids) == (tuple(ids[:2]), tuple(ids[2:]))
     assert masked.scored == (*[True] * (len(ids) - 3), False)

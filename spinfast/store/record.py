@@ -30,7 +30,7 @@ import yaml
 
 from spinfast.config import Config, parse_config
 from spinfast.device import fresh_memory
-from spinfast.errors import UserError
+from spinfast.errors import Busy, UserError
 from spinfast.store import files
 from spinfast.store.trackers import Trackers, check_installed
 
@@ -59,7 +59,7 @@ class RunDir:
             files.write_text(path / "config.yaml", config.dump())
         except BlockingIOError:
             self.close()
-            raise UserError(f"run directory {path}: another process is running in it") from None
+            raise Busy(f"run directory {path}: another process is running in it") from None
         except OSError as error:
             self.close()
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):

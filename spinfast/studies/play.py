@@ -1,0 +1,183 @@
+"""Play a study's cells in one session: the base is loaded once, each cell has a fresh adapter and is a run of its own.
+
+    STUDY/own.json      the base's own answers, by which forgetting is told
+    STUDY/base.json     what is measured of the base
+    STUDY/cells/NAME/   a run directory, and its outcomes.json
+
+A cell that has its outcomes is skipped. Whoever comes second to a cell that is being played takes another one, so that
+several processes may play one study.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from rich.console import Console
+
+from spinfast.environment import describe
+from spinfast.errors import Busy, UserError
+from spinfast.memory.planner import StepPlan
+from spinfast.methods import play as play_methods
+from spinfast.methods.run import prepare
+from spinfast.progress import Display, Lines
+from spinfast.session import Machine, Session, load_start, look, open_session
+from spinfast.store import files
+from spinfast.store.record import RunDir
+from spinfast.studies import outcomes
+from spinfast.studies.design import Cell, Design
+from spinfast.studies.outcomes import Player, Probe, Readings, Told
+from spinfast.studies.samples import encode, take
+from spinfast.studies.texts import read_texts
+from spinfast.train import Budget
+from spinfast.types import Group
+
+log = logging.getLogger("spinfast")
+OUTCOMES, OWN, BASE = "outcomes.json", "own.json", "base.json"
+QUESTIONS = Path(__file__).with_name("questions.txt")
+OWN_NAME = "own answers"
+ROW = 256  # tokens of a row of the texts that tell forgetting
+AT_ONCE = 4096  # packed tokens that are scored together
+WRITING = {"spin", "grpo"}
+
+
+def play(design: Design, cells: Sequence[Cell], directory: Path, display: Display) -> Iterator[Cell]:
+    """Play the cells that have no outcomes yet, yielding each that has then. What a cell fails of is told, and raised
+    as a UserError when all others are played.
+    """
+    config = cells[0].config
+    machine = look(config)
+    probes = asked(design, config, machine)
+    writes = bool(design.forgetting.own) or any(probe.generates for probe in probes)
+    writes = writes or any(WRITING & {*cell.config.method} for cell in cells)
+    longest = max([design.forgetting.max_tokens, *(items.max_tokens for items in design.learning.values())])
+    context = config.prompt.max_prompt_tokens + max(longest, config.prompt.max_answer_tokens)
+    failed: dict[str, str] = {}
+    others = [cell.config for cell in cells]
+    with open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
+        if design.forgetting.own:
+            probes.append(own_answers(design, directory, session))
+        owner = owner_of(probes)
+        if files.read_sealed(directory / BASE, owner) is None:
+            session.fresh()
+            files.write_sealed(directory / BASE, outcomes.measured(probes, _player(session)), owner)
+        pending = list(cells)
+        while pending:
+            busy = []
+            for cell in pending:
+                try:
+                    session = _played(session, cell, directory, probes, owner, display)
+                except Busy:
+                    busy.append(cell)
+                except UserError as error:
+                    log.warning("cell %s: %s", cell.name, error)
+                    failed[cell.name] = str(error)
+                else:
+                    yield cell
+            if len(busy) == len(pending):
+                log.warning("another process plays the last %d cells", len(busy))
+                break
+            pending = busy
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed; the first, {name}: {reason}")
+
+
+def asked(design: Design, config, machine: Machine) -> list[Probe]:
+    """What is asked of every cell, the base's own answers excepted."""
+    prompt, renderer = config.prompt, machine.renderer
+    probes: list[Probe] = [outcomes.probe_of(name, items, prompt, renderer) for name, items in design.learning.items()]
+    for text in read_texts(design.forgetting.texts):
+        rows = take(encode(text, renderer), design.forgetting.tokens, ROW, seed=0).rows
+        probes.append(Told(text.name, [Group(row[:1], (row[1:],)) for row in rows if len(row) > 1]))
+    return probes
+
+
+def own_answers(design: Design, directory: Path, session: Session) -> Told:
+    """The base's greedy answers to general questions: written once, the same for all cells."""
+    of = design.forgetting
+    questions = QUESTIONS.read_text(encoding="utf-8").splitlines()[: of.own]
+    if len(questions) < of.own:
+        raise UserError(f"study: forgetting.own: there are {len(questions)} questions, got {of.own}; lower it")
+    machine, system = session.machine, session.config.prompt.system
+    owner = _digest([machine.model.revision, str(machine.device.dtype), questions, of.max_tokens, system])
+    known = files.read_sealed(directory / OWN, owner)
+    if known is None:
+        session.fresh()
+        groups = outcomes.own_answers(_player(session), questions, of.max_tokens, system)
+        known = {"rows": [[group.prompt_ids, group.answers[0]] for group in groups]}
+        files.write_sealed(directory / OWN, known, owner)
+    return Told(OWN_NAME, [Group(tuple(prompt), (tuple(answer),)) for prompt, answer in known["rows"]])
+
+
+def owner_of(probes: Sequence[Probe]) -> str:
+    """Names what is asked: outcomes of other items are not compared with these."""
+    return _digest([(probe.name, probe.fingerprint()) for probe in probes])
+
+
+def outcome(directory: Path, cell: Cell, owner: str) -> Readings | None:
+    """What was measured of the cell, None if that was not done yet."""
+    return files.read_sealed(directory / "cells" / cell.name / OUTCOMES, owner + cell.config.hash())
+
+
+def _played(
+    session: Session, cell: Cell, directory: Path, probes: Sequence[Probe], owner: str, display: Display
+) -> Session:
+    if outcome(directory, cell, owner) is not None:
+        return session
+    path = directory / "cells" / cell.name
+    with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", display) as aside:
+        describe(path / "environment.json")
+        machine = replace(session.machine, start=load_start(cell.config, session.machine.model))
+        ready = prepare(cell.config, machine, record)
+        session = session.turned(cell.config, machine, ready.plan(record))
+        run = ready.begin(session, record, aside)
+        for _ in play_methods(run):
+            pass
+        found = outcomes.measured(probes, _player(session, own=True))
+        files.write_sealed(path / OUTCOMES, found, owner + cell.config.hash())
+    gc.collect()  # the cell's optimizer and, where the next one has another kind, its adapter
+    return session
+
+
+def _player(session: Session, own: bool = False) -> Player:
+    """The policy as it stands, or where it has nothing of its own the base."""
+    budget = Budget(AT_ONCE, session.machine.device.attention)
+    return Player(session, budget, session.policy.adapter() if own else None)
+
+
+@contextmanager
+def _aside(path: Path, display: Display) -> Iterator[Display]:
+    """A cell's display: all that it says goes to its log, and a warning to the study's, the first time there is one."""
+    with open(os.devnull, "w") as nowhere:
+        aside = Display(Console(file=nowhere))
+        with aside.logged(path):
+            told = _Once(display)
+            log.addHandler(told)
+            yield aside
+
+
+class _Once(Lines):
+    """Warnings that were not told yet."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __init__(self, display: Display):
+        super().__init__(display.console)
+        self.setLevel(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() not in self.seen:
+            self.seen.add(record.getMessage())
+            super().emit(record)
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
