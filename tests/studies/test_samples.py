@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
 from fixtures import LINES, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from test_methods import configured, opened
+from test_run import train_rows
 from tokenizers.processors import TemplateProcessing
 
+from spinfast import methods
 from spinfast.data.examples import load_examples
 from spinfast.data.readers import Table
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
+from spinfast.methods.run import begin
 from spinfast.packing import pack
+from spinfast.progress import Display
+from spinfast.store.record import RunDir
 from spinfast.studies.samples import Sample, contamination, encode, mixture, take, token_shuffled
 from spinfast.studies.texts import Text
 
@@ -121,6 +128,24 @@ def test_a_budget_without_room_is_refused(tokens, length):
 def test_rows_pack_to_the_tokens_they_train():
     groups = [example.group for example in take(encode(LONG, RENDERER), 500, 32, 0).examples(RENDERER)]
     assert pack(groups, range(len(groups))).scored_N.numel() == 500
+
+
+def test_a_text_and_its_twin_train_as_they_are(tmp_path, tiny_model):
+    """The ids reach the optimizer undecoded: equal steps and tokens, and only the text that has an order is learnt."""
+    settings = {"lr": 1e-2, "groups_per_step": 4, "epochs": 1}
+    config = configured(
+        tmp_path, tiny_model("llama"), method="sft", spin=None, sft=settings, evaluate={"problems": 0, "pairs": 0}
+    )
+    sample = take(encode(LONG, RENDERER), tokens=1240, length=32, seed=0)
+    rows = {}
+    with opened(config, tmp_path / "first") as run:
+        for name, one in (("text", sample), ("twin", token_shuffled(sample, 0))):
+            with closing(RunDir(tmp_path / name, config)) as place:
+                list(methods.play(begin(run.session, place, Display(), one.examples(RENDERER), [])))
+            rows[name] = train_rows(tmp_path / name)
+    assert [row["train/tokens"] for row in rows["text"]] == [row["train/tokens"] for row in rows["twin"]]
+    assert sum(row["train/tokens"] for row in rows["text"]) == 1240 + len(sample.rows)  # the first of each
+    assert rows["text"][-1]["train/loss"] < rows["twin"][-1]["train/loss"] - 0.2
 
 
 # Contamination ------------------------------------------------------------------------------------------------------
