@@ -96,13 +96,19 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
         _transcripts(runs),
         _setup(runs),
     ]
+    data = _data("transcript-data", [_problems(run) for run in runs])
+    return document(title, body, made, again, data)
+
+
+def document(title: str, body: Sequence[str], made: Sequence[Plot], head: str = "", data: str = "") -> str:
+    """A page that needs no other file; `made` are the plots in its body, `head` and `data` more elements."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{again}'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_resource("page.css")}</style></head>'
         f"<body><main>{''.join(body)}</main>"
         f"{_data('plot-data', {plot.name: _hover(plot) for plot in made})}"
-        f"{_data('transcript-data', [_problems(run) for run in runs])}"
+        f"{data}"
         f"<script>{_resource('page.js')}</script></body></html>"
     )
 
@@ -231,7 +237,7 @@ def _mark(change: study.Change | None) -> str:
 
 def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
     title, text = SECTIONS[key]
-    figures = "".join(_figure(plot, len(runs) > 1) for plot in members)
+    figures = "".join(figure(plot, len(runs) > 1) for plot in members)
     table = "".join(_memory_table(run, len(runs) > 1) for run in runs) if key == "machine" else ""
     return (
         f'<section id="{key}"><h2>{title}</h2><p class="soft">{escape(text)}</p>'
@@ -239,10 +245,11 @@ def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
     )
 
 
-def _figure(plot: Plot, several: bool) -> str:
+def figure(plot: Plot, several: bool) -> str:
     looks = {s.label: s.look for s in plot.series}
     entries = [f'<span><i class="{look}"></i>{escape(name)}</span>' for name, look in looks.items()]
-    legend = f'<div class="legend">{"".join(entries)}</div>' if several or len(looks) > 1 else ""
+    told = plot.kind != "forest" and (several or len(looks) > 1)
+    legend = f'<div class="legend">{"".join(entries)}</div>' if told else ""
     data = base64.b64encode(plotting.to_csv(plot).encode()).decode()
     link = f'<a download="{escape(plot.name)}.csv" href="data:text/csv;base64,{data}">CSV</a>'
     return (
@@ -262,7 +269,7 @@ def _hover(plot: Plot) -> dict:
         series.append({"label": s.label, "look": s.look, "x": x[::stride], "y": s.y[::stride], **thin})
     return {
         **{"x0": x0, "x1": x1, "left": plotting.LEFT, "right": plotting.WIDTH - plotting.RIGHT},
-        **{"top": plotting.TOP, "bottom": plotting.HEIGHT - plotting.BOTTOM, "width": plotting.WIDTH},
+        **{"top": plotting.TOP, "bottom": plot.height - plotting.BOTTOM, "width": plotting.WIDTH},
         **{"x_label": plot.x_label, "ticks": {_key(x): text for x, text in plot.x_ticks}, "series": series},
     }
 

@@ -30,6 +30,8 @@ class Series:
     y: list[float]
     low: list[float] | None = None  # 95 % interval of each y
     high: list[float] | None = None
+    left: list[float] | None = None  # 95 % interval of each x
+    right: list[float] | None = None
 
     @property
     def lap(self) -> int:
@@ -49,19 +51,25 @@ class Series:
 @dataclass(frozen=True)
 class Plot:
     """kind: line; band (a line over its intervals); points (with intervals, joined); steps (histogram outlines);
-    bars (stacked, one bar per x tick).
+    bars (stacked, one bar per x tick); forest (points with intervals of x, a named row of y each).
     """
 
     name: str  # of its files
     title: str
     x_label: str
     y_label: str
-    kind: Literal["line", "band", "points", "steps", "bars"]
+    kind: Literal["line", "band", "points", "steps", "bars", "forest"]
     series: list[Series]
     x_ticks: tuple[tuple[float, str], ...] = ()
+    y_ticks: tuple[tuple[float, str], ...] = ()  # of a forest: the rows' names
     marks: tuple[tuple[float, str], ...] = ()  # vertical lines, labelled at the top
     level: tuple[float, str] | None = None  # a horizontal line
     group: str = ""  # the section of the page
+
+    @property
+    def height(self) -> int:
+        """Of the SVG; a forest has room for each row and its name."""
+        return HEIGHT if self.kind != "forest" else TOP + BOTTOM + 34 * len(self.y_ticks)
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -73,8 +81,14 @@ class Plot:
             xs = [min(xs) - 0.5, max(xs) + 0.5]
         if self.kind == "steps":
             ys.append(0.0)
-        if self.kind == "points":
+        if self.kind == "points" and self.x_ticks:
             xs += [min(xs) - 0.3, max(xs) + 0.3]
+        if any(s.left for s in self.series):
+            xs += [x for s in self.series for x in (*s.left, *s.right) if math.isfinite(x)] + [x for x, _ in self.marks]
+            room = 0.06 * (max(xs) - min(xs))
+            xs += [min(xs) - room, max(xs) + room]
+        if self.kind == "forest":
+            return *_spread(min(xs), max(xs)), min(ys) - 0.4, max(ys) + 0.6
         if self.level:
             ys.append(self.level[0])
         ys = [y for y in ys if math.isfinite(y)] or [0.0]
@@ -114,24 +128,26 @@ def svg(plot: Plot) -> str:
     def px(x: float) -> float:
         return round(LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
 
+    height = plot.height
+
     def py(y: float) -> float:
-        return round(HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(height - BOTTOM - (y - y0) / (y1 - y0) * (height - TOP - BOTTOM), 1)
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}" '
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(plot.title)}" '
         f'data-plot="{escape(plot.name)}">'
     ]
-    for y in ticks(y0, y1):
+    for y in ticks(y0, y1) if plot.kind != "forest" else ():
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{py(y) + 4}" text-anchor="end">{number(y)}</text>')
     whole = plot.x_label == "step"
     for x, text in plot.x_ticks or [(x, number(x)) for x in ticks(x0, x1) if x == int(x) or not whole]:
         parts.append(
-            f'<text class="tick" x="{px(x)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>'
+            f'<text class="tick" x="{px(x)}" y="{height - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>'
         )
     labels, free = [], 0.0  # drawn above the lines; where the last mark's ends
     for x, text in plot.marks:
-        parts.append(f'<line class="mark" x1="{px(x)}" x2="{px(x)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<line class="mark" x1="{px(x)}" x2="{px(x)}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         place = min(px(x), WIDTH - RIGHT - 6 * len(text))
         if place >= free:
             labels.append(f'<text class="tick" x="{place}" y="{TOP - 5}">{escape(text)}</text>')
@@ -140,12 +156,14 @@ def svg(plot: Plot) -> str:
         y, text = plot.level
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')
         labels.append(f'<text class="over" x="{WIDTH - RIGHT}" y="{py(y) - 4}" text-anchor="end">{escape(text)}</text>')
+    for y, text in plot.y_ticks:
+        labels.append(f'<text class="over" x="{LEFT}" y="{py(y) - 9}">{escape(text)}</text>')
     below = [0.0] * (len(plot.series[0].x) if plot.kind == "bars" else 0)
     for series in plot.series:
         parts += DRAW[plot.kind](series, px, py, len(plot.series), below)
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y0)}" y2="{py(y0)}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(plot.x_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{escape(plot.x_label)}</text>')
     return "".join(parts + labels) + "</svg>"
 
 
@@ -189,6 +207,11 @@ def _points(series: Series, px, py, count, below) -> list[str]:
             parts.append(
                 f'<path class="whisker {series.look}" d="M{x} {low}V{high}M{x - 4} {low}h8M{x - 4} {high}h8"/>'
             )
+        if series.left and math.isfinite(series.left[i]):
+            left, right = px(series.left[i]), px(series.right[i])
+            parts.append(
+                f'<path class="whisker {series.look}" d="M{left} {y}H{right}M{left} {y - 4}v8M{right} {y - 4}v8"/>'
+            )
         parts.append(f'<circle class="dot {series.look}" cx="{x}" cy="{y}" r="4"/>')
     return parts
 
@@ -216,17 +239,19 @@ def _bars(series: Series, px, py, count, below: list[float]) -> list[str]:
     return parts
 
 
-DRAW = {"line": _line, "band": _band, "points": _points, "steps": _steps, "bars": _bars}
+DRAW = {"line": _line, "band": _band, "points": _points, "steps": _steps, "bars": _bars, "forest": _points}
 
 
 def to_csv(plot: Plot) -> str:
     """One line per point: series, x, y and, where there is one, the interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["series", plot.x_label, plot.y_label, "low", "high"])
+    sides = any(series.left for series in plot.series)
+    writer.writerow(["series", plot.x_label, plot.y_label, "low", "high", *(["left", "right"] if sides else [])])
     for series in plot.series:
         for i, y in enumerate(series.y):
             bounds = [series.low[i], series.high[i]] if series.low and series.high else ["", ""]
+            bounds += [series.left[i], series.right[i]] if series.left and series.right else []
             writer.writerow([series.label, series.x[i], y, *bounds])
     return text.getvalue()
 
@@ -245,10 +270,12 @@ def write_png(plot: Plot, path: Path) -> None:
             below = [b + y for b, y in zip(below, series.y, strict=True)]
         elif plot.kind == "steps":
             axes.stairs(series.y, series.x, fill=True, alpha=0.35, **style)
-        elif plot.kind == "points":
+        elif plot.kind in ("points", "forest"):
             axes.plot(series.x, series.y, marker="o", linewidth=1, **style)
             if series.low and series.high:
                 axes.vlines(series.x, series.low, series.high, color=series.colour, linewidth=1.5)
+            if series.left and series.right:
+                axes.hlines(series.y, series.left, series.right, color=series.colour, linewidth=1.5)
         else:
             if plot.kind == "band":
                 axes.fill_between(series.x, series.low, series.high, color=series.colour, alpha=0.2, linewidth=0)
@@ -260,10 +287,12 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.axhline(plot.level[0], color="#999", linewidth=0.8, linestyle="--")
     if plot.x_ticks:
         axes.set_xticks([x for x, _ in plot.x_ticks], [text for _, text in plot.x_ticks])
+    if plot.y_ticks:
+        axes.set_yticks([y for y, _ in plot.y_ticks], [text for _, text in plot.y_ticks])
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4)
     handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if len(handles) > 1:
+    if len(handles) > 1 and plot.kind != "forest":
         axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
     figure.savefig(path)

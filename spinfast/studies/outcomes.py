@@ -6,7 +6,7 @@ Of problems with worked answers, from the most sensitive reading to the least:
     margin      the same, less that of the likeliest of four false results, nats; choice: is it above 0 (chance 0.2)
     restated    log p of the result after "The answer is", without reasoning: the same knowledge in another form
     exact       the greedy answer is right, as the data states it; ended: it ended by itself; length: its tokens
-Of a benchmark task (tasks.py) margin and choice, or exact. Of texts, and of the base's own answers, nll: nats per token.
+Of a benchmark task (tasks.py) margin and choice, or exact. Of texts, and of the base's own answers, nll: nats a token.
 """
 
 from __future__ import annotations
