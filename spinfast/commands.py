@@ -96,6 +96,14 @@ def merge(argv: Sequence[str]) -> int:
     return import_module("spinfast.weights.merge_cli").main(argv)
 
 
+def study(argv: Sequence[str]) -> int:
+    return import_module("spinfast.studies.cli").study(argv)
+
+
+def rate(argv: Sequence[str]) -> int:
+    return import_module("spinfast.studies.cli").rate(argv)
+
+
 def spectrum(argv: Sequence[str]) -> int:
     return import_module("spinfast.weights.cli").main(argv)
 
@@ -126,6 +134,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA adapter"),
     "merge": (merge, "one model of several, or of a run and its base"),
     "export": (export, "one .gguf file for llama.cpp, Ollama and phones"),
+    "study": (study, "a grid of short runs on one base, compared with statistics"),
+    "rate": (rate, "what training on each of several texts does to reasoning"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),
     "replay": (replay, "make the step that stopped a run again"),
 }

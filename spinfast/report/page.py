@@ -96,24 +96,25 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
         _transcripts(runs),
         _setup(runs),
     ]
-    data = _data("transcript-data", [_problems(run) for run in runs])
-    return document(title, body, made, again, data)
+    after = [
+        _data("plot-data", {plot.name: _hover(plot) for plot in made}),
+        _data("transcript-data", [_problems(run) for run in runs]),
+        f"<script>{resource('page.js')}</script>",
+    ]
+    return document(title, body, again, after)
 
 
-def document(title: str, body: Sequence[str], made: Sequence[Plot], head: str = "", data: str = "") -> str:
-    """A page that needs no other file; `made` are the plots in its body, `head` and `data` more elements."""
+def document(title: str, body: Sequence[str], head: str = "", after: Sequence[str] = ()) -> str:
+    """A page that needs no other file; `head` and `after` are elements beside its body's."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_resource("page.css")}</style></head>'
-        f"<body><main>{''.join(body)}</main>"
-        f"{_data('plot-data', {plot.name: _hover(plot) for plot in made})}"
-        f"{data}"
-        f"<script>{_resource('page.js')}</script></body></html>"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{resource("page.css")}</style></head>'
+        f"<body><main>{''.join(body)}</main>{''.join(after)}</body></html>"
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
     return (package_files("spinfast.report") / name).read_text(encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """STUDY.yaml: a base config, axes, seeds, and what is measured of every cell. A cell is a run, with files of its own.
 
 base: smollm2-135m-sft-cpu.yaml      a config, beside the study's file or among the ready ones
-set: {sft.epochs: 1}                 keys of every cell, over the base's
+set: {sft.epochs: 1}                 keys of every cell, over the base's; {seed} in a value is the cell's
 axes:
   adapter.r: [4, 16, 64]             a key and its values
   data:                              or a name, and levels that set several keys each
@@ -142,7 +142,7 @@ def load_design(path: Path) -> Design:
 
 def cells_of(design: Design, beside: Path) -> list[Cell]:
     """All of them, a whole replication after the other; relative names of configs are looked for in `beside` first."""
-    base, settings = _config(design.base, beside), []
+    base, settings = find_base(design.base, beside), []
     for levels in itertools.product(*(axis.items() for axis in design.axes.values())):
         keys = dict(design.set)
         for name, sets in levels:
@@ -151,7 +151,7 @@ def cells_of(design: Design, beside: Path) -> list[Cell]:
                 raise UserError(f"study: axes: {name} sets seed; seeds: lists them")
         settings.append((tuple(name for name, _ in levels), keys))
     cells = [
-        Cell(levels, seed, _cell_config(base, keys | {"seed": seed}, levels))
+        Cell(levels, seed, _cell_config(base, _seeded(keys, seed) | {"seed": seed}, levels))
         for seed in design.seeds
         for levels, keys in settings
     ]
@@ -167,6 +167,11 @@ def cells_of(design: Design, beside: Path) -> list[Cell]:
     return cells
 
 
+def _seeded(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The keys, {seed} in a value replaced."""
+    return {key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value for key, value in keys.items()}
+
+
 def _cell_config(base: Path, keys: Mapping[str, Any], levels: Sequence[str]) -> Config:
     try:
         return load_config(base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
@@ -174,7 +179,7 @@ def _cell_config(base: Path, keys: Mapping[str, Any], levels: Sequence[str]) -> 
         raise UserError(f"study, cell {', '.join(levels) or '(base)'}: {error}") from None
 
 
-def _config(name: str, beside: Path) -> Path:
+def find_base(name: str, beside: Path) -> Path:
     from spinfast.run import CONFIGS
 
     places = [beside / name, Path(name), CONFIGS / name]

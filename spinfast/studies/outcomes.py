@@ -62,6 +62,7 @@ class Player:
 class Probe(Protocol):
     name: str
     generates: bool
+    items: int
 
     def fingerprint(self) -> str:
         """Of what is asked."""
@@ -84,6 +85,10 @@ class Problems:
     @property
     def generates(self) -> bool:
         return bool(self.max_tokens)
+
+    @property
+    def items(self) -> int:
+        return len(self.examples)
 
     def fingerprint(self) -> str:
         return _digest([self.worked, self.results, self.restated, self.max_tokens])
@@ -128,6 +133,10 @@ class Benchmark:
     def generates(self) -> bool:
         return not self.task.options
 
+    @property
+    def items(self) -> int:
+        return len(self.rows)
+
     def fingerprint(self) -> str:
         return _digest([self.task.name, self.task.shots, self.rows, self.pool])
 
@@ -158,6 +167,10 @@ class Told:
     name: str
     groups: Sequence[Group]
     generates = False
+
+    @property
+    def items(self) -> int:
+        return len(self.groups)
 
     def fingerprint(self) -> str:
         return _digest(self.groups)

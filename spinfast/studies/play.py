@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,9 +48,17 @@ AT_ONCE = 4096  # packed tokens that are scored together
 WRITING = {"spin", "grpo"}
 
 
-def play(design: Design, cells: Sequence[Cell], directory: Path, display: Display) -> Iterator[Cell]:
-    """Play the cells that have no outcomes yet, yielding each that has then. What a cell fails of is told, and raised
-    as a UserError when all others are played.
+@dataclass
+class Measured:
+    """What is known of a study: readings of the base, and of cells by their names."""
+
+    base: Readings
+    cells: dict[str, Readings] = field(default_factory=dict)
+
+
+def play(design: Design, cells: Sequence[Cell], directory: Path, display: Display) -> Iterator[tuple[Cell, Measured]]:
+    """Play the cells that have no outcomes yet, yielding each and what is known then. What a cell fails of is told,
+    and raised as a UserError when all others are played.
     """
     config = cells[0].config
     machine = look(config)
@@ -65,9 +73,11 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
         if design.forgetting.own:
             probes.append(own_answers(design, directory, session))
         owner = owner_of(probes)
-        if files.read_sealed(directory / BASE, owner) is None:
+        if (base := files.read_sealed(directory / BASE, owner)) is None:
             session.fresh()
-            files.write_sealed(directory / BASE, outcomes.measured(probes, _player(session)), owner)
+            base = outcomes.measured(probes, _player(session))
+            files.write_sealed(directory / BASE, base, owner)
+        known = Measured(base)
         pending = list(cells)
         while pending:
             busy = []
@@ -80,7 +90,8 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
                     log.warning("cell %s: %s", cell.name, error)
                     failed[cell.name] = str(error)
                 else:
-                    yield cell
+                    known.cells[cell.name] = outcome(directory, cell, owner)
+                    yield cell, known
             if len(busy) == len(pending):
                 log.warning("another process plays the last %d cells", len(busy))
                 break
