@@ -84,7 +84,8 @@ class Plot:
         if self.kind == "points" and self.x_ticks:
             xs += [min(xs) - 0.3, max(xs) + 0.3]
         if any(s.left for s in self.series):
-            xs += [x for s in self.series for x in (*s.left, *s.right) if math.isfinite(x)] + [x for x, _ in self.marks]
+            sides = [x for s in self.series if s.left for x in (*s.left, *s.right)]
+            xs += [x for x in sides if math.isfinite(x)] + [x for x, _ in self.marks]
             room = 0.06 * (max(xs) - min(xs))
             xs += [min(xs) - room, max(xs) + room]
         if self.kind == "forest":

@@ -46,7 +46,7 @@ def rate(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast rate",
         description="What training on each text does to reasoning, more than training on its own words in random order "
-        "does. Texts: files (.txt .md .html .epub .pdf .jsonl ...), folders, package:NAME/FILE, sums:right, sums:wrong.",
+        "does. Texts: files (.txt .md .html .epub .pdf .jsonl ...), folders, package:NAME/FILE, sums:right, sums:wrong",
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT")
     parser.add_argument("--preset", type=Path, help="base, items, seeds (default: configs/studies/rate-texts-*.yaml)")
@@ -125,7 +125,7 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     if len(design.seeds) > 1:
         smallest = detectable(Variances(*(each**2 for each in GUESS)), len(design.seeds), items, ranked)
         lines.append(
-            f"found in 80 of 100 studies: an effect of {smallest:.3f} nats per token ({ranked} compared, {items} items; "
+            f"found in 80 of 100 studies: an effect of {smallest:.3f} nats a token ({ranked} compared, {items} items; "
             f"spreads of {GUESS[0]} between seeds, {GUESS[1]} between items, {GUESS[2]} in each are assumed)"
         )
     for line in (*lines, *notes):

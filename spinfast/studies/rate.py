@@ -75,7 +75,7 @@ def text_study(
         for level in (name, name + TWIN):
             levels[level] = {"data.source": str(_path(directory, level, "{seed}").absolute())}
         controls[name] = name + TWIN
-    rows = {"method": ["sft"], "heldout": None, "prompt.max_answer_tokens": length, "sft.epochs": 1}
+    rows = {"method": ["sft"], "heldout": None, "data.size": None, "prompt.max_answer_tokens": length, "sft.epochs": 1}
     design = design.model_copy(update={"axes": {"text": levels}, "controls": controls, "set": rows | design.set})
     return Design.model_validate(design.model_dump()), rated, texts
 

@@ -1,0 +1,202 @@
+"""Studies whole, on a tiny model: cells in one session are runs of their own; what is measured; what is said of it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+from test_run import fingerprints, write_config, write_problems
+
+from spinfast.run import main
+from spinfast.studies import outcomes, scores, statistics
+from spinfast.studies.design import cells_of, load_design
+
+KINDS = {
+    "lora": {"adapter.r": 4, "adapter.alpha": 8},
+    "merged": {"method": ["sft", "spin"], "adapter.init": "merge", "spin.iterations": 1},
+    "xs": {"adapter": {"kind": "lora_xs", "r": 4, "alpha": 8}},
+    "full": {"adapter": {"kind": "full", "target_modules": ["q_proj"]}},
+    "wide": {"adapter.r": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
+
+
+def write_study(directory, model, **keys):
+    """A study on a tiny model, beside its base config."""
+    path = write_config(directory, model, sft={"lr": 1e-2, "epochs": 1, "groups_per_step": 4}, heldout=None)
+    tree = yaml.safe_load(path.read_text())
+    tree["method"] = ["sft"]
+    del tree["spin"]
+    path.write_text(yaml.safe_dump(tree))
+    write_problems(directory / "items.jsonl", 100, 8)
+    (directory / "other.txt").write_text("The whale swam on. " * 80)
+    study = {
+        "base": "config.yaml",
+        "seeds": 2,
+        "learning": {
+            "sums": {"source": str(directory / "items.jsonl"), "split": "train", "exact": True, "max_tokens": 8}
+        },
+        "forgetting": {"texts": [str(directory / "other.txt")], "tokens": 256, "own": 2, "max_tokens": 8},
+    }
+    (directory / "study.yaml").write_text(yaml.safe_dump(study | keys))
+    return directory / "study.yaml"
+
+
+def study(path, *options):
+    return main(["study", str(path), "--dir", str(path.parent / "out"), *options])
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, tiny_model):
+    """A study of every kind of adapter, one after the other on one base, and back."""
+    directory = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
+        path = write_study(directory, tiny_model("llama"), axes={"kind": KINDS})
+        assert study(path) == 0
+    return path
+
+
+def test_a_cell_is_the_run_that_its_config_would_be(played, tmp_path):
+    """Whatever was on the base before it: the same adapters, bit for bit."""
+    for cell in ("full.0", "merged.1", "lora.1", "xs.1"):
+        config = played.parent / "out" / "cells" / cell / "config.yaml"
+        assert main([str(config), "--run-dir", str(tmp_path / cell)]) == 0
+        alone, found = fingerprints(tmp_path / cell), fingerprints(config.parent)
+        assert {name: found[name] for name in alone} == alone
+
+
+def test_a_study_says_what_it_found(played):
+    out = played.parent / "out"
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert {row["setting"] for row in rows} == {*KINDS}
+    base = json.loads((out / "base.json").read_text())
+    for row in rows:
+        cells = [json.loads((out / "cells" / f"{row['setting']}.{s}" / "outcomes.json").read_text()) for s in (0, 1)]
+        change = np.mean([np.subtract(cell["sums/worked"], base["sums/worked"]).mean() for cell in cells])
+        assert float(row["score"]) == pytest.approx(change)
+        assert float(row["ci_low"]) < float(row["score"]) < float(row["ci_high"])
+        lost = [np.subtract(cell[name], base[name]) for cell in cells for name in ("other/nll", "own answers/nll")]
+        assert float(row["forgetting"]) == pytest.approx(np.mean(np.concatenate(lost)))
+    assert len((out / "runs.jsonl").read_text().splitlines()) == 2 * len(KINDS)
+    page = (out / "index.html").read_text()
+    assert all(name in page for name in KINDS)
+    assert 'data-plot="forest"' in page
+    assert "seeds" in (out / "scores.md").read_text()
+
+
+def test_what_is_there_is_not_played_again(played, capsys):
+    out = played.parent / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/adapter/*")}
+    (out / "cells" / "wide.1" / "outcomes.json").unlink()
+    assert study(played) == 0
+    assert (out / "cells" / "wide.1" / "outcomes.json").exists()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "worked" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_does_not_end_the_others(tmp_path, tiny_model, capsys):
+    axes = {"lr": {"good": {"sft.lr": 1e-3}, "bad": {"data.source": str(tmp_path / "nowhere.jsonl")}}}
+    assert study(write_study(tmp_path, tiny_model("llama"), axes=axes)) == 2
+    assert "2 of 4 cells failed; the first, bad.0: " in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.parent.name for path in tmp_path.glob("out/cells/*/outcomes.json")) == ["good.0", "good.1"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"axes": {"adapter.rr": [4]}}, "unknown key 'adapter.rr'"),
+        ({"axes": {"model.name": ["a", "b"]}}, "changes model"),
+        ({"axes": {"a": {"x": {}}, "b": {"x": {}}}}, "is a level of two axes"),
+        ({"axes": {"a": {"x 1": {}, "x-1": {}}}}, "one directory"),
+        ({"controls": {"x": "y"}}, "expected two levels of one axis"),
+        ({"seeds": [1, 1]}, "each seed once"),
+        ({"learning": {}}, "learning"),
+        ({"learning": {"a": {"source": "x", "task": "boolq"}}}, "one of them"),
+        ({"score": "sums/fun"}, "expected one of sums/worked"),
+        ({"base": "none.yaml"}, "no such file"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"forgetting": {"own": 999}}, "lower it"),
+    ],
+)
+def test_a_wrong_study_is_one_line(tmp_path, tiny_model, capsys, keys, complaint):
+    assert study(write_study(tmp_path, tiny_model("llama"), **keys)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("spinfast: ")
+    assert complaint in last
+
+
+def test_a_plan_plays_nothing(tmp_path, tiny_model, capsys):
+    assert study(write_study(tmp_path, tiny_model("llama"), axes={"adapter.r": [2, 4]}), "--plan") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 cells: 2 settings, 2 seeds" in said
+    assert "found in 80 of 100 studies" in said
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_results_are_cut_out_of_worked_answers(tmp_path, tiny_model):
+    """Question, reasoning and result put together are the answer as it is trained; false results differ in it alone."""
+    path = write_study(tmp_path, tiny_model("llama"))
+    design = load_design(path)
+    from spinfast.session import look
+
+    config = cells_of(design, tmp_path)[0].config
+    renderer = look(config).renderer
+    probe = outcomes.probe_of("sums", design.learning["sums"], config.prompt, renderer)
+    for example, group in zip(probe.examples, probe.results, strict=True):
+        before = group.prompt_ids[len(example.prompt_ids) :]
+        texts = [renderer.text(before + answer) for answer in group.answers]
+        assert texts[0] == example.answer
+        assert len({*texts}) == outcomes.FALSE + 1
+        stem = example.answer.rpartition("#### ")[0] + "#### "
+        assert all(text.startswith(stem) and text.removeprefix(stem).lstrip("-").isdigit() for text in texts)
+
+
+def made_up(tmp_path, tiny_model, effects, seeds=5, items=60, noise=0.05):
+    """Cells of levels a, b, ... with planted effects over their controls A, B, ...; what was measured, and the base."""
+    names = [chr(ord("a") + n) for n in range(len(effects))]
+    axes = {"text": {level: {"sft.lr": 1e-3 * (n + 1)} for n, level in enumerate([*names, *map(str.upper, names)])}}
+    keys = {"axes": axes, "controls": {name: name.upper() for name in names}, "seeds": seeds}
+    design = load_design(write_study(tmp_path, tiny_model("llama"), **keys))
+    cells, random = cells_of(design, tmp_path), np.random.default_rng(1)
+    base = {"sums/worked": random.normal(size=items).tolist(), "x/nll": [1.0] * 4}
+    found = {}
+    for cell in cells:
+        gain = dict(zip(names, effects, strict=True)).get(cell.levels[0], 0.0)
+        drawn = np.array(base["sums/worked"]) + 1.0 + gain + random.normal(scale=noise, size=items)
+        found[cell.name] = {"sums/worked": drawn.tolist(), "x/nll": [1.1] * 4}
+    return design, cells, found, base
+
+
+def test_effects_are_those_over_the_controls(tmp_path, tiny_model):
+    design, cells, measured, base = made_up(tmp_path, tiny_model, [0.0, 0.3, 0.3])
+    found = scores.compare(design, cells, measured, base)
+    ranked = {score.setting: score for score in found.scores if score.p_holm is not None}
+    assert {*ranked} == {"a", "b", "c"}
+    assert {s.setting for s in found.scores} - {*ranked} == {"A", "B", "C"}
+    assert [ranked[name].control for name in "abc"] == ["A", "B", "C"]
+    assert ranked["b"].p_holm < 0.001
+    assert ranked["a"].p_holm > 0.05
+    assert ranked["b"].group == ranked["c"].group != ranked["a"].group
+    assert ranked["b"].score == pytest.approx(0.3, abs=0.02)
+    assert ranked["b"].changes["sums/worked"] == pytest.approx(1.3, abs=0.02)
+    own = np.array([[measured[f"b.{s}"]["sums/worked"], measured[f"B.{s}"]["sums/worked"]] for s in range(5)])
+    effect = statistics.effects((own[:, 0] - own[:, 1])[None])
+    assert (ranked["b"].low, ranked["b"].high) == pytest.approx((float(effect.low[0]), float(effect.high[0])))
+    assert all(score.forgetting == pytest.approx(0.1) for score in found.scores)
+
+
+def test_seeds_that_are_not_whole_are_left_out(tmp_path, tiny_model):
+    design, cells, measured, base = made_up(tmp_path, tiny_model, [0.2])
+    del measured["A.3"]
+    assert scores.compare(design, cells, measured, base).scores[0].seeds == 4
+    alone = {name: found for name, found in measured.items() if name.endswith(".0")}
+    (one, other) = scores.compare(design, cells, alone, base).scores
+    assert one.p_holm is None
+    assert np.isnan(one.low)
+    assert other.setting == "A"
