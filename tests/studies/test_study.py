@@ -92,7 +92,7 @@ def test_a_study_says_what_it_found(played):
 
 def test_what_is_there_is_not_played_again(played, capsys):
     out = played.parent / "out"
-    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/adapter/*")}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/adapter/*.safetensors")}
     (out / "cells" / "wide.1" / "outcomes.json").unlink()
     assert study(played) == 0
     assert (out / "cells" / "wide.1" / "outcomes.json").exists()
