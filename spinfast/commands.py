@@ -112,6 +112,10 @@ def export(argv: Sequence[str]) -> int:
     return import_module("spinfast.weights.export").main(argv)
 
 
+def publish(argv: Sequence[str]) -> int:
+    return import_module("spinfast.hub.cli").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -134,6 +138,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA adapter"),
     "merge": (merge, "one model of several, or of a run and its base"),
     "export": (export, "one .gguf file for llama.cpp, Ollama and phones"),
+    "publish": (publish, "a run's data sets and adapters to the Hugging Face hub"),
     "study": (study, "a grid of short runs on one base, compared with statistics"),
     "rate": (rate, "what training on each of several texts does to reasoning"),
     "spectrum": (spectrum, "which weight matrices are worth training whole"),

@@ -51,11 +51,17 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
         path = expanded(name)
         architecture = check_model(path)
         return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
-    elif HUB_ID.fullmatch(name) and not name.startswith("."):
+    elif at_hub(name):
         path, revision = _from_hub(name, revision)
     else:
         raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
     return ResolvedModel(path, name, revision, check_model(path))
+
+
+def at_hub(name: str) -> bool:
+    """Whether a model's name is a hub id, not that of something on this machine."""
+    known = HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".gguf")
+    return bool(known) and not expanded(name).is_dir()
 
 
 def gguf_file(name: str) -> Path | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from spinfast.data.sources import is_local
 from spinfast.evaluate.advice import warnings
+from spinfast.models import at_hub
 from spinfast.names import amount, rewards_named, source_name
 from spinfast.report import study
 from spinfast.report.bounds import bounds
@@ -35,11 +39,12 @@ FORMS = (
     "full.json",
 )  # what describes an adapter, of one kind or another
 EXPAND = """
-    spinfast expand path/to/this/adapter --out path/to/peft
+    spinfast expand {} --out path/to/peft
 
 makes plain PEFT LoRA of it, which every tool reads:
 """
 
+UNLICENSED = "not known: the base model's, ask its authors"
 MADE_BY = {  # method, or control -> how its adapters were made
     "base": "nothing in this run: it is the one before its training",
     "spin": "self-play fine-tuning (SPIN, arXiv 2401.01335): the model learned to tell the data's answers from its own",
@@ -52,29 +57,41 @@ MADE_BY = {  # method, or control -> how its adapters were made
 }
 
 
+@dataclass(frozen=True)
+class Place:
+    """What is described, where it lies, and what is known of it there."""
+
+    path: str = "path/to/this/adapter"
+    form: str = "adapter"  # or merged, gguf
+    expanded: bool = False  # plain LoRA lies beside the small form
+    licence: Mapping[str, str] | None = None  # front matter; {} where it is unknown
+    data: tuple[str, ...] = ()  # hub ids of what it was trained on, where a run's own data is published
+
+
 def write_card(adapter_dir: Path, run_dir: Path, stage: str) -> Path:
     """Write adapter_dir/README.md for the adapter that `stage` of the run made."""
-    written = next(path for name in FORMS if (path := adapter_dir / name).exists())
-    config = json.loads(written.read_text(encoding="utf-8"))
     path = adapter_dir / "README.md"
-    files.write_text(path, card(read_run(run_dir), stage, config))
+    files.write_text(path, card(read_run(run_dir), stage, description(adapter_dir)))
     return path
 
 
-def card(run: Run, stage: str, adapter_config: dict) -> str:
+def description(adapter_dir: Path) -> dict:
+    """PEFT's config of an adapter, or the description of another kind."""
+    written = next(path for name in FORMS if (path := adapter_dir / name).exists())
+    return json.loads(written.read_text(encoding="utf-8"))
+
+
+def card(run: Run, stage: str, adapter_config: dict, place: Place = Place()) -> str:
     """The card's text. `adapter_config` is PEFT's, or that of another kind of adapter."""
     c, base = run.config, adapter_config["base_model_name_or_path"]
     revision = adapter_config.get("revision") or c["model"]["revision"] or "not recorded"
     row, method = next((row for row in run.rows if row["stage"] == stage), None), run.method(stage)
-    played = ["self-play"] if method == "spin" else []
-    kind = adapter_config.get("kind", "lora")
-    library = {"library_name": "peft"} if kind == "lora" else {}
-    front = library | {"tags": [kind, method, *played, "spinfast"]}
-    if not base.startswith(("package:", "/", ".")):
-        front["base_model"] = base
     made = (run.control if method == "spin" else None) or method
+    kind = adapter_config.get("kind", "lora")
+    name = f"{Path(base).name}: {run.label(stage)} of spinfast run {run.name}"
     facts = {
         "base model": f"{base}, revision {revision}",
+        "licence": "" if place.licence is None else ", ".join(place.licence.values()) or UNLICENSED,
         "training data": _data(c["data"]),
         "held-out data": _data(c["heldout"]) if c["heldout"] else "none",
         "started from": c["adapter"]["start"],
@@ -86,19 +103,17 @@ def card(run: Run, stage: str, adapter_config: dict) -> str:
         "software": ", ".join(f"{name} {version}" for name, version in run.environment.get("versions", {}).items()),
     }
     table = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items() if value)
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-# {Path(base).name}: {run.label(stage)} of spinfast run {run.name}
+    return f"""{front_matter(_front(run, method, kind, base, place) | _model_index(run, row, name))}
+# {name}
 
-{"Weights" if kind == "full" else "A low-rank adapter"} made by {MADE_BY.get(made, made)}.
+{_what(kind, place.form)} made by {MADE_BY.get(made, made)}.
 
 | | |
 |---|---|
 {table}
 
 ## Use
-{_use(kind, base)}
+{_use(kind, base, place)}
 Write prompts with the base model's chat template.
 
 ## Results
@@ -109,19 +124,78 @@ Write prompts with the base model's chat template.
 """
 
 
-def _use(kind: str, base: str) -> str:
-    made, loads = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "path/to/{}")'
-    if kind == "full":
-        made, loads = "from safetensors.torch import load_file", "base.load_state_dict({}, strict=False)"
-        loads = loads.format('load_file("path/to/this/adapter/full.safetensors")')
-    return f"""{EXPAND if kind in ("lora_xs", "tiny_lora") else ""}
-```python
-{made}
-from transformers import AutoModelForCausalLM
+def front_matter(values: dict) -> str:
+    """YAML that the hub reads, between its lines."""
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()}\n---"
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
-{loads.format("this/adapter" if kind == "lora" else "peft")}
-```"""
+
+def hub_data(*sections: dict | None) -> list[str]:
+    """The hub ids among the sources of a saved config's data sections."""
+    sources = [section["source"] for section in sections if section]
+    names = [each["source"] for of in sources if not isinstance(of, str) for each in of]
+    names += [of for of in sources if isinstance(of, str)]
+    return [*dict.fromkeys(name for name in names if not is_local(name))]
+
+
+def _front(run: Run, method: str, kind: str, base: str, place: Place) -> dict:
+    played, whole = ["self-play"] if method == "spin" else [], place.form != "adapter"
+    peft = {"library_name": "peft"} if kind == "lora" or place.expanded else {}
+    tags = ["gguf"] * (place.form == "gguf") + [kind, method, *played, "spinfast"]
+    library = {"adapter": peft, "merged": {"library_name": "transformers"}, "gguf": {}}[place.form]
+    front = library | {"tags": tags}
+    if at_hub(base):
+        front |= {"base_model": base, "base_model_relation": "finetune" if whole or kind == "full" else "adapter"}
+    data = [*place.data, *hub_data(run.config["data"])]
+    return (
+        front | dict(place.licence or {}) | {"pipeline_tag": "text-generation"} | ({"datasets": data} if data else {})
+    )
+
+
+def _model_index(run: Run, row: dict | None, name: str) -> dict:
+    """What the hub shows as results: those of _results."""
+    found = row["evaluation"] if row else {}
+    metrics = [
+        {
+            "type": "accuracy" if "accuracy" in title else metric.partition("/")[2],
+            "name": title,
+            "value": round(factor * found[metric]["value"], digits + 2),
+        }
+        for metric, (title, digits, factor) in SHOWN.items()
+        if metric in found
+    ]
+    if not metrics:
+        return {}
+    heldout = run.config["heldout"]
+    data = {"name": _data(heldout), "type": next(iter(hub_data(heldout)), source_name(heldout["source"]))}
+    task = {"type": "text-generation", "name": "held-out problems"}
+    return {"model-index": [{"name": name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}]}
+
+
+def _what(kind: str, form: str) -> str:
+    if form == "merged":
+        return "A whole model, its training folded into the base,"
+    if form == "gguf":
+        return "Files for llama.cpp, Ollama and phones, of a model"
+    return "Weights" if kind == "full" else "A low-rank adapter"
+
+
+def _use(kind: str, base: str, place: Place) -> str:
+    if place.form == "gguf":
+        return f"    llama-cli -hf {place.path}\n    ollama run hf.co/{place.path}\n"
+    made, first, loads = "", "base", ""
+    if place.form == "merged":
+        first, base = "model", place.path
+    elif kind == "full":
+        made = "from safetensors.torch import load_file\n"
+        loads = f"base.load_state_dict(load_file('{place.path}/full.safetensors'), strict=False)"
+    else:
+        made = "from peft import PeftModel\n"
+        at = place.path if kind == "lora" or place.expanded else "path/to/peft"
+        loads = f"model = PeftModel.from_pretrained(base, {at!r})"
+    small = kind in ("lora_xs", "tiny_lora") and place.form == "adapter" and not place.expanded
+    lines = [f"{made}from transformers import AutoModelForCausalLM\n"]
+    lines += filter(None, [f"{first} = AutoModelForCausalLM.from_pretrained({base!r})", loads])
+    return "\n".join([EXPAND.format(place.path) if small else "", "```python", *lines, "```"])
 
 
 def _adapter(config: dict) -> str:

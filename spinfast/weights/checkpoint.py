@@ -14,8 +14,7 @@ from transformers import AutoConfig
 
 from spinfast.errors import UserError
 from spinfast.model_check import HEAD, RECOMPUTED, TABLE, open_weights, read_json
-from spinfast.models import load_tokenizer, resolve_model
-from spinfast.names import HUB_ID
+from spinfast.models import at_hub, load_tokenizer, resolve_model
 from spinfast.policy.adapters import compact, files
 from spinfast.policy.adapters.expand import as_lora
 from spinfast.store.files import expanded
@@ -36,7 +35,7 @@ class Checkpoint:
     """
 
     def __init__(self, reference: Reference, stack: ExitStack):
-        if reference.revision and not _at_hub(reference.name):
+        if reference.revision and not at_hub(reference.name):
             raise UserError(f"model {reference}: only a hub model has a revision; leave @{reference.revision} out")
         self.reference, self.base = reference, resolve_model(reference.name, reference.revision)
         self.config = AutoConfig.from_pretrained(self.base.path, local_files_only=True)
@@ -122,10 +121,6 @@ class Checkpoint:
         return tensor if dtype is None else tensor.to(dtype).float()
 
 
-def _at_hub(name: str) -> bool:
-    return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not expanded(name).is_dir()
-
-
 def with_base(directory: Path, model: str | None = None) -> Reference:
     """The base of the adapter, or of a run's best one, with it. `model`: the base, where its name leads nowhere."""
     found = files.find(directory)
@@ -136,5 +131,5 @@ def with_base(directory: Path, model: str | None = None) -> Reference:
     name = model or config.get("base_model_name_or_path")
     if not isinstance(name, str):
         raise UserError(f"adapter {found}: names no base; give it by --model")
-    revision = config.get("revision") if not model and _at_hub(name) else None
+    revision = config.get("revision") if not model and at_hub(name) else None
     return Reference(name, revision, str(found))

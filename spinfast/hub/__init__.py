@@ -1,0 +1,1 @@
+"""What of a run goes to the hub, and how it gets there."""
