@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{option} {name}: expected OWNER/NAME, as the hub names it")
     if unknown := [kind for kind in arguments.gguf if kind.lower() not in TYPES]:
         raise UserError(f"--gguf {unknown[0]}: expected {', '.join(TYPES)}")
+    if int((version := importlib.metadata.version("huggingface_hub")).partition(".")[0]) < 1:
+        raise UserError(f"publishing needs huggingface_hub 1 or newer, as transformers 5 brings it; found {version}")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # hf_xet reports on uploads
 
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def told(value):
         return [told(item) for item in value]
     if not isinstance(value, str) or value.startswith("package:"):
         return value
-    here = "/" in value and "\n" not in value and len(value) < 4096 and expanded(value).exists()
+    here = "/" in value and os.path.exists(expanded(value))  # of what can be no name Path.exists would raise
     return Path(value).name if here or PATH.fullmatch(value) else value
 
 

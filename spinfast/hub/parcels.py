@@ -71,7 +71,7 @@ def lay_out(of: Publication, stage: str, what: str, display: Display) -> Parcel:
     mark = f"<!-- spinfast publish: run {of.id}, {stage}, {what} -->"
     files.write_text(directory / "README.md", f"{content.card}\n{mark}\n")
     kind = "dataset" if what in DATA else "model"
-    return Parcel(of.repo(stage, what), kind, directory, {"README.md": "the card"} | content.holds, mark)
+    return Parcel(of.repo(stage, what), kind, directory, content.holds | {"README.md": "the card"}, mark)
 
 
 # Data sets -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from yaml import YAMLError
+
 from spinfast.config import parse_config
 from spinfast.errors import UserError
 from spinfast.hub import origin
@@ -41,20 +43,28 @@ class Publication:
     """Raises UserError for what is no run, has nothing finished, is damaged, or holds not what is asked for."""
 
     def __init__(self, path: Path, wanted: Wanted):
-        as_played = read_run(path)
+        try:
+            as_played = read_run(path)
+            trained = [row["stage"] for row in as_played.rows if row["stage"] != "base"]
+        except (ValueError, TypeError, LookupError, RecursionError, YAMLError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: config.yaml or results.json is damaged; run the same config again") from error
         self.wanted, self.run = wanted, replace(as_played, config=origin.told(as_played.config))
         self.id = parse_config(as_played.config, str(path / "config.yaml")).hash()
         if self.run.control:
             self.id += f" {self.run.control}"
-        self.stages = self._stages()
+        self.stages = self._stages([stage for stage in trained if Path(stage).name == stage])
         for stage in self.stages:
             if damaged := files.damage(self.run.path / stage / "adapter"):
                 raise UserError(f"{self.run.path / stage}: {damaged}; run the same config again to mend it")
         self._description = cards.description(self.run.path / self.stages[-1] / "adapter")
+        if wanted.base and at_hub(self._base_here) and wanted.base != self._base_here:
+            raise UserError(f"--base {wanted.base}: the run's base is {self._base_here}, a hub id itself; leave it out")
 
-    def _stages(self) -> list[str]:
+    def _stages(self, trained: list[str]) -> list[str]:
+        """Those to publish of the ones that are trained; a name out of a file that leads elsewhere is none."""
         run, asked = self.run, self.wanted.stages
-        trained = [row["stage"] for row in run.rows if row["stage"] != "base"]
         if not trained:
             raise UserError(f"{run.path}: no stage is finished yet, so there is nothing to publish; let the run go on")
         if not run.finished:

@@ -161,7 +161,7 @@ def _model_index(run: Run, row: dict | None, name: str) -> dict:
             "value": round(factor * found[metric]["value"], digits + 2),
         }
         for metric, (title, digits, factor) in SHOWN.items()
-        if metric in found
+        if metric in found and math.isfinite(found[metric]["value"])
     ]
     if not metrics:
         return {}
