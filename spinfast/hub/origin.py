@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 from huggingface_hub import RepoCard, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from yaml import YAMLError
 
 from spinfast.data.sources import is_local
 from spinfast.errors import UserError
@@ -71,20 +72,26 @@ def _of_card(name: str, kind: str) -> dict[str, str]:
         if get_token() is None:
             return {}
         raise UserError(f"{kind} {name}: the hub knows none of that name, or not to you; check the name") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError):
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError, YAMLError):
         return {}
 
 
 def _of_directory(path: Path) -> dict[str, str]:
     if not path.is_dir():
         return {}
-    card = path / "README.md"
-    found = _known(RepoCard(card.read_text(encoding="utf-8"), True).data.to_dict()) if card.is_file() else {}
+    found = _of_text(path / "README.md")
     for file in [] if found else sorted(path.glob("LICEN[CS]E*")):
         first = next(filter(None, map(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines())), "")
         known = TEXTS.get(first.casefold())
         return {"license": known} if known else {"license": "other", "license_name": first[:60]}
     return found
+
+
+def _of_text(card: Path) -> dict[str, str]:
+    try:
+        return _known(RepoCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
+    except (OSError, ValueError, YAMLError):  # no card, or none that can be read
+        return {}
 
 
 def _known(data: dict) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from spinfast.config import parse_config
+from spinfast.config import load_config
 from spinfast.errors import UserError
 from spinfast.hub import origin
 from spinfast.models import ResolvedModel, at_hub, resolve_model
@@ -51,7 +51,7 @@ class Publication:
                 raise
             raise UserError(f"{path}: config.yaml or results.json is damaged; run the same config again") from error
         self.wanted, self.run = wanted, replace(as_played, config=origin.told(as_played.config))
-        self.id = parse_config(as_played.config, str(path / "config.yaml")).hash()
+        self.id = load_config(path / "config.yaml").hash()
         if self.run.control:
             self.id += f" {self.run.control}"
         self.stages = self._stages([stage for stage in trained if Path(stage).name == stage])

@@ -315,9 +315,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(data[start:end], 206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
         self.reply(data, headers=headers)
 
-    def tree(self, kind: str, name: str, revision: str, folder: str = ""):
+    def tree(self, kind: str, name: str, revision: str, folder: str | None):
         _, files = self.tree_at(kind, name, revision)
-        under = f"{folder.strip('/')}/".lstrip("/")
+        under = f"{(folder or '').strip('/')}/".lstrip("/")
         inside = {file: data for file, data in files.items() if file.startswith(under)}
         if under and not inside:
             raise Answer(404, "Entry not found", "EntryNotFound")
