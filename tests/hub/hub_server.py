@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Hub
 
     def log_message(self, *args):
@@ -112,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 self.server.faults(self.command, path)
             except Cut as cut:
-                self.rfile.read(cut.after)
-                self.connection.close()
+                self.rfile.read(min(cut.after, int(self.headers.get("Content-Length", cut.after))))
+                self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
             self.body = self.read_body()

@@ -137,7 +137,6 @@ def test_nothing_of_this_machine_goes_up(hub, run, tmp_path):
         str(run),
         str(Path.home()),
         TOKEN,
-        socket.gethostname(),
     }
     for (kind, name), repo in hub.repos.items():
         for file, data in repo.commits[-1][1].items():
