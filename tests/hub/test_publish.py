@@ -9,10 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from datasets import load_dataset
 from hub_server import TOKEN
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from publishing import ADAPTER, PARQUET, REPOS, environment, front, publish, refused
+from transformers import AutoModelForCausalLM
 
 from spinfast.models import resolve_model
 from spinfast.policy.adapters import files as adapters
@@ -101,6 +105,21 @@ print(json.dumps([rows.column_names, rows[0], len(rows), torch.equal(*logits)]))
 """
 
 
+@torch.no_grad()
+def test_datasets_and_peft_load_what_was_published(hub, run, tiny_model):
+    assert publish(run, "--yes") == 0
+    data, adapter = snapshot_download("me/sums-iter1", repo_type="dataset"), snapshot_download("me/sums-iter1")
+    rows = load_dataset(data, split="train")
+    assert rows.column_names == ["real", "generated", "iteration"]
+    assert rows.to_list() == pq.read_table(run / "iter_001" / "pairs.parquet", columns=rows.column_names).to_pylist()
+    ids, logits = torch.tensor([[5, 9, 17, 33]]), []
+    for where in (adapter, run / "iter_001" / "adapter"):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+        logits.append(PeftModel.from_pretrained(base, where)(ids).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.slow
 def test_datasets_and_peft_load_it_from_the_hub(hub, run, tiny_model, tmp_path):
     assert publish(run, "--yes") == 0
     adapter = run / "iter_001" / "adapter"

@@ -1,17 +1,17 @@
 """`spinfast publish` where something is there already, where the hub or the network fails, where it is killed."""
 
 import json
+import multiprocessing
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 import yaml
 from hub_server import OTHER, READER, TOKEN, Answer, Cut
 from huggingface_hub import HfApi, constants
-from publishing import ADAPTER, REPOS, environment, publish, refused
+from huggingface_hub.utils import close_session
+from publishing import ADAPTER, REPOS, publish, refused
 
 from spinfast.store import files
 
@@ -231,19 +231,20 @@ def test_runs_that_cannot_be_published(hub, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["PUT /lfs/", "POST sums-iter1/commit/"])
-def test_killed_in_the_middle_the_same_command_ends_it(hub, run, tmp_path, where):
+def test_killed_in_the_middle_the_same_command_ends_it(hub, run, where):
     method, pattern = where.split()
-    command = [sys.executable, "-m", "spinfast.run", "publish", str(run), "--to", "me/sums", "--yes"]
-    process = subprocess.Popen(command, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL)
+    close_session()  # the child opens connections of its own
+    process = multiprocessing.get_context("fork").Process(target=publish, args=(run, "--yes"))
 
     def kill(verb, path):
         if verb == method and re.search(pattern, path):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
             raise Cut(100)
 
     hub.faults = kill
-    assert process.wait() == -signal.SIGKILL
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     hub.faults = lambda verb, path: None
     assert all("README.md" in files or len(files) == 1 for repo in hub.repos.values() for _, files in repo.commits)
     kept = {*hub.large}
