@@ -191,7 +191,8 @@ def merged(of: Publication, stage: str, display: Display) -> Content:
         for file in directory.glob("*.json"):
             _without_paths(file)
 
-    return _whole(of, stage, "merged", {"*.safetensors": f"{of.base_told} with {stage} folded in"}, fill)
+    said = {"*.safetensors": f"{of.base_told} with {stage} folded in", merging.RECIPE_FILE: "how it was made"}
+    return _whole(of, stage, "merged", said, fill)
 
 
 def gguf(of: Publication, stage: str, display: Display) -> Content:
@@ -208,7 +209,8 @@ def gguf(of: Publication, stage: str, display: Display) -> Content:
             ollama = export.ollama(source.path, file)
             (directory / file).with_suffix(".Modelfile").write_text(ollama, encoding="utf-8")
 
-    return _whole(of, stage, "gguf", dict.fromkeys(names.values(), f"{of.base_told} with {stage}"), fill)
+    said = dict.fromkeys(names.values(), f"{of.base_told} with {stage}") | {"*.Modelfile": "for Ollama"}
+    return _whole(of, stage, "gguf", said, fill)
 
 
 def _whole(of: Publication, stage: str, form: str, said: dict[str, str], fill: Callable[[Path], None]) -> Content:

@@ -165,4 +165,4 @@ class Publication:
 
     def licence(self, of: dict[str, str]) -> dict[str, str]:
         """What a card states."""
-        return {"license": self.wanted.licence} if self.wanted.licence else of
+        return {"license": self.wanted.licence} if self.wanted.licence else dict(of)

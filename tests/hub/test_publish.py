@@ -27,8 +27,10 @@ from spinfast.store import files
 def test_without_yes_it_shows_what_would_go_and_sends_nothing(hub, run, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert publish(run) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert hub.requests == []
+    for name in ("base tiny-llama-tied-2x64", "data train.jsonl"):
+        assert f"warning: {name}: its licence is not known here" in err
     assert "as private repositories" in out
     assert "nothing was uploaded; --yes uploads it" in out
     for kind, name in REPOS:
