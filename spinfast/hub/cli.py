@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parcels = [lay_out(of, *each, display) for each in of.parcels()]
         for parcel in parcels:
             check_private(parcel.directory, of.run.path)
-        _show(of, parcels, arguments.public)
+        _show(of, parcels, arguments.run, arguments.public)
         if not arguments.yes and not _agreed():
             print("nothing was uploaded; --yes uploads it")
             return 0
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(of: Publication, parcels: Sequence[Parcel], public: bool) -> None:
+def _show(of: Publication, parcels: Sequence[Parcel], path: Path, public: bool) -> None:
     """What goes where, how large, whose it is."""
     from huggingface_hub.constants import ENDPOINT
     from rich.filesize import decimal
@@ -115,11 +115,13 @@ def _show(of: Publication, parcels: Sequence[Parcel], public: bool) -> None:
     total = 0
     for parcel in parcels:
         print(f"{'data set' if parcel.type == 'dataset' else 'model'} {parcel.repo}")
-        for name, path in parcel.files.items():
+        for name, file in parcel.files.items():
             held = next((said for known, said in parcel.holds.items() if fnmatch.fnmatch(name, known)), "of the base")
-            total += (size := path.stat().st_size)
+            total += (size := file.stat().st_size)
             print(f"    {name:36} {decimal(size):>9}  {held}")
-    print(f"{len(parcels)} repositories, {decimal(total)}; they lie in {of.run.path / FOLDER}, to be looked at")
+    print(
+        f"{len(parcels)} repositor{'ies' if len(parcels) > 1 else 'y'}, {decimal(total)}; they lie in {path / FOLDER}, to be looked at"
+    )
     licences = {f"base {of.base}": of.base_licence} | {f"data {name}": by for name, by in of.data_licences.items()}
     print("licences: " + "; ".join(f"{name}: {in_words(by)}" for name, by in licences.items()))
     for name in (name for name, by in licences.items() if not by):
