@@ -119,9 +119,8 @@ def _show(of: Publication, parcels: Sequence[Parcel], path: Path, public: bool) 
             held = next((said for known, said in parcel.holds.items() if fnmatch.fnmatch(name, known)), "of the base")
             total += (size := file.stat().st_size)
             print(f"    {name:36} {decimal(size):>9}  {held}")
-    print(
-        f"{len(parcels)} repositor{'ies' if len(parcels) > 1 else 'y'}, {decimal(total)}; they lie in {path / FOLDER}, to be looked at"
-    )
+    count = f"{len(parcels)} repositor{'ies' if len(parcels) > 1 else 'y'}"
+    print(f"{count}, {decimal(total)}; laid out in {path / FOLDER}, to be looked at")
     licences = {f"base {of.base}": of.base_licence} | {f"data {name}": by for name, by in of.data_licences.items()}
     print("licences: " + "; ".join(f"{name}: {in_words(by)}" for name, by in licences.items()))
     for name in (name for name, by in licences.items() if not by):
