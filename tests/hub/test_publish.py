@@ -1,5 +1,6 @@
 """`spinfast publish` to a hub on loopback, by huggingface_hub's own client: what goes up, and that others load it."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -39,6 +40,15 @@ def test_without_yes_it_shows_what_would_go_and_sends_nothing(hub, run, capsys, 
     assert f"{rows} pairs: prompts and answers of train.jsonl (licence: unknown)" in out
     assert "adapter_model.safetensors" in out
     assert "licences: base tiny-llama-tied-2x64: unknown; data train.jsonl: unknown" in out
+
+
+@pytest.mark.parametrize(("answer", "sent"), [("y\n", REPOS), ("\n", []), ("", [])])
+def test_at_a_terminal_it_asks(hub, run, monkeypatch, answer, sent):
+    terminal = io.StringIO(answer)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert publish(run) == 0
+    assert [*hub.repos] == sent
 
 
 def test_what_is_uploaded_is_what_the_run_has(hub, run, capsys):
