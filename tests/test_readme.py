@@ -10,6 +10,7 @@ import yaml
 from spinfast.commands import split
 from spinfast.config import parse_config
 from spinfast.evaluate.cli import parse as parse_eval
+from spinfast.hub.cli import parse as parse_publish
 from spinfast.run import parse
 from spinfast.weights.merge_cli import parse as parse_merge
 
@@ -60,5 +61,7 @@ def test_commands_are_understood(line):
         assert path.name == "mine.yaml" or (ROOT / path).exists()
     elif name == "merge":
         assert parse_merge(words).what == Path("runs/NAME")
+    elif name == "publish":
+        assert parse_publish(words).run == Path("runs/NAME")
     else:
         assert name in ("report", "doctor", "export")

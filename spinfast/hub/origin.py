@@ -83,7 +83,8 @@ def _of_directory(path: Path) -> dict[str, str]:
     for file in [] if found else sorted(path.glob("LICEN[CS]E*")):
         first = next(filter(None, map(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines())), "")
         known = TEXTS.get(first.casefold())
-        return {"license": known} if known else {"license": "other", "license_name": first[:60]}
+        own = re.sub(r"[^a-z0-9.]+", "-", first.casefold()).strip("-")[:60]  # as the hub wants names of licences
+        return {"license": known} if known else {"license": "other", "license_name": own}
     return found
 
 

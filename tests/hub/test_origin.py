@@ -33,7 +33,7 @@ def test_what_is_no_path_stays(name):
         ({"README.md": "---\nlicense: mit\n---\n"}, "mit"),
         ({"README.md": "---\nlicense: other\nlicense_name: mine\n---\n"}, "mine"),
         ({"README.md": "no front matter", "LICENSE": "\n   Apache License\n Version 2.0"}, "apache-2.0"),
-        ({"LICENSE.txt": "Do what you like\n"}, "Do what you like"),
+        ({"LICENSE.txt": "Do what you like\n"}, "do-what-you-like"),
         ({"README.md": "---\n{{{\n---\n"}, "unknown"),
         ({}, "unknown"),
     ],
