@@ -16,6 +16,7 @@ from spinfast.device import GIB
 from spinfast.dry_run import dry_run
 from spinfast.models import ResolvedModel
 from spinfast.run import CONFIGS
+from spinfast.studies.design import cells_of, load_design
 
 SHAPES = {  # hidden, inner, layers, heads, key/value heads, vocabulary, tied: the models' config.json
     "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151_936, True),
@@ -84,3 +85,11 @@ def test_t4_config_fits_a_t4(path, stand_in):
     text = console.export_text()
     assert "float16: capability < 8.0 has fp16 tensor cores only" in text
     assert f"of {SHAPES[name][2]} layers checkpointed" in text
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_cell_of_a_ready_study_is_a_config(path):
+    design = load_design(path)
+    cells = cells_of(design, path.parent)
+    assert len({cell.config.hash() for cell in cells}) == len(cells)
+    assert all(cell.config.heldout is None for cell in cells) or path.stem.startswith("rate")
