@@ -104,6 +104,8 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
                 if all(each.name in known.cells for each in cells if each.seed == cell.seed):
                     found = compare(design, cells, known.cells, known.base)
                     outputs.write(directory, found, cells, known.cells, known.base, rated, notes)
+                    if len(known.cells) < len(cells):
+                        outputs.tell(display.console, found)
     outputs.tell(display.console, found, notes)
     print(f"{directory}/index.html, scores.csv, runs.jsonl; {time.monotonic() - started:.0f} s")
     return 0
@@ -114,13 +116,15 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     from spinfast.dry_run import dry_run
     from spinfast.studies.statistics import Variances, detectable
 
-    dry_run(cells[0].config)
+    planned = dry_run(cells[0].config)
     settings = list(dict.fromkeys(cell.setting for cell in cells))
     controls = {*design.controls.values()}
     ranked = sum(not {*cell.levels} & controls for cell in cells if cell.seed == design.seeds[0])
     items = probes[0].items
+    hours = len(cells) * _seconds(cells[0], probes, planned.step.microbatch_tokens) / 3600
     lines = [
-        f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; the memory above is the first one's",
+        f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; about {hours:.1f} hours if all are as "
+        "the first, whose memory stands above (the planner's figures; answers that are written come on top)"
     ]
     if len(design.seeds) > 1:
         smallest = detectable(Variances(*(each**2 for each in GUESS)), len(design.seeds), items, ranked)
@@ -131,6 +135,23 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     for line in (*lines, *notes):
         console.print(line, markup=False, highlight=False)
     return 0
+
+
+def _seconds(cell: Cell, probes: Sequence, tokens: int) -> float:
+    """To train a cell and to score what is asked of it, by the planner's roofline; scoring is a third of a step."""
+    from spinfast.data import load_data
+    from spinfast.memory.planner import seconds
+    from spinfast.methods.run import loads
+    from spinfast.session import look
+
+    machine = look(cell.config, plan_only=True)
+    work = loads(cell.config, load_data(cell.config, machine.renderer)["data"].examples)
+
+    def reckoned(groups) -> float:
+        return seconds(machine.device, machine.shape, groups, tokens, 0, False)
+
+    trained = sum(sum(load.rounds) * reckoned(load.groups) for load in work)
+    return trained + sum(reckoned(probe.groups) for probe in probes if probe.groups) / 3
 
 
 def _shared(text: str, items: str, of) -> str:

@@ -63,6 +63,7 @@ class Probe(Protocol):
     name: str
     generates: bool
     items: int
+    groups: Sequence[Group]  # what of it is scored
 
     def fingerprint(self) -> str:
         """Of what is asked."""
@@ -89,6 +90,10 @@ class Problems:
     @property
     def items(self) -> int:
         return len(self.examples)
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        return [*self.worked, *self.results, *self.restated]
 
     def fingerprint(self) -> str:
         return _digest([self.worked, self.results, self.restated, self.max_tokens])
@@ -128,6 +133,7 @@ class Benchmark:
     task: benchmark.Task
     rows: Sequence[dict]
     pool: Sequence[dict]
+    groups = ()  # made as it is asked
 
     @property
     def generates(self) -> bool:

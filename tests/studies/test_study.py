@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from spinfast.run import main
 from spinfast.studies import outcomes, scores, statistics
 from spinfast.studies.design import cells_of, load_design
 
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "study.ipynb"
 KINDS = {
     "lora": {"adapter.r": 4, "adapter.alpha": 8},
     "merged": {"method": ["sft", "spin"], "adapter.init": "merge", "spin.iterations": 1},
@@ -88,6 +90,15 @@ def test_a_study_says_what_it_found(played):
     assert all(name in page for name in KINDS)
     assert 'data-plot="forest"' in page
     assert "seeds" in (out / "scores.md").read_text()
+
+
+def test_the_notebook_reads_the_scores(played, capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    exec(code.replace("studies/rate", str(played.parent / "out")), {})
+    said = capsys.readouterr().out
+    assert all(name in said for name in KINDS)
 
 
 def test_what_is_there_is_not_played_again(played, capsys):
