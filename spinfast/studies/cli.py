@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
             notes = [_shared(*each) for each in rate.contaminated(texts, probes)]
         if arguments.plan:
             return _plan(display.console, design, cells, probes, notes)
-        started = time.monotonic()
+        started, found = time.monotonic(), None
         with display.logged(directory / "log.txt"), display.phase("cells", len(cells), "cells") as tick:
             for cell, known in play(design, cells, directory, display):
                 tick.advance(metrics=cell.name)
@@ -106,6 +106,8 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
                     outputs.write(directory, found, cells, known.cells, known.base, rated, notes)
                     if len(known.cells) < len(cells):
                         outputs.tell(display.console, found)
+    if found is None:
+        raise UserError("study: no seed is played whole yet; another process plays it, start again when it is done")
     outputs.tell(display.console, found, notes)
     print(f"{directory}/index.html, scores.csv, runs.jsonl; {time.monotonic() - started:.0f} s")
     return 0
@@ -123,8 +125,8 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     items = probes[0].items
     hours = len(cells) * _seconds(cells[0], probes, planned.step.microbatch_tokens) / 3600
     lines = [
-        f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; about {hours:.1f} hours if all are as "
-        "the first, whose memory stands above (the planner's figures; answers that are written come on top)"
+        f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; about {hours:.1f} hours, if all "
+        "are as the first, whose memory stands above (the planner's figures; answers that are written come on top)"
     ]
     if len(design.seeds) > 1:
         smallest = detectable(Variances(*(each**2 for each in GUESS)), len(design.seeds), items, ranked)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,19 @@ def test_what_is_there_is_not_played_again(played, capsys):
     assert (out / "cells" / "wide.1" / "outcomes.json").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "worked" in capsys.readouterr().out
+
+
+def test_two_processes_share_a_study(tmp_path, tiny_model):
+    path = write_study(tmp_path, tiny_model("llama"), axes={"adapter.r": [2, 4, 8]})
+    command = [sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert 0 in [process.returncode for process in both], said
+    cells = list(tmp_path.glob("out/cells/*"))
+    assert len(cells) == 6
+    assert all((cell / "outcomes.json").exists() for cell in cells)
+    begun = [sum("data: 12 examples" in line for line in (cell / "log.txt").open()) for cell in cells]
+    assert begun == [1] * 6  # each by one of them
 
 
 def test_a_cell_that_fails_does_not_end_the_others(tmp_path, tiny_model, capsys):
