@@ -113,6 +113,7 @@ def test_what_is_there_is_not_played_again(played, capsys):
     assert "worked" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path, tiny_model):
     path = write_study(tmp_path, tiny_model("llama"), axes={"adapter.r": [2, 4, 8]})
     command = [sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(tmp_path / "out")]
