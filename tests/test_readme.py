@@ -12,6 +12,7 @@ from spinfast.config import parse_config
 from spinfast.evaluate.cli import parse as parse_eval
 from spinfast.hub.cli import parse as parse_publish
 from spinfast.run import parse
+from spinfast.studies.cli import parse_rate
 from spinfast.weights.merge_cli import parse as parse_merge
 
 ROOT = Path(__file__).parents[1]
@@ -63,5 +64,7 @@ def test_commands_are_understood(line):
         assert parse_merge(words).what == Path("runs/NAME")
     elif name == "publish":
         assert parse_publish(words).run == Path("runs/NAME")
+    elif name == "rate":
+        assert parse_rate(words).texts == ["book.txt", "essays/"]
     else:
         assert name in ("report", "doctor", "export")

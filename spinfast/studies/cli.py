@@ -42,7 +42,7 @@ def study(argv: Sequence[str]) -> int:
     return _run(arguments, directory, lambda renderer: (design, [], []), design, arguments.study.parent)
 
 
-def rate(argv: Sequence[str]) -> int:
+def parse_rate(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="spinfast rate",
         description="What training on each text does to reasoning, more than training on its own words in random order "
@@ -54,7 +54,11 @@ def rate(argv: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=256, help="tokens of a training row (256)")
     parser.add_argument("--sentences", action="store_true", help="each text with its sentences shuffled, too")
     _options(parser)
-    arguments = parser.parse(argv)
+    return parser.parse(argv)
+
+
+def rate(argv: Sequence[str]) -> int:
+    arguments = parse_rate(argv)
     from spinfast.studies.rate import text_study
 
     preset = arguments.preset or _preset()
