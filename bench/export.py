@@ -2,12 +2,14 @@
 
 By llama.cpp on one thread: tokens/s of 128 tokens and of a prompt of 512, the best of three (xllamacpp), and the
 perplexity of a page of Python's documentation (cyllama), which in fp32 is transformers'. Needs both wheels
-(requirements/test.lock). `memory`: a model of Qwen2.5-0.5B's shape in bf16, random; `peak_anon_mib` as in merging.py.
+(requirements/test.lock). `memory`: a model of Qwen2.5-0.5B's shape in bf16, random, with
+SmolLM2's tokenizer; `peak_anon_mib` as in merging.py.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from importlib.metadata import version
@@ -71,6 +73,8 @@ def of_types(kinds: list[str]) -> None:
 def memory(kind: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path, out = model(Path(scratch) / "model", 0), Path(scratch) / "m.gguf"
+        for file in resolve_model(SMOLLM2).path.glob("*token*"):
+            shutil.copy(file, path)
         with Peak() as peak:
             seconds, _ = written(path, kind, out)
         row = {"what": "Qwen2.5-0.5B's shape", "type": kind, "mb": round(out.stat().st_size / 1e6, 1)}
