@@ -9,16 +9,21 @@ HERE := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# what only tests need, on top: llama.cpp and its quantisers
+.venv/.tested: .venv/.installed requirements/test.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/test.lock
+	touch $@
+
 .PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 check-torch lint bench rehearse-t4
 setup: .venv/.installed
 
 run: setup
 	$(BIN)/python -m spinfast.run
 
-test: setup
+test: .venv/.tested
 	$(BIN)/python -m pytest
 
-test-slow: setup
+test-slow: .venv/.tested
 	$(BIN)/python -m pytest -m slow
 
 # with the python of a GPU's set (requirements/t4.lock, cuda13.lock): GPU_PYTHON=/path/to/python make test-gpu

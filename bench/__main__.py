@@ -6,6 +6,7 @@ import sys
 COMMANDS = {  # name -> module of bench, function of its arguments
     "compile": ("compile", "main"),
     "end_to_end": ("peers.end_to_end", "main"),
+    "export": ("export", "main"),
     "generation": ("generation", "main"),
     "iteration": ("iteration", "main"),
     "kernels": ("kernels", "main"),

@@ -50,6 +50,27 @@ def anonymous() -> float:
     return int(line.split()[1]) / 1024
 
 
+class Peak(threading.Thread):
+    """The most anonymous memory of this process while the block runs: `start_mib`, `peak_anon_mib`."""
+
+    def __enter__(self) -> Peak:
+        self.start_mib = self.peak_anon_mib = anonymous()
+        self.done = threading.Event()
+        self.start()
+        return self
+
+    def run(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak_anon_mib = max(self.peak_anon_mib, anonymous())
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.join()
+
+    def fields(self) -> dict[str, int]:
+        return {"start_mib": round(self.start_mib), "peak_anon_mib": round(self.peak_anon_mib)}
+
+
 def main(argv: list[str]) -> int:
     method, count = argv[0] if argv else "slerp", int(argv[1]) if len(argv) > 1 else 2
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,21 +78,11 @@ def main(argv: list[str]) -> int:
         tree = {"merge_method": method, "base_model": names[0], "models": [{"model": name} for name in names]}
         given = {"t": 0.4} if method == "slerp" else {"weight": 0.5, "density": 0.5}
         recipe = Recipe.model_validate(tree | {"parameters": given})
-        start, seen, done = anonymous(), [0.0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.005):
-                seen[0] = max(seen[0], anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         begun = time.perf_counter()
-        with heard(open_console()) as display:
+        with heard(open_console()) as display, Peak() as peak:
             merging.merge(recipe, json.dumps(tree), Path(scratch) / "out", display)
         seconds = time.perf_counter() - begun
-        done.set()
-        watcher.join()
         size = sum(file.stat().st_size for file in (Path(scratch) / "out").glob("*.safetensors"))
     row = {"method": method, "models": count, "output_mib": round(size / 2**20), "seconds": round(seconds, 1)}
-    rows.write("merging", row | {"start_mib": round(start), "peak_anon_mib": round(seen[0])})
+    rows.write("merging", row | peak.fields())
     return 0

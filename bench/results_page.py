@@ -45,10 +45,12 @@ KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
 STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives", "spinfast/packing.py", "spinfast/policy",
         "spinfast/sums.py", "spinfast/train.py")  # fmt: skip
 MEASURED = {  # benchmark -> the files that its rows describe
+    "export": ("spinfast/weights/gguf.py", "spinfast/weights/gguf_types.py"),
     "generation": (*KERNELS, "spinfast/attention.py", "spinfast/generation", "spinfast/policy"),
     "iteration": ("kernels/spinfast_kernels", "spinfast"),
     "kernels": (*KERNELS, "spinfast/attention.py", "spinfast/policy"),
     "memory": (*STEP, "spinfast/memory"),
+    "merging": ("spinfast/weights",),
     "peers": STEP,
     "profile": STEP,
     "rehearse": (*STEP, "spinfast/generation/transformers.py", "spinfast/memory"),
@@ -89,6 +91,12 @@ SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row 
      "predicted_tensors_mib device", "device what model pairs_per_step answer_tokens pairs"),
     ("Generation", "generation", None, "side model adapter p50_tokens_per_s spinfast_vllm_ratio threads device",
      "side model adapter threads device"),
+    ("A model as .gguf: sizes, speed by llama.cpp on one thread", "export", "SmolLM2-135M",
+     "what type mb apart perplexity tokens_per_s prompt_tokens_per_s export_s load_1m device", "what type device"),
+    ("Memory of an export to .gguf", "export", "Qwen2.5-0.5B's shape",
+     "what type mb export_s start_mib peak_anon_mib load_1m device", "what type device"),
+    ("Memory of a merge", "merging", None,
+     "method models output_mib seconds start_mib peak_anon_mib load_1m device", "method models device"),
 ]  # fmt: skip
 PICTURES = {"profile": "self time by class of operator", "scaling": "seconds and memory of a step against its size"}
 

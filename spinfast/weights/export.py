@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from spinfast.weights.gguf import Source
 
 MARK = "spinfast export gguf"
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    "q3_k_m",
+)
 FAMILIES = {  # before the role, after it, after the text
     "ChatML": ("<|im_start|>", "\n", "<|im_end|>\n"),
     "Llama 3": ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),
@@ -52,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = (arguments.type or ("f32" if arguments.adapter_only else "q8_0")).lower()
     if kind not in TYPES:
         raise UserError(
-            f"--type {kind}: expected {', '.join(TYPES)}; K- and I-quants are llama.cpp's own work: export f16, then "
+            f"--type {kind}: expected {', '.join(TYPES)}; of llama.cpp's others: export f16, then "
+            f"llama-quantize FILE.gguf OUT.gguf {kind.upper()}"
+        )
+    if "_k" in kind and importlib.util.find_spec("libgguf") is None:
+        raise UserError(
+            f"--type {kind}: K-quants need the libgguf package: pip install libgguf; or export f16, then "
             f"llama-quantize FILE.gguf OUT.gguf {kind.upper()}"
         )
     name = files.expanded(arguments.target).absolute().name.removesuffix(".gguf")
@@ -76,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.adapter_only:
             apart = gguf.write_lora(source, kind, out)
         else:
-            apart = gguf.write_model(source, kind, out, display)
-            files.write_text(modelfile, ollama(source.path, out.name))
+            text = ollama(source.path, out.name)
+            apart = gguf.write_model(source, kind, out, display, lambda: files.write_text(modelfile, text))
     size, exact = out.stat().st_size / 1e6, "exact" if not apart else f"{apart:.2g} from the model's, relative"
     print(f"{out}: {size:.1f} MB, {kind.upper()}, verified: read back, its numbers are {exact}")
     if arguments.adapter_only:
@@ -104,7 +112,7 @@ def resolve(target: str, name: str, model: str | None = None, revision: str | No
     base_name = model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise UserError(f"adapter {place}: names no base; give it by --model")
-    found = resolve_model(base_name, revision if model else adapter.config.get("revision"))
+    found = resolve_model(base_name, revision or (None if model else adapter.config.get("revision")))
     adapters.load(place, found.revision, name=found.name)
     trained = {"own": adapter.tensors} if adapter.kind == "full" else {}
     if not trained:

@@ -5,14 +5,13 @@ tensor and a block of rows are in memory, never a model. Every tensor is then re
 what it was made from. Names, types and keys are those of llama.cpp's own converter (b10605): tests compare the bytes.
 
 Llama's rotary embedding pairs neighbours in llama.cpp, halves of a head in transformers: rows of q and k are reordered.
-Below 8 bits the head, or the embedding where that is the head, stays at Q8_0, as llama-quantize keeps it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,24 +30,14 @@ from spinfast.progress import Display
 from spinfast.store import files, room
 from spinfast.types import Adapter
 from spinfast.weights.gguf_tokenizer import CONVERTER, add_tokenizer, copy_tokenizer
+from spinfast.weights.gguf_types import KINDS, fitting, quantised, type_of
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
 }
-TYPES = {  # the largest relative difference (root of mean squares, whole file) that is the type's own rounding
-    "f32": (LlamaFileType.ALL_F32, Q.F32, 0.0),
-    "f16": (LlamaFileType.MOSTLY_F16, Q.F16, 0.001),
-    "bf16": (LlamaFileType.MOSTLY_BF16, Q.BF16, 0.005),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, Q.Q8_0, 0.02),
-    "q5_1": (LlamaFileType.MOSTLY_Q5_1, Q.Q5_1, 0.10),
-    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Q.Q5_0, 0.10),
-    "q4_1": (LlamaFileType.MOSTLY_Q4_1, Q.Q4_1, 0.20),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Q.Q4_0, 0.20),
-}
 LORA_TYPES = ("f32", "f16", "bf16", "q8_0")
-SMALL = ("q5_1", "q5_0", "q4_1", "q4_0")
 BLOCK = 1 << 22  # numbers of a tensor that are in fp32 at a time
 SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
 YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
@@ -99,26 +88,29 @@ class Piece:
         return math.prod(shape) * dtype.itemsize
 
 
-def write_model(source: Source, kind: str, out: Path, display: Display) -> float:
-    """Write the model to `out` in a type of TYPES; how far its numbers are from the model's, relative.
+def write_model(
+    source: Source, kind: str, out: Path, display: Display, before: Callable[[], None] = lambda: None
+) -> float:
+    """Write the model to `out` in a type of KINDS; how far its numbers are from the model's, relative.
+
+    `before`: called when the file is verified, before it gets its name.
 
     Raises UserError for what llama.cpp would compute otherwise, numbers that are not finite or that the type cannot
     hold; then there is no file.
     """
-    config, (file_type, _, limit) = source.config, TYPES[kind]
+    config, limit = source.config, KINDS[kind].limit
     with ExitStack() as stack:
         weights = Weights(source, stack)
         pieces = weights.pieces(config, kind)
         room.check(out.parent, sum(piece.nbytes for piece in pieces), out.name)
-        beside = stack.enter_context(files.replacing(out))
-        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[source.architecture]])
+        writer, beside = stack.enter_context(_replacing(out, source))
         factors = _llama3_factors(config)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         for piece in pieces:
             shape, dtype = piece.stored
             writer.add_tensor_info(piece.name, shape, dtype, piece.nbytes, raw_dtype=piece.type)
-        _describe(writer, source, config, file_type)
+        _describe(writer, source, config, KINDS[kind].file)
         if source.gguf:
             copy_tokenizer(writer, source.gguf)
         else:
@@ -127,10 +119,10 @@ def write_model(source: Source, kind: str, out: Path, display: Display) -> float
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
-            writer.write_tensor_data(factors)
+            writer.write_tensor_data(factors.view(Written))
         with display.phase("write", len(pieces), "tensors") as tick:
             for piece in pieces:
-                writer.write_tensor_data(weights.encoded(piece))
+                writer.write_tensor_data(weights.encoded(piece).view(Written))
                 tick.advance()
         writer.close()
         with display.phase("verify", len(pieces), "tensors") as tick:
@@ -140,7 +132,26 @@ def write_model(source: Source, kind: str, out: Path, display: Display) -> float
                 f"{out.name}: read back, its numbers are {found:.2g} from the model's, {kind.upper()} rounds by up to "
                 f"{limit:g}: the weights have numbers that it cannot hold; use --type bf16 or f32"
             )
+        before()
     return found
+
+
+class Written(np.ndarray):
+    """As `gguf` writes it: numpy's own tofile loses small arrays on a full disk without a word."""
+
+    def tofile(self, file) -> None:
+        file.write(self.data)
+
+
+@contextmanager
+def _replacing(out: Path, source: Source) -> Iterator[tuple[gguf.GGUFWriter, Path]]:
+    """A writer and its file, which takes the name `out` in one step."""
+    with files.replacing(out) as beside:
+        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[source.architecture]])
+        try:
+            yield writer, beside
+        finally:
+            writer.close()
 
 
 class Weights:
@@ -171,7 +182,8 @@ class Weights:
             if name is None or (weight.endswith(".bias") and self.source.architecture == "Qwen3ForCausalLM"):
                 raise UserError(f"model {self.source.path}: {weight} has no place in llama.cpp's; {CONVERTER}")
             heads = _heads(self.source, config, weight.rpartition(".")[0])
-            found.append(Piece(name, weight, shape, _type(name, shape, kind, weight == head), heads))
+            as_type = type_of(KINDS[kind], name, shape, config.num_hidden_layers, weight == head)
+            found.append(Piece(name, weight, shape, as_type, heads))
         if tied and TABLE in self.added:  # a LoRA of the embedding leaves the head as it is
             table = next(piece for piece in found if piece.weight == TABLE)
             found.append(Piece("output.weight", HEAD, table.shape, table.type))
@@ -195,7 +207,7 @@ class Weights:
         out = np.empty(shape, dtype)
         with np.errstate(over="ignore"):  # what does not fit is found when it is read back
             for which in piece.steps():
-                out[which] = gguf.quantize(self.rows(piece, which), piece.type)
+                out[which] = quantised(self.rows(piece, which), piece.type)
         return out
 
     def difference(self, file: Path, pieces: list[Piece], advance) -> float:
@@ -221,12 +233,11 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
 
     llama.cpp scales each matrix by alpha / its rank: patterns of alphas and rank-stabilised scaling go into B.
     """
-    config, lora, (_, wanted, limit) = source.config, adapters.uniform(source.lora), TYPES[kind]
+    config, lora, limit = source.config, adapters.uniform(source.lora), KINDS[kind].limit
     names = gguf.get_tensor_name_map(ARCHITECTURES[source.architecture], config.num_hidden_layers)
     with ExitStack() as stack:
         Weights(source, stack)  # holds its shapes against the model's
-        beside = stack.enter_context(files.replacing(out))
-        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[source.architecture]])
+        writer, beside = stack.enter_context(_replacing(out, source))
         _name(writer, source, "adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.config["lora_alpha"]))
@@ -244,9 +255,9 @@ def write_lora(source: Source, kind: str, out: Path) -> float:
                 matrix = permuted(matrix, _heads(source, config, module))
             meant[f"{names.get_name(module)}.weight.lora_{which.lower()}"] = matrix.contiguous().numpy()
         for name, matrix in meant.items():
-            as_type = wanted if matrix.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Q.F16
+            as_type = fitting(KINDS[kind].type, matrix.shape[-1])
             with np.errstate(over="ignore"):
-                writer.add_tensor(name, gguf.quantize(matrix, as_type), raw_dtype=as_type)
+                writer.add_tensor(name, quantised(matrix, as_type).view(Written), raw_dtype=as_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -272,13 +283,6 @@ def _heads(source: Source, config, module: str) -> int:
         return 0
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(module.split(".")[-1], 0)
-
-
-def _type(name: str, shape: tuple[int, ...], kind: str, is_head: bool) -> Q:
-    if len(shape) < 2 or name.endswith("_norm.weight"):
-        return Q.F32
-    wanted = Q.Q8_0 if is_head and kind in SMALL else TYPES[kind][1]
-    return wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Q.F16
 
 
 def _rope(config) -> dict:

@@ -36,12 +36,15 @@ class Weight:
     parameters: Mapping[str, object]
 
 
-def plan(recipe: Recipe, checkpoints: Checkpoints) -> list[Weight]:
-    """In the order of a model. Raises UserError for models that do not fit together, or a number that is missing."""
+def plan(recipe: Recipe, checkpoints: Checkpoints, rows: int | None = None) -> list[Weight]:
+    """In the order of a model. `rows` of embedding and head, where they are brought to one vocabulary.
+
+    Raises UserError for models that do not fit together, or a number that is missing.
+    """
     _check_alike(checkpoints)
     places = [*_places(recipe, checkpoints)]
     check_effects(recipe, [name for _, _, name, _ in places])
-    return [_weight(recipe, checkpoints, *place) for place in places]
+    return [_weight(recipe, checkpoints, rows, *place) for place in places]
 
 
 def layers_from(recipe: Recipe, checkpoints: Checkpoints) -> list[tuple[Checkpoint, int]]:
@@ -75,7 +78,9 @@ def _places(recipe: Recipe, checkpoints: Checkpoints) -> Iterator[tuple[Slice, f
         yield slices[-1], 0.0, name, [name] * len(last)
 
 
-def _weight(recipe: Recipe, checkpoints: Checkpoints, part: Slice, t: float, name: str, names: list[str]) -> Weight:
+def _weight(
+    recipe: Recipe, checkpoints: Checkpoints, rows: int | None, part: Slice, t: float, name: str, names: list[str]
+) -> Weight:
     method, base = METHODS[recipe.merge_method], base_of(recipe, part)
     sources = [*zip(part.sources, names, strict=True)]
     models = [(checkpoints[source.model], own) for source, own in sources]
@@ -86,7 +91,7 @@ def _weight(recipe: Recipe, checkpoints: Checkpoints, part: Slice, t: float, nam
         (str(source.model), [source.parameters, *above], own) for n, (source, own) in enumerate(sources) if n != apart
     ]
     return Weight(
-        Entry(name, _dtype(recipe, models), _shape(recipe, checkpoints, models, name)),
+        Entry(name, _dtype(recipe, models), _shape(models, name, rows)),
         tuple(inputs),
         None if apart is None else models[apart],
         parameters(recipe.merge_method, above, each, name, t),
@@ -130,21 +135,18 @@ def _dtype(recipe: Recipe, models: Sequence[tuple[Checkpoint, str]]) -> torch.dt
     return reduce(torch.promote_types, [model.dtype(name) for model, name in models])
 
 
-def _shape(recipe: Recipe, checkpoints: Checkpoints, models: Sequence[tuple[Checkpoint, str]], name: str) -> tuple:
+def _shape(models: Sequence[tuple[Checkpoint, str]], name: str, rows: int | None) -> tuple[int, ...]:
     shapes = [model.shape(own) for model, own in models]
-    aligned = name in VOCABULARY and recipe.vocabulary
-    if aligned:
-        shapes = [[0, *shape[1:]] for shape in shapes]
+    if name in VOCABULARY and rows:
+        shapes = [[rows, *shape[1:]] for shape in shapes]
     if strange := next((n for n, shape in enumerate(shapes) if shape != shapes[0]), None):
-        hint = (
-            "tokenizer_source: base brings them to one vocabulary" if name in VOCABULARY else "merge models of a size"
-        )
+        aligned = "tokenizer_source: base brings them to one vocabulary"
+        hint = aligned if name in VOCABULARY and not rows else "merge models of a size"
         raise UserError(
             f"{name} is {shapes[0]} in {models[0][0].reference}, {shapes[strange]} in {models[strange][0].reference}; "
             + hint
         )
-    rows = checkpoints[recipe.donor].shape(name)[:1] if aligned else shapes[0][:1]
-    return (*rows, *shapes[0][1:])
+    return tuple(shapes[0])
 
 
 # Checks --------------------------------------------------------------------------------------------------------

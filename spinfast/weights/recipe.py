@@ -31,34 +31,54 @@ KNOWN = {"int8_mask", "epsilon"} | {name for m in METHODS.values() for name in (
 SHARES = ("density", "gamma")  # between 0 and 1
 RESCALES = {"l1": True, "density": "density"}
 DTYPES = ("float32", "float16", "bfloat16")
-SCALARS = (bool, int, float, str)
+TEMPLATES = {  # that mergekit knows by name
+    "chatml": "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>"
+    "\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """path@revision+adapter: a model as `resolve_model` takes it, and what is added to it before it is merged."""
+    """path@revision+adapter@revision: a model as `resolve_model` takes it, and what is added before it is merged."""
 
     name: str
     revision: str | None = None
     adapter: str | None = None
+    adapter_revision: str | None = None
 
     @classmethod
-    def parse(cls, text: Any) -> Reference:
-        if isinstance(text, Reference):
-            return text
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("expected path@revision+adapter, the last two as needed")
-        if expanded(text).exists():  # a directory may have an @ or a + in its name
-            return cls(text)
-        model, *adapters = text.split("+")
-        name, *revisions = model.split("@")
-        if len(adapters) > 1 or len(revisions) > 1 or not all((name, *adapters, *revisions)):
-            raise ValueError("expected path@revision+adapter, each once")
-        return cls(name, *(revisions or [None]), *(adapters or [None]))
+    def parse(cls, given: Any) -> Reference:
+        if isinstance(given, Reference):
+            return given
+        if isinstance(given, dict) and "model" in given and not given.keys() - {"model", "lora"}:
+            parts = [part for part in (given["model"], given.get("lora")) if part is not None]  # mergekit's other form
+        elif isinstance(given, str):
+            parts = [given] if expanded(given).exists() else given.split("+")  # a directory may have a + in its name
+        else:
+            parts = []
+        if not 1 <= len(parts) <= 2:
+            raise ValueError("expected path@revision+adapter@revision, each once and as needed")
+        return cls(*(word for part in parts for word in _place(part)))
 
     def __str__(self) -> str:
-        revision, adapter = f"@{self.revision}" * bool(self.revision), f"+{self.adapter}" * bool(self.adapter)
-        return f"{self.name}{revision}{adapter}"
+        parts = ((self.name, self.revision), (self.adapter, self.adapter_revision))
+        return "+".join(f"{name}@{revision}" if revision else name for name, revision in parts if name)
+
+
+def _place(given: Any) -> tuple[str, str | None]:
+    """(path or hub id, revision) of path@revision, or of mergekit's {path, revision}."""
+    if isinstance(given, dict) and not given.keys() - {"path", "revision"}:
+        name, *revision = (given[key] for key in ("path", "revision") if given.get(key) is not None)
+    elif isinstance(given, str):
+        name, *revision = [given] if expanded(given).exists() else given.split("@")
+    else:
+        name, revision = "", []
+    if len(revision) > 1 or not all(isinstance(word, str) and word.strip() for word in (name, *revision)):
+        raise ValueError("expected path@revision+adapter@revision, each once and as needed")
+    return name, *(revision or [None])
 
 
 @dataclass(frozen=True)
@@ -191,7 +211,7 @@ class Module(Body):
 class Tokenizer(Section):
     source: str = "union"
     tokens: Unbuilt = None
-    pad_to_multiple_of: Unbuilt = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
 
 
 class Recipe(Body):
@@ -222,9 +242,9 @@ class Recipe(Body):
     @field_validator("chat_template")
     @classmethod
     def _a_template(cls, text: str | None) -> str | None:
-        if text not in (None, "auto") and "{" not in text:
-            raise ValueError("mergekit's own templates are not built; expected auto or the template as Jinja")
-        return text
+        if text not in (None, "auto", *TEMPLATES) and "{" not in text:
+            raise ValueError(f"expected auto, {', '.join(TEMPLATES)}, or the template as Jinja, got {text!r}")
+        return TEMPLATES.get(text, text)
 
     @model_validator(mode="after")
     def _whole(self):
@@ -233,11 +253,8 @@ class Recipe(Body):
             raise ValueError(f"modules: expected default alone, which is the decoder, got {', '.join(self.modules)}")
         if self.tokenizer and self.tokenizer_source:
             raise ValueError("tokenizer, tokenizer_source: expected one of them, got both")
-        if self.vocabulary not in (None, "base", str(self.donor)):
-            raise ValueError(
-                f"tokenizer_source: {self.vocabulary} is not built, got it beside {self.donor}; expected base, or name "
-                "that model as base_model"
-            )
+        if self.vocabulary not in (None, "base", "union", *map(str, self.models_named)):
+            raise ValueError(f"tokenizer_source: expected union, base or one of the models, got {self.vocabulary!r}")
         return self
 
     @property
@@ -246,7 +263,7 @@ class Recipe(Body):
 
     @property
     def vocabulary(self) -> str | None:
-        """Whose tokens the rows of embedding and head are brought to; None: they stay as they are."""
+        """Whose tokens the rows of embedding and head are brought to (`vocabulary.py`); None: they stay as they are."""
         return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     @property

@@ -12,7 +12,7 @@ import torch
 from fixtures import tiny_model_dir
 
 import bench.__main__ as table
-from bench import kernels, merging, operators, results_page, rows, scaling, shapes
+from bench import export, kernels, merging, operators, results_page, rows, scaling, shapes
 from bench import memory as memory_bench
 from bench.peers import child, compare, end_to_end
 from spinfast import ops as spinfast_ops
@@ -126,9 +126,24 @@ def test_memory(command, monkeypatch, tmp_path):
     assert rollout["prompt_tokens_saved"] == 0.875  # 7 of 8 answers find the prompt there
 
 
-def test_merging(command, monkeypatch):
-    small = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+@pytest.fixture
+def small_merges(monkeypatch):
+    small = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     monkeypatch.setattr(merging, "SHAPE", merging.SHAPE | small | {"num_attention_heads": 4})
+
+
+def test_export(command, monkeypatch, tiny_model, small_merges):
+    monkeypatch.setattr(export, "SMOLLM2", str(tiny_model("llama")))
+    (row,) = command("export", "memory", "q4_0")
+    assert 0 < row["mb"] < row["start_mib"] <= row["peak_anon_mib"]
+    pytest.importorskip("cyllama")
+    pytest.importorskip("xllamacpp")
+    row = command("export", "q8_0")[-1]
+    assert min(row["perplexity"], row["tokens_per_s"], row["prompt_tokens_per_s"]) > 1
+    assert 0 < row["apart"] < 0.02
+
+
+def test_merging(command, small_merges):
     (row,) = command("merging", "linear", "2")
     assert row["output_mib"] < row["peak_anon_mib"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 import yaml
@@ -58,3 +59,21 @@ def grpo_runs(tmp_path_factory, tiny_model) -> Runs:
     }
     path.write_text(yaml.safe_dump(tree))
     return Runs(directory, model)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """mount(size) -> an empty file system of that size"""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(size):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", str(place)], capture_output=True)

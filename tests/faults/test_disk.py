@@ -1,11 +1,9 @@
 """A disk that fills up in each phase: one clear line, earlier work intact, the same result once there is room."""
 
 import os
-import shutil
-import subprocess
 
 import pytest
-from warm import computed, differing
+from warm import computed, differing, fill, one_line
 
 from spinfast.errors import UserError
 from spinfast.progress import Tick
@@ -24,43 +22,6 @@ PHASES = [
     "iter_001 generate",
     "iter_001 train",
 ]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """mount(size) -> an empty file system of that size"""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(size):
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        return place
-
-    yield mount
-    subprocess.run(["umount", "-l", str(place)], capture_output=True)
-
-
-def fill(place, left=0):
-    """Take all room but `left` bytes."""
-    free = shutil.disk_usage(place).free - left
-    with (place / "filler").open("wb") as file:
-        try:
-            while free > 0:
-                free -= file.write(b"\0" * min(free, 1 << 16))
-            file.flush()
-        except OSError:
-            pass
-
-
-def one_line(capsys):
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("spinfast: ")]
-    return line
 
 
 @pytest.mark.parametrize("left", [0, 3000])

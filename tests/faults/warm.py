@@ -25,6 +25,8 @@ FORK.set_forkserver_preload(
         "spinfast.methods.controls",
         "spinfast.environment",
         "spinfast.generation.transformers",
+        "spinfast.weights.adapter_merge",
+        "spinfast.weights.gguf",
         "torch.utils.tensorboard",
         "torch._dynamo",
         "transformers.models.llama.modeling_llama",
@@ -33,7 +35,7 @@ FORK.set_forkserver_preload(
 SECONDS = 120  # no run here takes so long: it hangs
 
 
-def _child(argv: list[str], output: str, before: Callable[[], None] | None) -> None:
+def child(argv: list[str], output: str, before: Callable[[], None] | None) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -68,7 +70,7 @@ class Runs:
     def start(self, name: str, *words: str, before: Callable[[], None] | None = None):
         """A process that plays, or goes on playing, the run `name`."""
         arguments = [str(self.config), "--run-dir", str(self.directory / name), *words]
-        process = FORK.Process(target=_child, args=(arguments, str(self.output), before))
+        process = FORK.Process(target=child, args=(arguments, str(self.output), before))
         process.start()
         return process
 
@@ -124,3 +126,22 @@ def place(run_dir: Path) -> str:
     path = run_dir / stages[-1] / "phases.json"
     finished = [name for name in order if path.exists() and name in json.loads(path.read_text())]
     return f"{stages[-1]} after {finished[-1]}" if finished else f"{stages[-1]} begun"
+
+
+def fill(place, left=0):
+    """Take all room but `left` bytes."""
+    free = shutil.disk_usage(place).free - left
+    with (place / "filler").open("wb") as file:
+        try:
+            while free > 0:
+                free -= file.write(b"\0" * min(free, 1 << 16))
+            file.flush()
+        except OSError:
+            pass
+
+
+def one_line(capsys):
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("spinfast: ")]
+    return line

@@ -1,6 +1,7 @@
 """GGUF files: against transformers' reader, the bytes of llama.cpp's own converter, and what must be refused."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,11 +22,11 @@ from spinfast.policy.adapters import files as adapters
 from spinfast.progress import heard, open_console
 from spinfast.run import main
 from spinfast.types import Adapter
-from spinfast.weights.export import TYPES as WORDS
-from spinfast.weights.export import ollama, resolve
-from spinfast.weights.gguf import TYPES, write_lora, write_model
+from spinfast.weights.export import TYPES, ollama, resolve
+from spinfast.weights.gguf import write_lora, write_model
 from spinfast.weights.gguf_tokenizer import WORDS as SPLIT
 from spinfast.weights.gguf_tokenizer import add_tokenizer, copy_tokenizer
+from spinfast.weights.gguf_types import KINDS
 
 sys.path.append(str(Path(__file__).parent / "gguf"))
 from lora import tiny_lora
@@ -83,20 +84,29 @@ def test_bytes_are_the_official_converters(tiny_model, tmp_path, case):
 
 
 def test_types_in_order_of_their_rounding(tiny_model, tmp_path):
-    assert tuple(TYPES) == WORDS
-    found = {}
-    for kind in TYPES:
+    found, kinds = {}, [kind for kind in KINDS if "_k" not in kind]
+    for kind in kinds:
         found[kind] = write(tiny_model("qwen2"), kind, tmp_path / f"{kind}.gguf")
         tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
         assert tensors["blk.0.attn_q.weight"] == kind.upper()
         assert tensors["token_embd.weight"] == (kind.upper() if kind[0] in "fb" else "Q8_0")
         assert {tensors["blk.1.attn_norm.weight"], tensors["blk.1.attn_k.bias"]} == {"F32"}
-    assert [found[kind] for kind in TYPES] == sorted(found.values())
-    assert all(found[kind] <= limit for kind, (_, _, limit) in TYPES.items())
+    assert [found[kind] for kind in kinds] == sorted(found.values())
+    assert all(found[kind] <= KINDS[kind].limit for kind in kinds)
     assert found["q4_0"] > 0.02
     write(tiny_model("llama", tied=False), "q4_0", tmp_path / "untied.gguf")
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "untied.gguf").tensors}
     assert (tensors["token_embd.weight"], tensors["output.weight"]) == ("Q4_0", "Q8_0")
+
+
+def test_k_quants(tmp_path):
+    """By libgguf; tests/weights/test_llama_cpp.py holds types and bytes against llama-quantize's."""
+    pytest.importorskip("libgguf")
+    assert tuple(KINDS) == TYPES
+    model = tiny_model_dir(tmp_path, "llama", hidden=256, intermediate_size=512)
+    found = {kind: write(model, kind, tmp_path / f"{kind}.gguf") for kind in KINDS if "_k" in kind}
+    assert list(found.values()) == sorted(found.values())
+    assert all(KINDS[kind].limit / 4 < apart < KINDS[kind].limit for kind, apart in found.items())
 
 
 def test_rows_that_no_block_divides_are_f16(tmp_path):
@@ -302,7 +312,7 @@ def test_command(command, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--type", "q4_k_m"], "llama-quantize FILE.gguf OUT.gguf Q4_K_M"),
+        (["--type", "iq4_xs"], "llama-quantize FILE.gguf OUT.gguf IQ4_XS"),
         (["--out", "model.bin"], "ending in .gguf"),
         (["--adapter-only"], "holds no LoRA"),
         (["--model", "other"], "is a model itself"),
@@ -312,6 +322,28 @@ def test_what_cannot_be_meant_is_refused(command, tiny_model, tmp_path, words, s
     code, _, err = command(tiny_model("llama"), *words)
     assert (code, [*tmp_path.iterdir()]) == (2, [])
     assert said in err
+
+
+def test_what_k_quants_need(command, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libgguf", None)
+    code, _, err = command(tiny_model("llama"), "--type", "q4_k_m")
+    assert code == 2
+    assert "pip install libgguf; or export f16, then llama-quantize FILE.gguf OUT.gguf Q4_K_M" in err
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda file: file.unlink(), lambda file: os.truncate(file, 5000)], ids=["gone", "cut"]
+)
+def test_weights_that_are_not_there(command, tiny_model, tmp_path, harm):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "harmed")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    names = load_file(model / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    harm(model / "model-00001-of-00001.safetensors")
+    code, _, err = command(model)
+    assert (code, [path.name for path in tmp_path.iterdir()], len(err.splitlines())) == (2, ["harmed"], 1)
+    assert "model-00001-of-00001.safetensors" in err
 
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "is not finite"), (1e6, "it cannot hold")])

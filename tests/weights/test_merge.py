@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fixtures import tiny_model_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from merged_models import TABLE, make
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from spinfast.errors import UserError
+from spinfast.models import load_tokenizer
 from spinfast.run import main
 from spinfast.weights.merge import METHODS
 from spinfast.weights.recipe import KNOWN, Recipe, Reference, Setting, read_recipe, resolved
@@ -20,6 +23,7 @@ from spinfast.weights.recipe import KNOWN, Recipe, Reference, Setting, read_reci
 MERGEKIT = Path(__file__).parent / "mergekit"
 CASES = json.loads((MERGEKIT / "cases.json").read_text())
 RECIPES = sorted(path.stem for path in MERGEKIT.glob("*.yaml"))
+VOCABULARIES = [name for name in RECIPES if name.startswith("vocabulary")]
 
 
 # Methods
@@ -77,16 +81,13 @@ def test_corners():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A directory with the models A, B and C."""
-    room, weights = tmp_path_factory.mktemp("merge"), load_file(MERGEKIT / "models.safetensors")
-    for letter in "ABC":
-        made = tiny_model_dir(room / f"made-{letter}", "llama", True, 6, 8).rename(room / letter)
-        own = {name[2:]: tensor for name, tensor in weights.items() if name[0] == letter}
-        save_file(own, made / "model.safetensors", metadata={"format": "pt"})
+    """A directory with the models A, B, C, B-more and C-more."""
+    room = tmp_path_factory.mktemp("merge")
+    make(room, load_file(MERGEKIT / "models.safetensors"))
     return room
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in VOCABULARIES])
 def test_a_recipe_makes_what_mergekit_made(models, tmp_path, monkeypatch, name):
     monkeypatch.chdir(models)
     recipe = MERGEKIT / f"{name}.yaml"
@@ -96,6 +97,21 @@ def test_a_recipe_makes_what_mergekit_made(models, tmp_path, monkeypatch, name):
     for tensor in found:
         assert torch.allclose(found[tensor], expected[tensor], atol=1e-6, rtol=1e-6), tensor
     assert (tmp_path / "out/mergekit_config.yml").read_text() == recipe.read_text()
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_rows_are_brought_together_by_token_as_mergekit_does(models, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(models)
+    assert main(["merge", str(MERGEKIT / f"{name}.yaml"), "--out", str(tmp_path / "out")]) == 0
+    with safe_open(MERGEKIT / f"{name}.safetensors", framework="pt") as file:
+        theirs, expected = json.loads(file.metadata()["tokens"]), file.get_tensor(TABLE)
+    ours, found = load_tokenizer(tmp_path / "out").get_vocab(), load_file(tmp_path / "out/model.safetensors")[TABLE]
+    assert ours.keys() == {*theirs}
+    rows = [ours[token] for token in theirs]
+    assert torch.allclose(found[rows], expected[: len(rows)], atol=1e-6, rtol=1e-6)
+    assert found.shape == expected.shape
+    assert torch.allclose(found[len(rows) :], expected[len(rows) :], atol=1e-6)  # those that are no token's
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 knots = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=7)
@@ -179,16 +195,19 @@ def test_a_letter_too_much_is_told(tmp_path_factory, name, place):
             "expected exactly one of them, got models, sli",
         ),
         ({"models": None}, "expected exactly one of them, got none"),
-        ({"models": [{"model": "a@b@c"}]}, "models.0.model: expected path@revision+adapter, each once, got 'a@b@c'"),
+        (
+            {"models": [{"model": "a@b@c"}]},
+            "models.0.model: expected path@revision+adapter@revision, each once and as needed, got 'a@b@c'",
+        ),
         ({"dtype": "int8"}, "dtype: "),
         ({"parameters": {"density": 1.5}}, "expected a share between 0 and 1, got 1.5"),
         ({"parameters": {"weight": "much"}}, "weight: expected a number or a list of numbers, got 'much'"),
         ({"parameters": {"weight": []}}, "expected at least one knot"),
         ({"parameters": {"normalize": "maybe"}}, "normalize: expected true or false, got 'maybe'"),
         ({"parameters": {"weight": [{"filter": "mlp", "valu": 1}]}}, "weight: expected value and filter"),
-        ({"tokenizer_source": "union"}, "tokenizer_source: union is not built, got it beside A; expected base"),
+        ({"tokenizer_source": "C"}, "tokenizer_source: expected union, base or one of the models, got 'C'"),
         ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer.tokens: this is not built, leave it out, got {}"),
-        ({"chat_template": "llama3"}, "mergekit's own templates are not built"),
+        ({"chat_template": "alpaca"}, "expected auto, chatml, llama3, or the template as Jinja, got 'alpaca'"),
         ({"modules": {"text": {"models": [{"model": "A"}]}}, "models": None}, "expected default alone"),
     ],
 )
@@ -202,11 +221,33 @@ def test_what_is_wrong_is_told_by_its_key(tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_what_references_mean(tmp_path):
-    assert Reference.parse("a/b@main+c") == Reference("a/b", "main", "c")
-    assert Reference.parse("a/b+c") == Reference("a/b", None, "c")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/b@main+c", ("a/b", "main", "c", None)),
+        ("a/b+c", ("a/b", None, "c", None)),
+        ("a/b@v1+c/d@v2", ("a/b", "v1", "c/d", "v2")),
+        ({"model": "a b", "lora": {"path": "c", "revision": "v2"}}, ("a b", None, "c", "v2")),
+        ({"model": {"path": "a/b", "revision": "v1"}}, ("a/b", "v1", None, None)),
+    ],
+)
+def test_what_references_mean(text, expected):
+    found = Reference.parse(text)
+    assert found == Reference(*expected)
+    assert Reference.parse(str(found)) == found
+
+
+def test_a_directory_may_be_called_anything(tmp_path):
     odd = tmp_path / "x@1+y"
     odd.mkdir()
     assert Reference.parse(str(odd)) == Reference(str(odd))
-    for reference in (Reference("a/b", "main", "c"), Reference("a/b")):
-        assert Reference.parse(str(reference)) == reference
+    (tmp_path / "x@1").mkdir()
+    assert Reference.parse(f"{tmp_path}/x@1+c") == Reference(f"{tmp_path}/x@1", None, "c")
+
+
+@pytest.mark.parametrize(
+    "text", ["a@b@c", "a+b+c", "a+", "@b", "", 3, {"lora": "x"}, {"model": "a", "architecture": "b"}]
+)
+def test_what_is_no_reference(text):
+    with pytest.raises(ValueError, match="expected path@revision\\+adapter@revision"):
+        Reference.parse(text)

@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import signal
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +17,21 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spinfast.errors import UserError
 from spinfast.memory.ledger import Ledger
 from spinfast.model_check import check_model
+from spinfast.models import load_tokenizer
 from spinfast.progress import heard, open_console
 from spinfast.run import main
 from spinfast.store import files
 from spinfast.weights import merging
-from spinfast.weights.checkpoint import Checkpoint
+from spinfast.weights.export import FAMILIES
 from spinfast.weights.merge import METHODS
-from spinfast.weights.plan import plan
 from spinfast.weights.recipe import Recipe
 from spinfast.weights.writer import write_weights
+
+sys.path.append(str(Path(__file__).parent / "gguf"))
+from lora import tiny_lora
 
 
 def weights(directory):
@@ -68,7 +74,7 @@ def test_the_output_is_a_model_like_any_other(pair, tmp_path):
     assert files.damage(tmp_path / "out") is None
     card = (tmp_path / "out/README.md").read_text()
     assert "text: this" in card
-    assert card.count(str(pair[0])) == 2  # it is the donor, too
+    assert card.count(str(pair[0])) == 3  # config and tokenizer are its
 
 
 def test_shards_hold_the_same_weights(pair, tmp_path):
@@ -116,11 +122,10 @@ def test_memory_is_a_few_tensors(deep, tmp_path, method):
     tree = {"merge_method": method, "models": named} | ({"base_model": deep[0]} if of.base == "apart" else {})
     recipe = Recipe.model_validate(tree | ({"parameters": parameters} if of.base == "among" else {}))
     with ExitStack() as stack:
-        checkpoints = {reference: Checkpoint(reference, stack) for reference in recipe.models_named}
-        every, donor = plan(recipe, checkpoints), checkpoints[recipe.donor]
+        opened = merging.Merge(recipe, "", 0, stack)
+        every = opened.weights
         with Ledger() as ledger:
-            made = (merging._computed(recipe, weight, donor, 0) for weight in every)
-            write_weights(tmp_path, [weight.entry for weight in every], made)
+            write_weights(tmp_path, [weight.entry for weight in every], map(opened.computed, every))
     largest, whole = (4 * of(math.prod(weight.entry.shape) for weight in every) for of in (max, sum))
     assert 3 * largest <= ledger.usage.peak <= 12.1 * largest < whole  # fp32; of one model
 
@@ -130,7 +135,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(pair, tmp_path, at):
     """At the first tensor, in the middle, at the last; then the same command makes it."""
     child = os.fork()
     if not child:
-        calls, computed = [], merging._computed
+        calls, computed = [], merging.Merge.computed
 
         def killed(*words):
             calls.append(words)
@@ -138,7 +143,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(pair, tmp_path, at):
                 os.kill(os.getpid(), signal.SIGKILL)
             return computed(*words)
 
-        merging._computed = killed
+        merging.Merge.computed = killed
         merged(tmp_path / "out", "linear", halves(pair))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -199,6 +204,24 @@ def test_unequal_vocabularies_are_said_and_brought_together_by_token(pair, renum
     assert {name: rows for name, rows in wrong.items() if rows} == {}
 
 
+def test_rows_without_a_token_stay_and_are_merged_by_number(pair, renumbered, tmp_path, caplog):
+    other = shutil.copytree(renumbered, tmp_path / "other")
+    table = "model.embed_tokens.weight"
+    for path, value in ((renumbered, 1.0), (other, 3.0)):
+        own = weights(path)
+        own[table][384:] = value
+        save_file(own, path / "model.safetensors", metadata={"format": "pt"})
+    both = merged(tmp_path / "both", "linear", halves([renumbered, other, pair[0]]), tokenizer_source="base")
+    assert both[table].shape[0] == 388
+    assert torch.allclose(both[table][384:], torch.full((4, 64), 2.0))  # pair[0] has none: it counts with their mean
+    based = {"base_model": str(renumbered), "tokenizer": {"source": "base", "pad_to_multiple_of": 100}}
+    padded = merged(tmp_path / "padded", "linear", halves([renumbered, pair[0]]), **based)
+    assert padded[table].shape[0] == 400
+    assert torch.equal(padded[table][384:388], torch.ones(4, 64))
+    assert torch.allclose(padded[table][388:], padded[table][:388].mean(0).expand(12, -1), atol=1e-5)
+    assert "tokens are in none" not in caplog.text
+
+
 # An adapter into its base
 
 
@@ -224,6 +247,30 @@ def test_a_lora_is_folded_as_peft_computes_it(pair, tmp_path, changes):
     assert not torch.equal(
         found["model.layers.1.self_attn.q_proj.weight"], weights(pair[0])["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+def test_base_and_adapter_from_the_hub(pair, tmp_path, monkeypatch, capsys):
+    """`base@revision+owner/adapter@revision`, from the hub's cache."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, made in (("base", pair[0]), ("lora", tiny_lora(pair[0], tmp_path / "lora"))):
+        repo = tmp_path / f"hub/models--org--{name}"
+        shutil.copytree(made, repo / "snapshots" / commit)
+        (repo / "refs").mkdir()
+        (repo / "refs/v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = merged(tmp_path / "out", "passthrough", [{"model": "org/base@v1+org/lora@v1"}])
+    expected = merged(tmp_path / "local", "passthrough", [{"model": f"{pair[0]}+{tmp_path / 'lora'}"}])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert f"| org/base@v1+org/lora@v1 | {commit} |" in (tmp_path / "out/README.md").read_text()
+    for wrong, words in (
+        ("org/base@v1+org/lora@v2", "adapter org/lora at revision v2: neither on this machine nor to be had"),
+        (f"{pair[0]}+{tmp_path / 'lora'}@v1", "only what is on the hub has a revision; leave @v1 out"),
+        (f"{pair[0]}+{tmp_path / 'nowhere'}", "nowhere: no such directory; expected an adapter's"),
+        (f"{pair[0]}+{pair[1]}", "cannot be read"),
+    ):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"merge_method": "passthrough", "models": [{"model": wrong}]}))
+        assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "no")]) == 2
+        assert words in capsys.readouterr().err
 
 
 # Errors
@@ -293,7 +340,7 @@ def test_a_harmed_model_is_one_line_and_no_output(pair, tmp_path, capsys, harm, 
             {"merge_method": "linear", "models": [{"model": "A"}, {"model": "no/where"}]},
             "model no/where: neither on this machine",
         ),
-        ({"merge_method": "linear", "models": [{"model": "A@main"}]}, "only a hub model has a revision"),
+        ({"merge_method": "linear", "models": [{"model": "A@main"}]}, "only what is on the hub has a revision"),
         (
             {
                 "merge_method": "linear",
@@ -329,6 +376,64 @@ def test_what_does_not_fit_is_told_before_a_tensor_is_read(pair, tmp_path, monke
     assert main(["merge", "r.yaml", "--out", "out"]) == (2 if words else 0)
     assert (tmp_path / "out").exists() == (words is None)
     assert (words or "") in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_one_line(pair, tmp_path, capsys):
+    adapter = tiny_lora(pair[0], tmp_path / "lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for change, base, words in (
+        (
+            {},
+            tiny_model_dir(tmp_path, "llama", hidden=128),
+            "for model.layers.0.mlp.down_proj.weight [64, 96], the model",
+        ),
+        ({"revision": "0" * 64}, pair[0], "was trained on"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+        assert main(["merge", str(adapter), "--out", str(tmp_path / "out"), "--model", str(base)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
+        assert words in line
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [", "recipe r.yaml: "),
+        ("models: *nobody", "recipe r.yaml: "),
+        ("- linear", "expected merge_method, models ..., got list"),
+        ("", "expected merge_method, models ..., got NoneType"),
+        (b"\xff\xfe\x00", "recipe r.yaml: "),
+        (None, "recipe r.yaml: no such file"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, monkeypatch, capsys, text, words):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["merge", "r.yaml", "--out", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_template_needs_a_tokenizer(pair, tmp_path):
+    bare = shutil.copytree(pair[0], tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    with pytest.raises(UserError, match="bare has no tokenizer to have it"):
+        merged(tmp_path / "out", "passthrough", [{"model": str(bare)}], chat_template="chatml")
+    for source in ("base", "union"):
+        with pytest.raises(UserError, match=r"tokenizer_source: .*bare has no tokenizer; leave tokenizer_source out"):
+            merged(tmp_path / "out", "linear", halves([pair[0], bare]), tokenizer_source=source)
+    assert merged(tmp_path / "out", "passthrough", [{"model": str(bare)}])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_a_template_by_name(pair, tmp_path, name):
+    merged(tmp_path / "out", "passthrough", [{"model": str(pair[0])}], chat_template=name)
+    talk = [{"role": role, "content": f"@{role}"} for role in ("system", "user")]
+    text = load_tokenizer(tmp_path / "out").apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    before, after, end = {"chatml": FAMILIES["ChatML"], "llama3": FAMILIES["Llama 3"]}[name]
+    turns = "".join(f"{before}{one['role']}{after}{one['content']}{end}" for one in talk)
+    assert text == f"{turns}{before}assistant{after}"
 
 
 def test_what_has_no_effect_is_said(pair, tmp_path, caplog):

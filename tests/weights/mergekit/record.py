@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 import yaml
 from fixtures import tiny_model_dir
+from merged_models import TABLE, make
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods.api import merge_tensors
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 SHAPES = [(12, 7), (13,), (1, 5)]
@@ -65,23 +67,34 @@ def tensors() -> None:
     save_file(saved, HERE / "cases.safetensors")
 
 
+def drawn() -> dict[str, torch.Tensor]:
+    """The weights of A, B and C, once drawn: torch does not promise the same numbers in other versions."""
+    file = HERE / "models.safetensors"
+    if not file.exists():
+        saved = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            for seed, letter in enumerate("ABC"):
+                path = tiny_model_dir(Path(scratch) / letter, "llama", True, 6, 8)
+                draw = torch.Generator().manual_seed(seed)
+                for name, tensor in load_file(path / "model.safetensors").items():
+                    saved[f"{letter}.{name}"] = tensor + 0.2 * torch.randn(tensor.shape, generator=draw)
+        save_file(saved, file)
+    return load_file(file)
+
+
 def models() -> None:
-    saved = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for seed, letter in enumerate("ABC"):
-            path = tiny_model_dir(Path(scratch) / f"made-{letter}", "llama", True, 6, 8)
-            path, draw = path.rename(Path(scratch) / letter), torch.Generator().manual_seed(seed)
-            own = load_file(path / "model.safetensors")
-            own = {name: t + 0.2 * torch.randn(t.shape, generator=draw) for name, t in own.items()}
-            save_file(own, path / "model.safetensors", metadata={"format": "pt"})
-            saved |= {f"{letter}.{name}": tensor for name, tensor in own.items()}
+        make(Path(scratch), drawn())
         os.chdir(scratch)
         for recipe in sorted(HERE.glob("*.yaml")):
             config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
             run_merge(config, recipe.stem, MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))
             made = [load_file(file) for file in Path(recipe.stem).glob("*.safetensors")]
-            save_file({k: v for part in made for k, v in part.items()}, HERE / f"{recipe.stem}.safetensors")
-    save_file(saved, HERE / "models.safetensors")
+            found, told = {k: v for part in made for k, v in part.items()}, None
+            if "vocabulary" in recipe.stem:  # rows in another order: the table alone, with its tokens
+                vocab = AutoTokenizer.from_pretrained(recipe.stem).get_vocab()
+                found, told = {TABLE: found[TABLE]}, {"tokens": json.dumps(sorted(vocab, key=vocab.get))}
+            save_file(found, HERE / f"{recipe.stem}.safetensors", metadata=told)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,23 @@ class Server:
             f"{self.server.listening_address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["tokens"]
+            return json.load(answer)
 
     def generate(self, prompt, tokens):
         """Ids that follow a prompt of ids, until the model ends or there are so many."""
-        return self.ask("completion", {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True})
+        greedy = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+        return self.ask("completion", greedy)["tokens"]
+
+    def generate_scored(self, prompt, tokens):
+        """The same, and the log-prob of each."""
+        greedy = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True, "n_probs": 1}
+        found = self.ask("completion", greedy)
+        return found["tokens"], [each["logprob"] for each in found["completion_probabilities"]]
+
+    def timings(self, prompt, tokens):
+        """llama-server's own of a prompt that it has not seen and so many tokens after it."""
+        every = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        return self.ask("completion", every)["timings"]
 
     def tokenize(self, text):
-        return self.ask("tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return self.ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
