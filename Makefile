@@ -9,7 +9,7 @@ HERE := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# what only tests need, on top: llama.cpp and its quantisers
+# what only tests need, on top: llama.cpp and its quantisers, two processes
 .venv/.tested: .venv/.installed requirements/test.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/test.lock
 	touch $@
@@ -21,7 +21,7 @@ run: setup
 	$(BIN)/python -m spinfast.run
 
 test: .venv/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.tested
 	$(BIN)/python -m pytest -m slow
