@@ -59,6 +59,9 @@ def parse_rate(argv: Sequence[str]) -> argparse.Namespace:
 
 def rate(argv: Sequence[str]) -> int:
     arguments = parse_rate(argv)
+    for name, least in (("tokens", 1), ("length", 8)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}: expected at least {least}, got {getattr(arguments, name)}")
     from spinfast.studies.rate import text_study
 
     preset = arguments.preset or _preset()
