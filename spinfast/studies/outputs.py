@@ -136,6 +136,7 @@ def scores_csv(found: Found, rated: Sequence[Rated]) -> str:
                 "ci_high": _number(score.high),
                 "p_holm": "" if score.p_holm is None else score.p_holm,
                 "group": score.group,
+                "learning": score.learning,
                 "forgetting": _number(score.forgetting),
                 "forgetting_low": _number(score.forgetting_low),
                 "forgetting_high": _number(score.forgetting_high),
@@ -192,17 +193,18 @@ def tradeoff(found: Found) -> list[Plot]:
         return []
     name, series = found.outcome, [Series("base", 6, [0.0], [0.0])]
     for slot, score in enumerate(found.scores):
-        whisker = {} if math.isnan(score.low) else {"low": [score.low], "high": [score.high]}
+        known = not math.isnan(score.learning_low)
+        whisker = {"low": [score.learning_low], "high": [score.learning_high]} if known else {}
         if not math.isnan(score.forgetting_low):
             whisker |= {"left": [score.forgetting_low], "right": [score.forgetting_high]}
         label = score.setting + (" (Pareto)" if score.pareto else "")
-        series.append(Series(label, slot, [score.forgetting], [score.score], **whisker))
+        series.append(Series(label, slot, [score.forgetting], [score.learning], **whisker))
     return [
         Plot(
             "tradeoff",
             "Learning against forgetting",
             "forgetting, nats per token more on other texts",
-            f"learning: effect on {name}, {unit(found)}",
+            f"learning: {name} more than the base, {unit(found)}",
             "points",
             series,
             marks=((0.0, ""),),

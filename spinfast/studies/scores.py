@@ -33,10 +33,13 @@ class Score:
     p: float | None
     p_holm: float | None
     group: str  # settings that share a letter cannot be told apart
+    learning: float  # the outcome's change from the base, whatever the control
+    learning_low: float
+    learning_high: float
     forgetting: float  # nats per token more than the base; of unrelated texts and the base's own answers
     forgetting_low: float
     forgetting_high: float
-    pareto: bool
+    pareto: bool  # no other setting learns as much and forgets as little
     floor: bool
     changes: Mapping[str, float]  # of every outcome, against the base
 
@@ -77,14 +80,16 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
     lost = [name for name in base if name.endswith("/nll")]
     order = [*ranked, *aside]
     learnt = np.stack([array(levels, [outcome], controls[levels]) for levels in order])
+    gained = np.stack([array(levels, [outcome], None) for levels in order])
     forgotten = np.stack([array(levels, lost, None) for levels in order]) if lost else np.full((len(order), 1, 1), NAN)
     if len(seeds) > 1:
-        effects, forgets = statistics.effects(learnt), statistics.effects(forgotten) if lost else None
+        effects, gains = statistics.effects(learnt), statistics.effects(gained)
+        forgets = statistics.effects(forgotten) if lost else None
         p_holm = statistics.holm(effects.p[: len(ranked)])
         letters = statistics.groups(learnt[: len(ranked)])
     else:
-        effects = forgets = None
-    front = statistics.pareto(learnt.mean((1, 2)), forgotten.mean((1, 2))) if lost else np.zeros(len(order), bool)
+        effects = gains = forgets = None
+    front = statistics.pareto(gained.mean((1, 2)), forgotten.mean((1, 2))) if lost else np.zeros(len(order), bool)
     scores = []
     for i, levels in enumerate(order):
         rated = effects is not None and i < len(ranked)
@@ -100,6 +105,9 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
                 float(effects.p[i]) if rated else None,
                 float(p_holm[i]) if rated else None,
                 letters[i] if rated else "",
+                float(gained[i].mean()),
+                float(gains.low[i]) if gains else NAN,
+                float(gains.high[i]) if gains else NAN,
                 float(forgotten[i].mean()),
                 float(forgets.low[i]) if forgets else NAN,
                 float(forgets.high[i]) if forgets else NAN,
