@@ -116,6 +116,14 @@ def publish(argv: Sequence[str]) -> int:
     return import_module("spinfast.hub.cli").main(argv)
 
 
+def chat(argv: Sequence[str]) -> int:
+    return import_module("spinfast.chat.cli").main(argv)
+
+
+def serve(argv: Sequence[str]) -> int:
+    return import_module("spinfast.chat.serve").main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="spinfast replay", description="Make the step that stopped a run again, and say what is not finite."
@@ -136,6 +144,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (doctor, "what this machine can run, and why not"),
     "params": (params, "what each kind of adapter trains, in numbers and bytes"),
     "expand": (expand, "plain LoRA of a LoRA-XS or TinyLoRA adapter"),
+    "chat": (chat, "talk to a model, a run or a .gguf file"),
+    "serve": (serve, "the same over HTTP, as OpenAI's API has it"),
     "merge": (merge, "one model of several, or of a run and its base"),
     "export": (export, "one .gguf file for llama.cpp, Ollama and phones"),
     "publish": (publish, "a run's data sets and adapters to the Hugging Face hub"),

@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +139,7 @@ def _package_file(name: str) -> Path:
 
 
 def _from_gguf(file: Path, name: str, cache_dir: Path | None) -> tuple[Path, str]:
-    if not file.is_file():
-        raise UserError(f"model {name}: no such file: {file}")
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"model {name}: not a GGUF file: {file}")
+    check_gguf(file, name)
     sha256 = _sha256([file])
     if KNOWN_SHA256.get(name, sha256) != sha256:
         raise UserError(
@@ -156,6 +153,15 @@ def _from_gguf(file: Path, name: str, cache_dir: Path | None) -> tuple[Path, str
     return target, sha256
 
 
+def check_gguf(file: Path, name: str) -> None:
+    """Raises UserError where it is no .gguf file."""
+    if not file.is_file():
+        raise UserError(f"model {name}: no such file: {file}")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"model {name}: not a GGUF file: {file}")
+
+
 def default_cache() -> Path:
     """$SPINFAST_CACHE or ~/.cache/spinfast."""
     return Path(os.environ.get("SPINFAST_CACHE") or "~/.cache/spinfast").expanduser()
@@ -163,17 +169,11 @@ def default_cache() -> Path:
 
 def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     """De-quantise beside the target and rename, so that a cache entry is whole or absent."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading a .gguf model needs the gguf package: pip install gguf")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        try:
+        with reading_gguf(file):
             model, tokenizer = _read_gguf(file)
-        except UserError:
-            raise
-        except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
-            raise UserError(f"model {file}: cannot be converted: {first_line(error)}") from error
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         record = {"source": file.name, "source_sha256": sha256, "conversion": CONVERSION}
@@ -187,21 +187,29 @@ def _convert_gguf(file: Path, sha256: str, target: Path) -> None:
     shutil.rmtree(target / "replaced", ignore_errors=True)
 
 
+@contextmanager
+def reading_gguf(file: Path) -> Iterator[None]:
+    """What goes wrong with the file inside the block is a UserError."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading a .gguf model needs the gguf package: pip install gguf")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
+        raise UserError(f"model {file}: cannot be converted: {first_line(error)}") from error
+
+
 def _read_gguf(file: Path):
     """(model in bf16, tokenizer) with the file's own end token and a pad token."""
     import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    fields = gguf_header(GGUFReader(file))
+    tokenizer, _ = read_gguf_tokenizer(file)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    _mend_gguf_tokenizer(tokenizer, file, fields)
     loaded, loading = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(loaded.config.eos_token_id)
-    _choose_pad_token(tokenizer, file)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     del loaded.config.quantization_config
     # transformers refuses to save what it loaded from GGUF; the same weights in a fresh model it does save
@@ -210,6 +218,19 @@ def _read_gguf(file: Path):
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     return model, tokenizer
+
+
+def read_gguf_tokenizer(file: Path) -> tuple:
+    """(the file's tokenizer with its own end token and a pad token, its metadata)"""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = gguf_header(GGUFReader(file))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    _mend_gguf_tokenizer(tokenizer, file, fields)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(fields["tokenizer.ggml.eos_token_id"])
+    _choose_pad_token(tokenizer, file)
+    return tokenizer, fields
 
 
 def gguf_header(reader) -> dict:

@@ -40,7 +40,8 @@ class Lasting:
     """A text stream that takes any character in any encoding; once nobody reads it, what is written is dropped."""
 
     def __init__(self, stream: TextIO):
-        self._stream, self._gone = stream, False
+        self._stream, self.gone = stream, False
+        self.then = "the work goes on without"  # said once nobody reads
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -56,7 +57,7 @@ class Lasting:
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable, *values: str) -> None:
-        if self._gone:
+        if self.gone:
             return
         try:
             action(*values)
@@ -71,11 +72,11 @@ class Lasting:
 
     def _end(self) -> None:
         """What is still in the stream's buffer, and what others write to its descriptor, goes nowhere too."""
-        self._gone = True
+        self.gone = True
         with suppress(OSError, ValueError):
             _fill(self._stream.fileno())
         if self is sys.stdout:
-            print("spinfast: nobody reads the output any more; the work goes on without", file=sys.stderr)
+            print(f"spinfast: nobody reads the output any more; {self.then}", file=sys.stderr)
 
 
 @contextmanager

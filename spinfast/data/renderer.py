@@ -145,6 +145,10 @@ class Renderer:
         scored = tuple(learnt[start:])
         return Rendered(ids[:start], ids[start:], None if all(scored) else scored)
 
+    @property
+    def has_template(self) -> bool:
+        return bool(self._template)
+
     def has_control_tokens(self, text: str) -> bool:
         """Whether the text spells a special token."""
         return self._special.search(text) is not None
@@ -355,6 +359,13 @@ class Renderer:
 
     def _shown(self, text: str) -> str:
         return re.sub(rf"{MARKER}(\d+)p", lambda found: self._typed[int(found[1])], text)
+
+
+def plain_ids(tokenizer, text: str) -> Ids:
+    """Token ids of text outside a conversation, with the begin-of-text token that the tokenizer writes, written once:
+    a rendered template brings its own."""
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tuple(tokenizer(text, add_special_tokens=not begun).input_ids)
 
 
 def _with_reasoning(content: str, turn: str, opened: str | None) -> str | None:

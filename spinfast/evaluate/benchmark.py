@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from spinfast.data.renderer import plain_ids
 from spinfast.evaluate.answers import SCORERS
 from spinfast.evaluate.statistics import estimate
 from spinfast.evaluate.tasks import Row, Task, cut, introductions
@@ -47,8 +48,7 @@ class Engine:
 
     def ids(self, text: str) -> Ids:
         """Of plain text, or of a rendered template, which writes its own begin-of-text token."""
-        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        return tuple(self.tokenizer(text, add_special_tokens=not begun).input_ids)
+        return plain_ids(self.tokenizer, text)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import SCORERS
 from spinfast.evaluate.tasks import LEADERBOARD, TASKS, find_task, hopeless, load_rows
+from spinfast.opening import SHORTEST, add_options, open_played, settings
 from spinfast.store import files
 from spinfast.terminal import Parser
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from spinfast.evaluate.benchmark import Engine
 
 log = logging.getLogger("spinfast")
-SHORTEST = 16  # tokens of a context that holds a prompt's end and an answer
 COMMIT = re.compile("[0-9a-f]{7,40}")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,7 +37,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=f"tasks: {', '.join(TASKS)}, leaderboard (= {','.join(LEADERBOARD)}), FILE.jsonl; NAME:5 is 5-shot",
     )
     parser.add_argument("--model", help="hub id, directory or .gguf, as in a config's model.name (default: the run's)")
-    parser.add_argument("--revision", help="commit of a hub model")
     parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter, or a run: its best; default: none")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), help="comma-separated")
     parser.add_argument(
@@ -55,19 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chat-template", action="store_true", help="with --harness: prompts as the user's turn")
     parser.add_argument("--max-length", type=int, help="tokens of the context (default: the model's, 2048 at most)")
     parser.add_argument("--batch-size", type=int, default=64, help="answers written at once")
-    parser.add_argument("--profile", default="auto", help="device.profile, as in a config")
-    parser.add_argument("--dtype", help="device.dtype, as in a config (default: the run's, or auto)")
-    parser.add_argument("--attention", default="auto", help="device.attention, as in a config")
     parser.add_argument("--backend", default="transformers", help="generation.backend, as in a config; auto: vLLM")
-    parser.add_argument(
-        "--load-in-4bit", action=argparse.BooleanOptionalAction, help="model.load_in_4bit (default: the run's, or no)"
-    )
-    parser.add_argument(
-        "--system", help="system turn before every chat prompt (default: the run's, or none); '' is none"
-    )
-    parser.add_argument(
-        "--template", action="append", default=[], metavar="NAME=VALUE", help="template variables, beside the run's own"
-    )
+    add_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers (avg@k)")
     return parser.parse(argv)
 
@@ -81,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
     if arguments.max_length is not None and arguments.max_length < SHORTEST:
         raise UserError(f"--max-length: expected at least {SHORTEST}, got {arguments.max_length}")
-    if arguments.dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
     if arguments.chat_template and not arguments.harness:
         raise UserError("--chat-template: goes with --harness; without it the _chat tasks are the chat ones")
     if arguments.harness and find_spec("lm_eval") is None:
@@ -131,105 +116,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
-    """Model, adapter and generator for the duration of the block, opened as a run opens them."""
-    from transformers import AutoConfig
-
-    from spinfast.config import parse_config
+    """What a benchmark needs of the model, for the duration of the block."""
     from spinfast.evaluate.benchmark import Engine
-    from spinfast.memory.planner import StepPlan
-    from spinfast.model_check import window
-    from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
-    from spinfast.session import look, open_session
-    from spinfast.train import Budget, sequence_logps
+    from spinfast.train import sequence_logps
 
-    path = adapters.find(files.expanded(str(arguments.adapter))) if arguments.adapter else None
-    settings = _settings(arguments, _run_of(path) if path else None)
-    model = resolve_model(settings["model"], settings["revision"])
-    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
-    length = arguments.max_length or min(2048, shape.max_position_embeddings, window(shape) or 2048)
-    answer = SHORTEST // 2
-    tree = {
-        "model": {
-            "name": settings["model"],
-            "revision": settings["revision"],
-            "load_in_4bit": settings["load_in_4bit"],
-        },
-        "data": {"source": "the tasks'"},
-        "prompt": {
-            "max_prompt_tokens": length - answer,
-            "max_answer_tokens": answer,
-            "system": settings["system"],
-            "template": settings["template"],
-        },
-        "generation": {"backend": arguments.backend, "batch_size": arguments.batch_size, "max_tokens": answer},
-        "evaluate": {"max_tokens": answer},
-        "device": {"profile": arguments.profile, "dtype": settings["dtype"], "attention": arguments.attention},
-    }
-    adapter = None
-    if path:
-        adapter = adapters.uniform(adapters.load(path, model.revision, name=model.name))
-        tree["adapter"] = adapters.settings(adapter)
-    config = parse_config(tree, "eval")
-    machine = look(config, model=model)
-    budget = Budget(max(4096, 2 * length), machine.device.attention)
-    with open_session(config, machine, StepPlan(budget.microbatch_tokens)) as session:
-        if adapter:
-            session.policy.load_adapter(adapter)
-            session.check_generator(_canary_prompt(machine.renderer), adapter)
+    paths = [adapters.find(files.expanded(str(arguments.adapter)))] if arguments.adapter else []
+    found = settings(arguments, *paths)
+    options = {"backend": arguments.backend, "length": arguments.max_length, "longest": 2048}
+    with open_played(found, paths, arguments, **options, batch_size=arguments.batch_size) as played:
+        session, renderer = played.session, played.session.machine.renderer
+        adapter = next(iter(played.adapters), None)
         yield Engine(
-            tokenizer=machine.renderer.tokenizer,
-            render=machine.renderer.prompt_ids,
+            tokenizer=renderer.tokenizer,
+            render=renderer.prompt_ids,
             generate=lambda requests, sampling: session.generator.generate(requests, sampling, adapter),
-            sequence_logps=lambda groups: sequence_logps(session.policy, groups, budget),
-            stop_ids=machine.renderer.stop_ids,
-            max_length=length,
+            sequence_logps=lambda groups: sequence_logps(session.policy, groups, played.budget),
+            stop_ids=renderer.stop_ids,
+            max_length=played.length,
             seed=arguments.seed,
-            settings=settings,
+            settings=found,
         )
-
-
-def _run_of(adapter: Path) -> Path | None:
-    """The run directory that an adapter lies in."""
-    marks = "config.yaml", "inputs.json"
-    return next((p for p in adapter.resolve().parents if all((p / mark).is_file() for mark in marks)), None)
-
-
-def _settings(arguments: argparse.Namespace, run: Path | None) -> dict:
-    """What decides over the answers: the options given, else the run's own, else a config's defaults."""
-    from spinfast.config import load_config
-
-    found = {"revision": None, "load_in_4bit": False, "system": None, "template": {}, "dtype": "auto"}
-    if run:
-        c = load_config(run / "config.yaml")
-        found = {"model": c.model.name, "revision": c.model.revision, "load_in_4bit": c.model.load_in_4bit}
-        found |= {"system": c.prompt.system, "template": c.prompt.template, "dtype": c.device.dtype}
-        log.info("settings of the run %s, where no option says otherwise: %s", run, found)
-    given = {name: getattr(arguments, name) for name in ("model", "revision", "load_in_4bit", "system", "dtype")}
-    if arguments.model:
-        found["revision"] = None  # it is another model's
-    found |= {name: value for name, value in given.items() if value is not None}
-    if "model" not in found:
-        raise UserError("--model: expected a model, or an --adapter that lies in a run directory")
-    return found | {"system": found["system"] or None, "template": found["template"] | _template(arguments.template)}
-
-
-def _template(items: Sequence[str]) -> dict:
-    """NAME=VALUE, the value in JSON where it is JSON: enable_thinking=false is no text."""
-    found = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise UserError(f"--template {item}: expected NAME=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
-def _canary_prompt(renderer) -> tuple[int, ...]:
-    return tuple(renderer.prompt_ids([{"role": "user", "content": "What is the sum of twelve and thirty?"}]))
 
 
 def _place(item: str) -> tuple[str, Path | str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from spinfast.errors import UserError
-from spinfast.types import Adapter, Completion, Request, Sampling
+from spinfast.types import Adapter, Completion, Request, Sampling, Token
 
 
 class Generator(Protocol):
@@ -37,6 +38,81 @@ class Generator(Protocol):
 
     def rest(self) -> None:
         """Give back what the next generate() can make again, for the phases that need the memory."""
+
+
+class Batch(Protocol):
+    """Answers in progress under one adapter. Requests, no two of them equal, join and leave between two steps."""
+
+    def __len__(self) -> int:
+        """Answers that are not finished, those that wait for a place included."""
+
+    def add(self, request: Request, sampling: Sampling) -> None: ...
+
+    def drop(self, request: Request) -> None:
+        """Nobody waits for this answer any more: its place is free."""
+
+    def step(self) -> list[Token]:
+        """The next tokens, one of each answer that has a place. A batch that raises is of no more use."""
+
+
+class Streaming(Protocol):
+    """A context manager whose answers can be taken token by token: for people and servers."""
+
+    name: str
+    max_model_len: int  # tokens of the longest prompt with its answer
+    takes_turns: bool  # whether batches under several adapters may be stepped in turn
+
+    def batch(self, adapter) -> Batch:
+        """A new one under (base + adapter); None means the base."""
+
+
+class Voices:
+    """Answers of one generator under several adapters, by their names; each step is another one's turn.
+
+    Where batches cannot take turns, they come one after the other, each with what asked before the next one's did.
+    """
+
+    def __init__(self, generator: Streaming, adapters: Mapping[str, object]):
+        self.generator, self.adapters = generator, adapters
+        self._batches: dict[str, Batch] = {}  # of those that answer, in the order of their turns
+        self._waiting: deque[tuple[str, Request, Sampling]] = deque()
+        self.turn = ""  # whose the last step was
+
+    def __len__(self) -> int:
+        return len(self._waiting) + sum(map(len, self._batches.values()))
+
+    def add(self, voice: str, request: Request, sampling: Sampling) -> None:
+        """Raises UserError where the prompt leaves no room for max_tokens."""
+        with_sampling([request], sampling, self.generator.max_model_len)
+        self._waiting.append((voice, request, sampling))
+
+    def drop(self, request: Request) -> None:
+        self._waiting = deque(waits for waits in self._waiting if waits[1] != request)
+        for batch in self._batches.values():
+            batch.drop(request)
+        self._forget()
+
+    def step(self) -> list[Token]:
+        """The next tokens of one of them. Where its batch fails, that batch is gone; `turn` says whose it was."""
+        self._admit()
+        self.turn, batch = next(iter(self._batches.items()))
+        del self._batches[self.turn]
+        tokens = batch.step()
+        self._batches[self.turn] = batch
+        self._forget()
+        return tokens
+
+    def _admit(self) -> None:
+        while self._waiting:
+            voice = self._waiting[0][0]
+            if voice not in self._batches:
+                if self._batches and not self.generator.takes_turns:
+                    return
+                self._batches[voice] = self.generator.batch(self.adapters[voice])
+            self._batches[voice].add(*self._waiting.popleft()[1:])
+
+    def _forget(self) -> None:
+        self._batches = {voice: batch for voice, batch in self._batches.items() if len(batch)}
 
 
 def prompt_seed(run_seed: int, iteration: int, index: int, purpose: str = "train", sample: int = 0) -> int:

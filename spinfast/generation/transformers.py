@@ -7,8 +7,7 @@ An answer that ends leaves the batch at once, the last slot moves into its place
 A further sample of a prompt in the cache starts as a decoding row: it gets a copy of the prompt's keys and values, and
 its first step feeds the prompt's last token.
 
-Sampling is inverse-CDF in fp32 with one uniform per (request, step): SplitMix64 (Steele, Lea, Flood 2014) of the
-request's seed as a counter-based stream, so that the draw does not depend on the batch.
+A token is drawn with one uniform per (request, step), see draw.py, so that the draw does not depend on the batch.
 
 Shape suffixes: T packed tokens, S answers scored in a step, V vocabulary, H query heads, G key/value heads, d head
 dim, L cached positions, 1 the batch of one.
@@ -18,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +29,16 @@ import torch.nn.functional as F
 from spinfast.attention import packed_attention
 from spinfast.errors import UserError
 from spinfast.generation import with_sampling
+from spinfast.generation.draw import sample, uniform
 from spinfast.policy import Policy
 from spinfast.policy.adapters.files import settings
 from spinfast.policy.quantised import dense
-from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling
+from spinfast.types import Adapter, Completion, PackedLayout, Request, Sampling, Token
 
 TRIM = 64  # decode attention reads the cache up to the longest answer, rounded up to this
 PREFILL_TOKENS = 1024  # prompt tokens admitted in one step
 MIN_ROWS = 16  # a step is padded to this: with fewer rows fp32 GEMMs round otherwise (MKL on x86)
-BLOCK = 256  # vocabulary entries summed first when a token is drawn
 SAMPLED_ROWS = 16  # rows of logits sampled together: their fp32 copies stay in the cache
-NUCLEUS = 256  # candidates looked at first when top_p < 1; rows that need more are looked at again
 
 
 class TransformersGenerator:
@@ -51,7 +50,7 @@ class TransformersGenerator:
     differently for different numbers of rows, 6 and 3 of the 24 stayed the same.
     """
 
-    name = "transformers"
+    name, takes_turns = "transformers", True
 
     def __init__(
         self,
@@ -72,6 +71,7 @@ class TransformersGenerator:
         self.max_model_len = max_model_len or policy.model.config.max_position_embeddings
         self.dense_layers = dense_layers
         self._streams = ExitStack()
+        self._taken: Adapter | None = None  # what the last step of a batch made of the policy
 
     def __enter__(self) -> TransformersGenerator:
         return self
@@ -106,46 +106,95 @@ class TransformersGenerator:
         return partial(self.policy.playing, adapter)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         model = self.policy.model
-        was_training = model.training
+        if not model.training:  # or each token would go through all modules twice
+            yield
+            return
         model.eval()
         try:
             yield
         finally:
-            model.train(was_training)
+            model.train()
+
+    def batch(self, adapter: Adapter | None) -> SlotBatch:
+        """Answers token by token. The policy is left to whoever steps batches: it stays what the last step made it."""
+        return SlotBatch(self, SlotCache(self.policy, 0, 0, self.attention), self._taker(adapter))
+
+    def _taker(self, adapter: Adapter | None) -> Callable[[], AbstractContextManager]:
+        """What makes the policy base + adapter and leaves it so."""
+
+        def take() -> AbstractContextManager:
+            if self._taken is not adapter:
+                self.policy.load_adapter(adapter)
+                self._taken = adapter
+            return nullcontext()
+
+        return take if adapter else self.policy.without_adapter
 
     def _stream(self, waiting: deque[_Answer], player: Callable[[], AbstractContextManager]) -> Iterator[Completion]:
         """Whoever takes the answers finds the policy as it was: it is another one only while answers are made."""
         if not waiting:
             return
         longest = max(len(answer.request.prompt_ids) + answer.sampling.max_tokens for answer in waiting)
-        slots = min(self.batch_size, len(waiting))
-        cache = SlotCache(self.policy, slots, longest, self.attention)
-        active: list[_Answer] = []
+        cache = SlotCache(self.policy, min(self.batch_size, len(waiting)), longest, self.attention)
+        batch = SlotBatch(self, cache, player, waiting)
         with dense(self.policy.decoder.layers[: self.dense_layers]):
-            while waiting or active:
-                ended: list[Completion] = []
-                with player(), self._evaluating():
+            while len(batch):
+                ended: list[_Answer] = []
+                with player(), self.evaluating():
                     while not ended:
-                        again, fresh = _admit(waiting, active, slots - len(active))
-                        sampled = self._step(cache, active, again, fresh)
-                        active += again + fresh
-                        for answer, (token, logp) in zip(active, sampled, strict=True):
-                            answer.append(int(token), logp)
-                        ended = [answer.completion() for answer in active if answer.finished]
-                        active = cache.keep(active)
-                yield from ended
+                        ended = [answer for answer in batch.advance() if answer.finished]
+                yield from (answer.completion() for answer in ended)
+
+
+class SlotBatch:
+    """Answers in progress, a slot of the cache each; requests join and leave between two steps."""
+
+    def __init__(
+        self,
+        generator: TransformersGenerator,
+        cache: SlotCache,
+        player: Callable[[], AbstractContextManager],
+        waiting: Iterable[_Answer] = (),
+    ):
+        self.generator, self.cache, self.player = generator, cache, player
+        self.waiting, self.active = deque(waiting), []
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.active)
+
+    def add(self, request: Request, sampling: Sampling) -> None:
+        self.waiting += [_Answer(*each) for each in with_sampling([request], sampling, self.generator.max_model_len)]
+
+    def drop(self, request: Request) -> None:
+        self.waiting = deque(answer for answer in self.waiting if answer.request != request)
+        for answer in self.active:
+            answer.dropped |= answer.request == request
+        self.active = self.cache.keep(self.active)
+
+    def step(self) -> list[Token]:
+        with self.player(), self.generator.evaluating():
+            return [answer.token() for answer in self.advance()]
+
+    def advance(self) -> list[_Answer]:
+        """Every answer in progress, a token longer; those that ended leave the batch."""
+        again, fresh = _admit(self.waiting, self.active, self.generator.batch_size - len(self.active))
+        answers = [*self.active, *again, *fresh]
+        self.cache.make_room(len(answers), max(answer.cached for answer in answers))
+        sampled = self._forward(again, fresh)
+        for answer, (token, logp) in zip(answers, sampled, strict=True):
+            answer.append(int(token), logp)
+        self.active = self.cache.keep(answers)
+        return answers
 
     @torch.inference_mode()
-    def _step(
-        self, cache: SlotCache, active: list[_Answer], again: list[_Answer], fresh: list[_Answer]
-    ) -> list[tuple[float, float]]:
-        """One forward: the next (token, log-prob) of every active and admitted answer, read back in one sync."""
-        policy = self.policy
-        ids_1T, positions_1T, last_S = cache.plan(active, again, fresh)
-        output = policy.decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=cache)
-        answers = active + again + fresh
+    def _forward(self, again: list[_Answer], fresh: list[_Answer]) -> list[tuple[float, float]]:
+        """The next (token, log-prob) of every active and admitted answer, read back in one sync."""
+        policy = self.generator.policy
+        ids_1T, positions_1T, last_S = self.cache.plan(self.active, again, fresh)
+        output = policy.decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=self.cache)
+        answers = self.active + again + fresh
         logits_SV = F.linear(output.last_hidden_state[0, last_S], policy.head_VD, policy.head_bias_V)[: len(answers)]
         stream = [[answer.request.seed for answer in answers], [len(answer.token_ids) for answer in answers]]
         seed_S, step_S = torch.tensor(stream).to(policy.device)
@@ -188,6 +237,7 @@ class _Answer:
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     shared: int = 0  # tokens of its prompt that another answer's computed
+    dropped: bool = False  # nobody waits for it any more
 
     @property
     def cached(self) -> int:
@@ -216,12 +266,18 @@ class _Answer:
 
     @property
     def finished(self) -> bool:
-        return self.ended or len(self.token_ids) == self.sampling.max_tokens
+        return self.dropped or self.ended or len(self.token_ids) == self.sampling.max_tokens
+
+    @property
+    def reason(self) -> Literal["stop", "length"]:
+        return "stop" if self.ended else "length"
+
+    def token(self) -> Token:
+        return Token(self.request, self.token_ids[-1], self.logps[-1], self.reason if self.finished else None)
 
     def completion(self) -> Completion:
-        reason = "stop" if self.ended else "length"
-        request = self.request
-        return Completion(request.index, tuple(self.token_ids), reason, tuple(self.logps), request.sample, self.shared)
+        request, ids, logps = self.request, tuple(self.token_ids), tuple(self.logps)
+        return Completion(request.index, ids, self.reason, logps, request.sample, self.shared)
 
 
 def _admit(waiting: deque[_Answer], active: list[_Answer], room: int) -> tuple[list[_Answer], list[_Answer]]:
@@ -259,6 +315,18 @@ class SlotCache:
             [torch.zeros(shape, dtype=policy.dtype, device=self.device) for _ in "kv"]
             for _ in range(config.num_hidden_layers)
         ]
+
+    def make_room(self, slots: int, length: int) -> None:
+        """Twice the slots, or positions, where there are too few; what is cached stays."""
+        old_slots, heads, old_length, dim = self.layers[0][0].shape
+        if slots <= old_slots and length <= old_length:
+            return
+        slots = old_slots if slots <= old_slots else max(slots, 2 * old_slots)
+        length = old_length if length <= old_length else -(-max(length, 2 * old_length) // TRIM) * TRIM
+        for layer in self.layers:
+            for place, tensor in enumerate(layer):
+                layer[place] = tensor.new_zeros(slots, heads, length, dim)
+                layer[place][:old_slots, :, :old_length] = tensor
 
     def plan(
         self, active: list[_Answer], again: list[_Answer], fresh: list[_Answer]
@@ -360,62 +428,3 @@ def _query_rows(device: torch.device, shared: int) -> int:
     On a CPU one row per head is 1.3 times as fast.
     """
     return shared if device.type == "cuda" else 1
-
-
-def uniform(seed_S: torch.Tensor, step_S: torch.Tensor) -> torch.Tensor:
-    """Output number `step` of the SplitMix64 stream that starts at `seed`, as a double in [0, 1) of 48 bits."""
-
-    def shifted(z, bits):  # a logical shift of signed integers
-        return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-    z = seed_S + (step_S + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return shifted(z ^ shifted(z, 31), 16).double() * 2.0**-48
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, temperature: float, top_p: float):
-    """(token ids, log-probs they are drawn by), both (S,): the inverse CDF; greedy at temperature 0, scored at 1."""
-    probs_SV = torch.softmax(logits_SV if temperature in (0, 1) else logits_SV / temperature, dim=-1)
-    if temperature == 0:
-        token_S1 = logits_SV.argmax(-1, keepdim=True)
-        return token_S1[:, 0], probs_SV.gather(1, token_S1)[:, 0].log()
-    if top_p < 1:
-        probs_SV = probs_SV.where(probs_SV >= _nucleus_floor(probs_SV, top_p), 0.0)
-        probs_SV = probs_SV / probs_SV.sum(-1, keepdim=True)
-    token_S1 = _inverse_cdf(probs_SV, uniform_S[:, None])
-    return token_S1[:, 0], probs_SV.gather(1, token_S1)[:, 0].log()
-
-
-def _inverse_cdf(weights_SV: torch.Tensor, uniform_S1: torch.Tensor) -> torch.Tensor:
-    """The token (S, 1) under which `uniform` falls. Two levels, blocks then tokens, spare a scan of the vocabulary."""
-    block = math.gcd(weights_SV.shape[1], BLOCK)
-    blocks_SBb = weights_SV.unflatten(1, (-1, block))
-    block_S1, rest_S1 = _search(blocks_SBb.sum(-1), uniform_S1)
-    within_S1, _ = _search(blocks_SBb.take_along_dim(block_S1[:, :, None], 1)[:, 0], rest_S1)
-    return block_S1 * block + within_S1
-
-
-def _search(weights_SK: torch.Tensor, uniform_S1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entry (S, 1) under which `uniform` of the total falls, never one of weight 0, and how far into it."""
-    cdf_SK = weights_SK.cumsum(-1, dtype=torch.float64)
-    target_S1 = (uniform_S1 * cdf_SK[:, -1:]).minimum(cdf_SK[:, -1:].nextafter(torch.zeros_like(uniform_S1)))
-    found_S1 = torch.searchsorted(cdf_SK, target_S1, right=True).clamp(max=cdf_SK.shape[1] - 1)  # NaN ends beyond
-    weight_S1 = weights_SK.gather(1, found_S1)
-    return found_S1, (target_S1 - cdf_SK.gather(1, found_S1) + weight_S1) / weight_S1
-
-
-def _nucleus_floor(probs_SV: torch.Tensor, top_p: float, candidates: int = NUCLEUS) -> torch.Tensor:
-    """The smallest probability (S, 1) in the nucleus: fewest likeliest tokens of mass >= top_p, ties included."""
-    candidates = min(candidates, probs_SV.shape[1])
-    top_SK = probs_SV.topk(candidates).values
-    mass_SK = top_SK.cumsum(-1, dtype=torch.float64)
-    floor_S1 = top_SK.gather(1, (mass_SK < top_p).sum(-1, keepdim=True).clamp(max=candidates - 1))
-    short_S = mass_SK[:, -1] < top_p
-    if candidates < probs_SV.shape[1] and short_S.any():
-        floor_S1[short_S] = _nucleus_floor(probs_SV[short_S], top_p, 8 * candidates)
-    return floor_S1

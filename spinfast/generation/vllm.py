@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from spinfast.errors import UserError
 from spinfast.generation import vllm_compat, weight_sharing, with_sampling
 from spinfast.model_check import window
 from spinfast.policy.adapters import files as adapters
-from spinfast.types import Adapter, Completion, Request, Sampling
+from spinfast.types import Adapter, Completion, Request, Sampling, Token
 
 Serving = Callable[[Adapter | None], tuple[AbstractContextManager, Adapter | None]]
 
@@ -32,7 +33,7 @@ class VLLMGenerator:
     seed alone, but logits round differently in batches of different size, and answers may fork on near ties.
     """
 
-    name = "vllm"
+    name, takes_turns = "vllm", False
 
     def __init__(
         self,
@@ -204,6 +205,16 @@ class VLLMGenerator:
             if open_requests:
                 engine.abort_request(list(open_requests))
 
+    def batch(self, adapter: Adapter | None) -> EngineBatch:
+        """Answers token by token; no other batch meanwhile. Prompts that begin alike share their K/V blocks."""
+        weights, lora = self.serving(adapter)
+        if not isinstance(weights, nullcontext):
+            raise UserError(
+                "vLLM answers as one of base and whole trained weights, not in turn: use --backend transformers, or "
+                "spinfast merge and the model that it makes"
+            )
+        return EngineBatch(self._idle_engine, self.swap(lora), self._numbers)
+
     def swap(self, adapter: Adapter | None):
         """vLLM's request for the adapter, put into the engine's slot if its content is not what stands there."""
         if adapter is None:
@@ -221,7 +232,42 @@ class VLLMGenerator:
         return LoRARequest(f"adapter-{number}", number, "in-memory")
 
 
-def _sampling_params(sampling: Sampling, seed: int):
+class EngineBatch:
+    """Implements spinfast.generation.Batch."""
+
+    def __init__(self, engine, lora_request, numbers: Iterator[int]):
+        self.engine, self.lora_request, self.numbers = engine, lora_request, numbers
+        self.open: dict[str, tuple[Request, Sampling]] = {}
+
+    def __len__(self) -> int:
+        return len(self.open)
+
+    def add(self, request: Request, sampling: Sampling) -> None:
+        name, params = str(next(self.numbers)), _sampling_params(sampling, request.seed, stream=True)
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self.engine.add_request(name, prompt, params, lora_request=self.lora_request)
+        self.open[name] = request, sampling
+
+    def drop(self, request: Request) -> None:
+        names = [name for name, (asked, _) in self.open.items() if asked == request]
+        self.engine.abort_request(names)
+        self.open = {name: asked for name, asked in self.open.items() if name not in names}
+
+    def step(self) -> list[Token]:
+        found = []
+        for output in self.engine.step():
+            request, sampling = self.open[output.request_id]
+            answer = output.outputs[0]
+            for token, logps in zip(answer.token_ids, answer.logprobs, strict=True):
+                found.append(Token(request, token, float(logps[token].logprob)))
+            if output.finished:
+                del self.open[output.request_id]
+                reason = "stop" if found[-1].id in sampling.stop_ids else "length"
+                found[-1] = replace(found[-1], ends=reason)
+        return found
+
+
+def _sampling_params(sampling: Sampling, seed: int, stream: bool = False):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -234,18 +280,20 @@ def _sampling_params(sampling: Sampling, seed: int):
         seed=seed,
         logprobs=0,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _lora_options(rank: int) -> dict:
     """None at rank 0. vLLM allocates its slot for one of a few ranks."""
-    if not rank:
-        return {}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(rank)} if rank else {}
+
+
+def served_rank(rank: int) -> int:
+    """The least of the ranks that vLLM has slots for in which this one has room."""
     ranks = (8, 16, 32, 64, 128, 256, 320, 512)
     if rank > ranks[-1]:
         raise UserError(
             f"adapter.r: vLLM serves ranks up to {ranks[-1]}, got {rank}; use generation.backend: transformers"
         )
-    served = next(served for served in ranks if served >= rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served}
+    return next(served for served in ranks if served >= rank)

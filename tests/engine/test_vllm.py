@@ -10,7 +10,7 @@ import torch
 
 from spinfast.config import Full, Lora, LoraXs, TinyLora
 from spinfast.errors import UserError
-from spinfast.generation import prompt_seed, vllm_compat
+from spinfast.generation import Voices, prompt_seed, vllm_compat
 from spinfast.generation.canary import BOUNDS, MOVE_BOUNDS, amplified, check_adapter, policy_logps
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.generation.weight_sharing import verify
@@ -49,6 +49,32 @@ def test_greedy_tokens_equal_the_policys_before_and_after_training(generator, tr
     adapted = answers(generator, requests, sampling, trained.adapter())
     assert tokens(adapted) == tokens(answers(own, requests, sampling, trained.adapter()))
     assert tokens(adapted) != tokens(base)
+
+
+def test_tokens_come_one_by_one_from_batches_that_requests_join_and_leave(generator, trained, prompts):
+    """As for a chat or a server: base and adapter one after the other, one request dropped, another added late."""
+    requests, sampling = ask(prompts)
+    adapters = {"base": None, "adapter": trained.adapter()}
+    expected = {name: answers(generator, requests, sampling, adapter) for name, adapter in adapters.items()}
+    voices, found = Voices(generator, adapters), {}
+    for name in adapters:
+        for request in requests[:-1]:
+            voices.add(name, replace(request, sample=len(name)), sampling)
+    voices.drop(replace(requests[0], sample=len("base")))
+    late = replace(requests[-1], sample=len("base"))
+    while len(voices):
+        if late and found:
+            voices.add("base", late, sampling)
+            late = None
+        for token in voices.step():
+            found.setdefault((voices.turn, token.request.index), []).append(token)
+    wanted = {(name, c.index): c for name, all in expected.items() for c in all}
+    del wanted["base", requests[0].index], wanted["adapter", requests[-1].index]
+    assert {place: tuple(token.id for token in got) for place, got in found.items()} == {
+        place: completion.token_ids for place, completion in wanted.items()
+    }
+    for place, got in found.items():
+        assert [token.ends for token in got] == [None] * (len(got) - 1) + [wanted[place].finish_reason]
 
 
 @pytest.mark.parametrize("rank", [8, 2])

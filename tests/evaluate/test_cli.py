@@ -89,11 +89,15 @@ def test_options_win_over_the_run(run_dir, model, tmp_path):
         assert (engine.settings["model"], engine.settings["dtype"]) == (str(elsewhere), "bfloat16")
 
 
-def test_an_adapter_outside_a_run_needs_a_model(run_dir, tmp_path):
-    shutil.copytree(run_dir / "iter_000" / "adapter", tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"--model: expected a model, or an --adapter that lies in a run directory"):
-        with opened("--adapter", tmp_path / "adapter"):
-            pass
+def test_an_adapter_outside_a_run_brings_its_base_and_no_settings(run_dir, model, tmp_path):
+    adapter = shutil.copytree(run_dir / "iter_000" / "adapter", tmp_path / "adapter")
+    with opened("--adapter", adapter, "--template", f"date_string={DATE}") as engine:
+        assert engine.settings["model"] == str(model)
+        assert "Add." not in prompt_of(engine)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=r"names no base; give it by --model"), opened("--adapter", adapter):
+        pass
 
 
 def test_the_harness_gets_system_turn_and_template_variables(run_dir):

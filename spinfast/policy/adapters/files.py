@@ -330,7 +330,11 @@ def find(directory: Path) -> Path:
     """The adapter that a directory means: its own, or that of a finished run's best stage."""
     if not directory.is_dir():
         raise UserError(f"adapter {directory}: no such directory; expected an adapter's, or a finished run's")
-    if (directory / CONFIG_FILE).exists() or compact.kind_of(directory) or not (directory / "best.json").exists():
+    if (directory / CONFIG_FILE).exists() or compact.kind_of(directory):
+        return directory
+    if not (directory / "best.json").exists():
+        if (directory / "config.yaml").exists():
+            raise UserError(f"run {directory}: not finished, so no stage is its best; name the adapter of one of them")
         return directory
     try:
         return directory / json.loads((directory / "best.json").read_text())["adapter"]
