@@ -41,7 +41,7 @@ check-t4 check-cuda13: check-%:
 # what is in plain torch, under other versions of it, each over the set of its CUDA: TORCH="2.9.1 2.12.0" make check-torch
 TORCH ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0
 PLAIN := $(patsubst %,tests/%.py,kernels/test_cpu kernels/test_linear_logps kernels/test_pairwise test_attention \
-  test_device test_memory test_objectives test_packing test_policy test_run)
+  test_device test_memory test_objectives test_packing test_policy test_run test_torch_names)
 check-torch:
 	for torch in $(TORCH); do \
 	  case $$torch in 2.9.*|2.10.*) set=t4;; *) set=cuda13;; esac; \

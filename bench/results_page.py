@@ -75,9 +75,9 @@ SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row 
      "peer model budget_gib kind gradient_checkpointing largest_batch longest_answer device",
      "peer model budget_gib kind gradient_checkpointing device"),
     ("Memory of a step and an iteration on a T4, simulated", "memory", None,
-     "what model target tensors_gib with_reserve_gib peak_gib microbatch_tokens checkpointed_layers offload "
-     "prompt_tokens_saved",
-     "what model checkpointed_layers offload"),
+     "what model method adapter target tensors_gib with_reserve_gib peak_gib microbatch_tokens checkpointed_layers "
+     "offload prompt_tokens_saved refused",
+     "what model method adapter checkpointed_layers offload"),
     ("A T4's memory plan rehearsed on another card: simulated against its allocator", "rehearse", None,
      "what model predicted_mib measured_mib error device", "what model device"),
     ("Operators, a layer, a step", "kernels", None,

@@ -123,11 +123,11 @@ def policy(
     made = load_policy(
         path, "bench", None, lora=lora or Lora(), ops=ops, profile=on, load_in_4bit=False, seed=0, base=base
     )
-    source = torch.Generator(on.device).manual_seed(0)
-    with torch.no_grad():
+    if noise:
+        source = torch.Generator(on.device).manual_seed(0)
         for name, parameter in made.trainable_parameters().items():
-            if noise and "lora_B" in name:
-                parameter.normal_(std=noise, generator=source)
+            if "lora_B" in name:
+                parameter.data.normal_(std=noise, generator=source)
     return made
 
 

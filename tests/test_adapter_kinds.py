@@ -21,6 +21,7 @@ from spinfast import ops
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.canary import amplified
+from spinfast.generation.transformers import TransformersGenerator
 from spinfast.interrupt import EXIT_CODE
 from spinfast.models import resolve_model
 from spinfast.packing import pack
@@ -30,6 +31,7 @@ from spinfast.policy.transformers import load_policy
 from spinfast.progress import Tick
 from spinfast.run import main
 from spinfast.train import answer_logps
+from spinfast.types import Request, Sampling
 
 XS = sections.LoraXs(kind="lora_xs", r=4, alpha=8)
 TINY = sections.TinyLora(kind="tiny_lora", u=3, tie=4)
@@ -421,6 +423,17 @@ def test_the_whole_model_is_in_the_dtype_that_was_trained(tiny_model, tmp_path):
     assert whole.dtype == torch.float16
     for name, parameter in policy.trainable_parameters().items():
         assert torch.equal(whole.get_parameter(name), parameter.half())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_policy_in_16_bits_answers(tiny_model, name):
+    """Whatever of the adapter is in fp32: keys and values are kept in the model's dtype."""
+    options = {"ops": ops.EAGER, "profile": profile("cpu", "bfloat16"), "load_in_4bit": False, "seed": 0}
+    policy = load_policy(tiny_model("llama"), "tiny", "0", lora=KINDS[name], **options)
+    with TransformersGenerator(policy, batch_size=2) as generator:
+        answers = generator.generate([Request(0, (5, 6, 7), seed=0)], Sampling(1.0, 1.0, 4, ()), policy.adapter())
+        assert [len(answer.token_ids) for answer in answers] == [4]
+    assert policy.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

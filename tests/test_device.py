@@ -89,7 +89,7 @@ def card(monkeypatch):
             "memory_reserved": int(own * GIB),
         }
         for query, answer in answers.items():
-            monkeypatch.setattr(torch.cuda, query, lambda answer=answer: answer)
+            monkeypatch.setattr(torch.cuda, query, lambda *_, answer=answer: answer)
 
     return install
 

@@ -108,7 +108,8 @@ class Preference(Plain):
         """Every better answer of a group beside every worse one, `answers` of them in each group."""
         starts = accumulate(answers, initial=0)
         found = [(start + i, start + j) for start, k in zip(starts, answers, strict=False) for i, j in _pairs(k)]
-        better_P, worse_P = torch.tensor(found, device=logps_S.device).view(-1, 2).unbind(1)
+        found_P2 = torch.tensor(found).view(-1, 2).to(logps_S.device, non_blocking=True)  # else the host would wait
+        better_P, worse_P = found_P2.unbind(1)
         columns = (logps_S, reference_S, lengths_S)
         sides = [take_rows(column, side_P) for column in columns for side_P in (better_P, worse_P)]
         return Pairs(*sides, mean_length=self.mean_length)

@@ -90,9 +90,8 @@ def robust(p: Pairs, o: Options) -> torch.Tensor:
 
 def exo_pair(p: Pairs, o: Options) -> torch.Tensor:
     margin = o.beta * (p.c - p.r)
-    log_target = torch.tensor([1 - o.label_smoothing, o.label_smoothing], device=margin.device).log()
-    won = margin.sigmoid() * (logsigmoid(margin) - log_target[0])
-    return won + (-margin).sigmoid() * (logsigmoid(-margin) - log_target[1])
+    right, wrong = torch.tensor([1 - o.label_smoothing, o.label_smoothing]).log().tolist()
+    return margin.sigmoid() * (logsigmoid(margin) - right) + (-margin).sigmoid() * (logsigmoid(-margin) - wrong)
 
 
 def nca_pair(p: Pairs, o: Options) -> torch.Tensor:

@@ -53,14 +53,13 @@ class TransformersPolicy:
         self._before: list[torch.Tensor] = []  # the weights that the first merge changed, on the host
         base.requires_grad_(False)
         base.config.use_cache = False
+        self.device, self.dtype = base.device, base.dtype  # the adapter's fp32 may come to stand first
         self.kind = adapt(base)
         self.model = self.kind.model
         self.model.train()
         self.unfuse = fuse(base, ops)
         self.causal_lm = base
         self.decoder = base.get_decoder()
-        self.device = base.device
-        self.dtype = base.dtype
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         return self.decoder(

@@ -96,6 +96,13 @@ def test_a_commit_that_nobody_knows_has_no_age():
     assert results_page.age("f" * 40, ("spinfast",)) == results_page.UNKNOWN
 
 
+def test_each_kind_of_adapter_with_each_method_is_a_row_of_its_own():
+    page = results_page.page()
+    for each in results_page.read("memory"):
+        if "adapter" in each:
+            assert f"| {each['model']} | {each['method']} | {each['adapter']} |" in page
+
+
 def test_what_is_measured_is_there():
     """A file that moves would leave its rows young for ever."""
     for files in results_page.MEASURED.values():
