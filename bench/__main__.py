@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module of bench, function of its arguments
     "results": ("results_page", "main"),
     "roofline": ("roofline", "main"),
     "scaling": ("scaling", "main"),
+    "studies": ("studies", "main"),
 }
 
 

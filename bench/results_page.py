@@ -56,6 +56,7 @@ MEASURED = {  # benchmark -> the files that its rows describe
     "rehearse": (*STEP, "spinfast/generation/transformers.py", "spinfast/memory"),
     "roofline": ("bench/roofline.py",),
     "scaling": STEP,
+    "studies": ("spinfast/studies", "spinfast/session.py", "spinfast/methods/run.py"),
 }
 UNITS = {"s": "s", "ms": "ms", "mib": "MiB", "gib": "GiB", "gflops": "GFLOP/s"}
 TRAINING = (
@@ -97,6 +98,8 @@ SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row 
      "what type mb export_s start_mib peak_anon_mib load_1m device", "what type device"),
     ("Memory of a merge", "merging", None,
      "method models output_mib seconds start_mib peak_anon_mib load_1m device", "method models device"),
+    ("A study's cells in one session, against a process for each", "studies", None,
+     "model cells study_s processes_s times_the_processes cells_per_hour rss_mib load_1m device", "model cells device"),
 ]  # fmt: skip
 PICTURES = {"profile": "self time by class of operator", "scaling": "seconds and memory of a step against its size"}
 

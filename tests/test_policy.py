@@ -111,6 +111,8 @@ class Bigram:
     def restart(self, seed: int) -> None:
         raise NotImplementedError  # a run's beginning; a step does not ask for it
 
+    leave = restart
+
     @torch.no_grad()
     def merge_and_restart(self, seed: int) -> None:
         self.folded.append(self.adapter())
