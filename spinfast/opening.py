@@ -121,7 +121,9 @@ def open_played(
 
     model = resolve_model(found["model"], found["revision"])
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
-    length = length or min(longest, shape.max_position_embeddings, window(shape) or longest)
+    most = min(shape.max_position_embeddings, window(shape) or shape.max_position_embeddings)
+    if (length := length or min(longest, most)) > most:
+        raise UserError(f"{length} tokens were asked for, but {model.name} has a context of {most}; lower it")
     answer = SHORTEST // 2
     tree = {
         "model": {"name": found["model"], "revision": found["revision"], "load_in_4bit": found["load_in_4bit"]},
@@ -147,11 +149,22 @@ def open_played(
     with open_session(config, machine, StepPlan(budget.microbatch_tokens)) as session:
         if len(loaded) > 1:
             idle = session.policy.adapter()
-            loaded = [session.policy.grown(adapter, idle) for adapter in loaded]
+            loaded = [_grown(session, adapter, idle, path) for adapter, path in zip(loaded, paths, strict=True)]
         if loaded:
             session.policy.load_adapter(loaded[0])
             session.check_generator(_canary_prompt(machine.renderer), loaded[0])
         yield Played(session, tuple(loaded), length, budget)
+
+
+def _grown(session: Session, adapter: Adapter, idle: Adapter, path: Path) -> Adapter:
+    """The adapter in `idle`'s place, which has room for its rank and modules: only another base leaves it none."""
+    try:
+        return session.policy.grown(adapter, idle)
+    except UserError:
+        raise UserError(
+            f"adapter {path}: does not fit {session.machine.model.name}, it was made for another base; open it alone, "
+            "or with adapters of its own"
+        ) from None
 
 
 def _room(loaded: Sequence[Adapter]) -> dict:

@@ -98,7 +98,10 @@ def heard(console: Console) -> Iterator[Display]:
 
 
 class Lines(logging.Handler):
-    """A record after its time of day: wrapped beside it on a terminal, elsewhere one line however long."""
+    """A record after its time of day: wrapped beside it on a terminal, elsewhere one line however long.
+
+    The traceback of an error stands below it.
+    """
 
     def __init__(self, console: Console):
         super().__init__()
@@ -109,6 +112,8 @@ class Lines(logging.Handler):
             warns = record.levelno >= logging.WARNING
             message = Text("warning: " * warns + record.getMessage(), style="yellow" if warns else "")
             clock = Text(time.strftime("%H:%M:%S", time.localtime(record.created)), style="dim")
+            if record.exc_info:
+                message.append("\n" + logging.Formatter().formatException(record.exc_info))
             if not self.console.is_terminal:
                 self.console.print(clock + " " + message, soft_wrap=True)
                 return

@@ -15,7 +15,7 @@ from typing import Any
 
 from spinfast.chat.speaker import BASE, Speaker
 from spinfast.chat.text import UNFINISHED, TextStream, Until
-from spinfast.data.conversations import turns, with_system
+from spinfast.data.conversations import template_variables, turns, with_system
 from spinfast.data.renderer import plain_ids
 from spinfast.errors import UserError
 from spinfast.generation import prompt_seed
@@ -76,6 +76,7 @@ def parse(kind: str, body: bytes, speaker: Speaker, number: int) -> Asked:
     """The request in `body`; `number` tells it from all others. Raises ApiError."""
     try:
         given = json.loads(body)
+        json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not valid JSON: {error}") from None
     if not isinstance(given, dict):
@@ -111,7 +112,7 @@ def parse(kind: str, body: bytes, speaker: Speaker, number: int) -> Asked:
         for k in range(count)
     ]
     stops = take("stop", (str, list), [], _are_stops)
-    options = take("stream_options", dict, {}, lambda v: v.keys() <= {"include_usage"})
+    options = take("stream_options", dict, {}, _are_stream_options)
     return Asked(
         kind,
         model,
@@ -120,7 +121,7 @@ def parse(kind: str, body: bytes, speaker: Speaker, number: int) -> Asked:
         Sampling(temperature, top_p, tokens, speaker.renderer.stop_ids),
         (stops,) if isinstance(stops, str) else tuple(stops),
         take("stream", bool, False),
-        bool(options.get("include_usage")),
+        options.get("include_usage", False),
         _wants_logprobs(kind, take, speaker),
         sum(map(len, ids)),
     )
@@ -129,11 +130,16 @@ def parse(kind: str, body: bytes, speaker: Speaker, number: int) -> Asked:
 def _refuse_unknown(given: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key, value in given.items():
         if key in NOTHING and key not in keys:
-            if not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[key]):
+            if not any(value == nothing and type(value) in _alike(nothing) for nothing in NOTHING[key]):
                 raise ApiError(f"{key}: not supported here, got {json.dumps(value)[:80]}; leave it out", key)
         elif key not in keys and key not in TOLD:
             near = difflib.get_close_matches(key, keys, n=1)
             raise ApiError(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""), key)
+
+
+def _alike(value) -> tuple[type, ...]:
+    """The types of values that mean the same: clients write numbers as 0 or as 0.0."""
+    return (int, float) if type(value) is int else (type(value),)
 
 
 class _Taker:
@@ -175,6 +181,12 @@ def _are_stops(value) -> bool:
     return len(several) <= 16 and all(isinstance(stop, str) and stop for stop in several)
 
 
+def _are_stream_options(value) -> bool:
+    """`include_obfuscation` pads OpenAI's chunks against who listens on the way; on the loopback address nobody does."""
+    known = value.keys() <= {"include_usage", "include_obfuscation"}
+    return known and all(isinstance(option, bool) for option in value.values())
+
+
 def _wants_logprobs(kind: str, take: _Taker, speaker: Speaker) -> bool:
     if kind == "chat.completion":
         wanted = take("logprobs", bool, False)
@@ -193,7 +205,9 @@ def _prompts(kind: str, take: _Taker, speaker: Speaker) -> list[tuple[int, ...]]
             raise ApiError("messages: is missing", "messages")
         try:
             talk = with_system(turns(messages), speaker.system)
-            return [renderer.prompt_ids(talk, take("chat_template_kwargs", dict, {}))]
+            kwargs = dict(take("chat_template_kwargs", dict, {}))
+            variables = template_variables({"tools": kwargs.pop("tools", None), "chat_template_kwargs": kwargs})
+            return [renderer.prompt_ids(talk, variables)]
         except UserError as error:
             raise ApiError(f"messages: {error}", "messages") from None
     prompt = take("prompt", (str, list), None, bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.adapter_only:
         print(f"llama-cli -m BASE.gguf --lora {out}")
     else:
-        print(f"{modelfile}: for Ollama, ollama create {out.stem.lower()} -f {modelfile}")
+        print(f"{modelfile}: for Ollama, ollama create {_ollama_name(out)} -f {shlex.quote(str(modelfile))}")
     return 0
+
+
+def _ollama_name(path: Path) -> str:
+    """What Ollama takes for a model's name: small letters, digits and . _ -"""
+    return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "model"
 
 
 def resolve(target: str, name: str, model: str | None = None, revision: str | None = None) -> Source:

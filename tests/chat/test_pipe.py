@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from fixtures import tiny_model_dir
+from lora import tiny_lora
 from process import ROOT
 from test_run import play
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,7 +122,7 @@ def test_a_model_without_a_template_continues_the_text(tmp_path, piped, capfd):
         (["--temperature", "hot"], b"x", "--temperature: expected a number from 0"),
         (["--max-tokens", "0"], b"x", "--max-tokens: expected a whole number, 1 or more, got '0'"),
         (["--context", "3"], b"x", "--context: expected at least 16 tokens, got 3"),
-        (["--context", "9999"], b"x", "has a context of 1024"),
+        (["--context", "9999"], b"x", "spinfast: 9999 tokens were asked for, but "),
         (["--backend", "onnx"], b"x", "--backend onnx: expected auto, transformers, vllm, llama.cpp"),
         (["--backend", "llama.cpp"], b"x", "plays .gguf files"),
         (["--compare"], b"x", "there is no adapter to compare the base with"),
@@ -145,6 +146,9 @@ def test_adapters_that_do_not_belong(tmp_path, tiny_model, adapters, piped, capf
     other, smaller = tiny_model("qwen2"), tiny_model("llama", True, 2, 32)
     assert main(["chat", str(smaller), "x", *CPU, "--adapter", str(adapters["all"])]) == 2
     assert "adapter does not fit the model" in capfd.readouterr().err
+    mine = tiny_lora(smaller, tmp_path / "mine")
+    assert main(["chat", str(mine), "x", *CPU, "--adapter", str(adapters["all"])]) == 2
+    assert f"adapter {adapters['all']}: does not fit {smaller}" in capfd.readouterr().err
     assert main(["chat", str(other), "x", *CPU, "--adapter", str(adapters["all"])]) == 0
     assert "nothing in it says they are the same" in capfd.readouterr().err
     assert main(["chat", "no/such/model", "x"]) == 2
