@@ -226,8 +226,15 @@ def read_gguf_tokenizer(file: Path) -> tuple:
     from transformers import AutoTokenizer
 
     fields = gguf_header(GGUFReader(file))
+    known = tuple(fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if known not in (("gpt2", "smollm"), ("gpt2", "qwen2")):
+        raise UserError(
+            f"model {file}: its tokenizer ({', '.join(map(str, known))}) is not known to be converted faithfully, "
+            "expected smollm or qwen2; use the model's safetensors checkpoint from the hub"
+        )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    _mend_gguf_tokenizer(tokenizer, file, fields)
+    if known == ("gpt2", "smollm"):
+        _mend_smollm_tokenizer(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(fields["tokenizer.ggml.eos_token_id"])
     _choose_pad_token(tokenizer, file)
     return tokenizer, fields
@@ -255,7 +262,7 @@ def gguf_header(reader) -> dict:
     return fields
 
 
-def _mend_gguf_tokenizer(tokenizer, file: Path, fields: dict) -> None:
+def _mend_smollm_tokenizer(tokenizer) -> None:
     """Split text as the model's own tokenizer does, where transformers 5.17 does not.
 
     SmolLM's isolates digits, so that "\\n\\n1" is one token for the two line ends; the decoder that transformers
@@ -263,17 +270,10 @@ def _mend_gguf_tokenizer(tokenizer, file: Path, fields: dict) -> None:
     """
     from tokenizers import decoders, pre_tokenizers
 
-    kind, split = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if (kind, split) == ("gpt2", "smollm"):
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    elif (kind, split) != ("gpt2", "qwen2"):
-        raise UserError(
-            f"model {file}: its tokenizer ({kind}, {split}) is not known to be converted faithfully, expected smollm "
-            "or qwen2; use the model's safetensors checkpoint from the hub"
-        )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
 def _is_whole(target: Path, sha256: str) -> bool:

@@ -182,7 +182,7 @@ def _are_stops(value) -> bool:
 
 
 def _are_stream_options(value) -> bool:
-    """`include_obfuscation` pads OpenAI's chunks against who listens on the way; on the loopback address nobody does."""
+    """`include_obfuscation` pads OpenAI's chunks against listeners on the way; the loopback address has none."""
     known = value.keys() <= {"include_usage", "include_obfuscation"}
     return known and all(isinstance(option, bool) for option in value.values())
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 from rich.text import Text
 
-from spinfast.chat.speaker import Speaker, add_speaker_options, named, open_speaker
+from spinfast.chat.speaker import add_speaker_options, named, open_speaker
 from spinfast.chat.talk import RULES, Settings, Talk
 from spinfast.errors import UserError
 from spinfast.progress import Lines, open_console
@@ -91,22 +91,31 @@ class Opened:
             talk.choose(talk.compared())
         return talk
 
-    def load(self, item: str) -> tuple[Speaker, str]:
-        """With one more adapter, [NAME=]DIR: (the speaker, its name). What cannot be opened leaves all as it was."""
+    def load(self, talk: Talk, item: str) -> str:
+        """Give the talk a speaker with one more adapter, [NAME=]DIR, and return its name.
+
+        Where it cannot be opened, or Ctrl-C comes first, the talk goes on with what it had, opened anew.
+        """
         (name,) = named([item])
         if name in self.speaker.names:
             raise UserError(f"{item}: there is one named {name!r} already; give it a name, NAME=DIR")
         before = self.arguments
         wider = argparse.Namespace(**vars(before) | {"adapter": [*before.adapter, item]})
-        self.speaker = None
+        self.speaker = talk.speaker = None  # there may be room for one model only
         self._stack.close()
         try:
             self._open(wider)
-        except UserError:
-            self._open(before)
+            self.arguments = wider
+        except (UserError, KeyboardInterrupt):
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # without a model there is no talk
+            try:
+                self._open(before)
+            finally:
+                signal.signal(signal.SIGINT, handler)
             raise
-        self.arguments = wider
-        return self.speaker, name
+        finally:
+            talk.speaker = self.speaker
+        return name
 
 
 def check_settings(arguments: argparse.Namespace) -> None:

@@ -126,9 +126,11 @@ class Talk:
             raise
 
     def retry(self) -> None:
-        """The last turn has no answer again, and its next one is drawn otherwise."""
+        """The last turn has no answer again, and its next one is drawn otherwise. Raises UserError as `ask` does."""
         if not self.turns:
             raise UserError("nothing was asked yet")
+        for voice in self.names:
+            self.prompt(voice)
         self.turns[-1].answers, self.turns[-1].tries = {}, self.turns[-1].tries + 1
 
     def answer(self, voices: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.text import Text
 
 from spinfast.chat.show import show
-from spinfast.chat.speaker import Speaker
 from spinfast.chat.talk import RULES, Talk
 from spinfast.errors import UserError
 from spinfast.store import files
@@ -21,9 +20,9 @@ PROMPT, MORE, QUOTES = ">>> ", "... ", '"""'
 
 
 class Terminal:
-    """Reads, answers, obeys. `load(item)` opens the model with one more adapter, [NAME=]DIR, and gives the speaker."""
+    """Reads, answers, obeys. `load(talk, item)` gives it a speaker with one more adapter, [NAME=]DIR, -> its name."""
 
-    def __init__(self, console: Console, talk: Talk, load: Callable[[str], tuple[Speaker, str]]):
+    def __init__(self, console: Console, talk: Talk, load: Callable[[Talk, str], str]):
         self.console, self.talk, self.load = console, talk, load
         self.first_system = talk.system
         self.written: set = set()  # files of /save, which may be written again
@@ -74,7 +73,7 @@ class Terminal:
         name, _, rest = line[1:].strip().partition(" ")
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them."
             raise UserError(f"there is no /{name}: {hint} A question that begins with a slash: put a space before it")
         COMMANDS[name][0](self, rest.strip())
 
@@ -131,7 +130,7 @@ class Terminal:
             if not files.expanded(rest.partition("=")[2] or rest).exists():
                 raise UserError(f"{rest}: expected {', '.join(self.talk.speaker.names)}, or an adapter's directory")
             self.say("loading ...")
-            self.talk.speaker, rest = self.load(rest)
+            rest = self.load(self.talk, rest)
         if rest:
             self.talk.choose((rest,))
         names = (f"[{name}]" if name in self.talk.names else name for name in self.talk.speaker.names)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spinfast.chat.speaker import named, sampling_defaults
+from spinfast.chat import cli
+from spinfast.chat.speaker import named, open_speaker, sampling_defaults
 from spinfast.chat.talk import RULES, Settings, Talk
 from spinfast.data.conversations import turns
 from spinfast.errors import UserError
@@ -114,6 +115,36 @@ def test_a_question_that_was_stopped_before_its_answer_is_not_read_again(speaker
     talk.ask("Never answered")
     said(talk, "What?")
     assert talk.messages("base")[0]["content"] == "What?"
+
+
+def test_an_answer_stands_where_another_cannot_be_asked_for(speaker):
+    talk = talk_of(speaker, "base")
+    said(talk, "What is 1 + 1?")
+    answer, talk.system = talk.turns[0].answers["base"], "Count. " * 600
+    with pytest.raises(UserError, match="context of 512"):
+        talk.retry()
+    assert talk.turns[0].answers == {"base": answer}
+
+
+@pytest.mark.parametrize("fault", [UserError, KeyboardInterrupt])
+def test_an_adapter_that_is_not_loaded_leaves_a_talk_that_answers(tiny_model, adapters, monkeypatch, fault):
+    def failing_once(arguments, batch_size):
+        monkeypatch.setattr(cli, "open_speaker", open_speaker)
+        raise fault
+
+    words = [str(tiny_model("llama")), "--profile", "cpu", "--dtype", "float32", "--max-tokens", "4"]
+    with cli.Opened(cli.parse(words)) as opened:
+        talk = opened.talk()
+        before = said(talk, "What?")
+        monkeypatch.setattr(cli, "open_speaker", failing_once)
+        with pytest.raises(fault):
+            opened.load(talk, str(adapters["all"]))
+        assert talk.speaker is opened.speaker
+        assert talk.speaker.names == ("base",)
+        talk.turns.clear()
+        assert said(talk, "What?") == before
+        talk.choose((opened.load(talk, str(adapters["all"])),))
+        assert talk.names == ("all",)
 
 
 def test_what_is_saved_is_data(speaker):
