@@ -81,21 +81,22 @@ class Lasting:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """stdout and stderr last for the duration of the block, and there are such."""
+    """stdout and stderr last for the duration of the block, and there are such and a stdin."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             _fill(number)  # or the next file that is opened would be taken for it
-    before = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, sys.stderr = (Lasting(nowhere if stream is None else stream) for stream in before)
+    before = sys.stdin, sys.stdout, sys.stderr
+    with open(os.devnull) as nothing, open(os.devnull, "w") as nowhere:
+        sys.stdin = nothing if sys.stdin is None else sys.stdin
+        sys.stdout, sys.stderr = (Lasting(nowhere if stream is None else stream) for stream in before[1:])
         try:
             yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            sys.stdout, sys.stderr = before
+            sys.stdin, sys.stdout, sys.stderr = before
 
 
 def _fill(number: int) -> None:

@@ -129,7 +129,8 @@ def python(code, *words, before=(), shell="", **environment):
 def test_a_closed_descriptor_is_not_given_to_a_file_of_the_run(tmp_path):
     code = (
         "import sys; from spinfast.terminal import lasting_streams\n"
-        "with lasting_streams(), open(sys.argv[1], 'w') as file: print('lost'); file.write(str(file.fileno()))"
+        "with lasting_streams(), open(sys.argv[1], 'w') as file: print('lost', sys.stdin.read()); "
+        "file.write(str(file.fileno()))"
     )
     assert python(code, tmp_path / "file", shell=">&- 2>&- <&-").returncode == 0
     assert int((tmp_path / "file").read_text()) > 2

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -112,7 +113,8 @@ class _Answers:
             yield pieces()
         finally:
             self.worker.drop(requests)
-            ends = ", ".join(choice.ends or "left" for choice in self.choices)
+            counts = Counter(choice.ends or "left" for choice in self.choices)
+            ends = ", ".join(f"{count} {end}" if count > 1 else end for end, count in counts.items())
             log.info(
                 "%s: %d tokens read, %d written, %s", self.asked.model, self.asked.prompt_tokens, self.written, ends
             )

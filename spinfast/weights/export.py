@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size, exact = out.stat().st_size / 1e6, "exact" if not apart else f"{apart:.2g} from the model's, relative"
     print(f"{out}: {size:.1f} MB, {kind.upper()}, verified: read back, its numbers are {exact}")
     if arguments.adapter_only:
-        print(f"llama-cli -m BASE.gguf --lora {out}")
+        print(f"llama-cli -m BASE.gguf --lora {shlex.quote(str(out))}")
     else:
         print(f"{modelfile}: for Ollama, ollama create {_ollama_name(out)} -f {shlex.quote(str(modelfile))}")
     return 0

@@ -91,7 +91,7 @@ def test_32_requests_at_once_get_the_answers_they_get_alone(client, name):
     assert len({*alone}) > 25
 
 
-def test_several_answers_differ_and_a_seed_repeats_them(client, name):
+def test_several_answers_differ_and_a_seed_repeats_them(served, client, name):
     asked = {"model": name, "prompt": ["Natalia sold", [5, 6, 7]], "n": 3, "temperature": 1, "max_tokens": 9}
     first = client.completions.create(**asked, seed=4)
     assert [choice.index for choice in first.choices] == list(range(6))
@@ -99,6 +99,7 @@ def test_several_answers_differ_and_a_seed_repeats_them(client, name):
     assert [c.text for c in client.completions.create(**asked, seed=4).choices] == [c.text for c in first.choices]
     assert [c.text for c in client.completions.create(**asked).choices] != [c.text for c in first.choices]
     assert first.usage.completion_tokens == 54
+    served[1].wait(r"tokens read, 54 written, 6 length\n")
 
 
 def test_stop_strings_end_an_answer_and_are_left_out(client, name):
