@@ -114,7 +114,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """Raises UserError if `path` is not a run directory."""
     if not (path / "config.yaml").is_file():
-        raise UserError(f"report {path}: expected a run directory with config.yaml and results.json")
+        raise UserError(f"{path}: expected a run directory with config.yaml and results.json")
 
     def lines(name: str) -> list[dict]:
         return whole_lines(path / name) if (path / name).exists() else []
