@@ -83,7 +83,7 @@ def rate(argv: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design: Design, beside: Path) -> int:
     from spinfast.progress import Display, heard
     from spinfast.run import quiet_libraries, spare_imports
-    from spinfast.session import look
+    from spinfast.session import check_limits, look
     from spinfast.studies import outputs, rate
     from spinfast.studies.play import asked, play
     from spinfast.studies.scores import compare
@@ -100,6 +100,8 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
             machine = look(first.config)
             design, rated, texts = build(machine.renderer)
             cells = cells_of(design, beside)
+            for cell in cells:
+                check_limits(cell.config, machine.model, machine.shape)
             probes = asked(design, first.config, machine) if arguments.plan or texts else []
             notes = [_shared(*each) for each in rate.contaminated(texts, probes)]
         if arguments.plan:

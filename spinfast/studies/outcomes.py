@@ -187,12 +187,16 @@ class Told:
 
 
 def measured(probes: Iterable[Probe], player: Player) -> Readings:
-    """{"SET/READING": a number per item}."""
-    return {
+    """{"SET/READING": a number per item}. Raises UserError where one is not finite."""
+    found = {
         f"{probe.name}/{reading}": [float(value) for value in values]
         for probe in probes
         for reading, values in probe.measure(player).items()
     }
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"study: {name} is not finite, the model has diverged; lower the learning rate")
+    return found
 
 
 def probe_of(name: str, items: Items, prompt, renderer: Renderer) -> Probe:
