@@ -5,6 +5,7 @@ random order, which is its control: what is left is what the text says, not what
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,13 @@ def text_study(
         raise UserError(f"rate: a text is named {taken.pop()}; rename its file")
     if sentences:
         texts += [sentence_shuffled(text, 0) for text in texts[: len(sources)]]
+    names = [*(text.name for text in texts), MIXTURE]
+    files_of = Counter(_path(directory, level, 0) for name in names for level in (name, name + TWIN))
+    if twice := [path.name for path, count in files_of.items() if count > 1]:
+        raise UserError(f"rate: two texts would have one file, {twice[0]}; rename one of theirs")
     encoded = {text.name: encode(text, renderer) for text in texts}
     levels, controls, rated = {}, {}, []
-    for name in (*encoded, MIXTURE):
+    for name in names:
         for seed in design.seeds:
             sample = _sample(name, encoded, len(sources), tokens, length, seed)
             _write(directory, name, seed, sample)
@@ -89,6 +94,17 @@ def contaminated(texts: Sequence[Text], probes: Sequence[Probe]) -> list[tuple[s
             shared = [(text.name, probe.name, contamination(text, items)) for text in texts]
             found += [each for each in shared if each[2].share]
     return found
+
+
+def told_twice(texts: Sequence[Text], design: Design) -> list[str]:
+    """What is said of texts that are trained on and tell forgetting too."""
+    told = {text.sha256: text.name for text in read_texts(design.forgetting.texts)}
+    return [
+        f"{text.name} is trained on and tells forgetting ({told[text.sha256]}): what it forgets says nothing; give the "
+        "preset another text"
+        for text in texts
+        if text.sha256 in told
+    ]
 
 
 def _sample(name: str, encoded: dict[str, Encoded], own: int, tokens: int, length: int, seed: int) -> Sample:

@@ -1,12 +1,25 @@
 """Studies of people in a hurry: what fails, what changed since, what is too little to compare."""
 
 import json
+import random
 
 import pytest
 import yaml
 from test_run import write_problems
 from test_study import study, write_study
 
+from spinfast.errors import UserError
+from spinfast.evaluate.answers import same_math
+from spinfast.studies import outcomes
+
+REWARD = """
+calls = []
+
+
+def once(completions, **_):
+    calls.append(1)
+    return [1.0] * (len(calls) == 1) * len(completions)
+"""
 LITTLE = {"forgetting": {"own": 0}, "seeds": 2}
 
 
@@ -27,8 +40,7 @@ def measured(path, cell):
 
 def test_a_cell_is_what_it_is_after_some_that_failed(tmp_path, tiny_model, capsys):
     """One could not put its adapter on the base, one failed with an adapter of its own there."""
-    reward = "calls = []\n\n\ndef once(completions, **_):\n    calls.append(1)\n    return [1.0] * (len(calls) == 1) * len(completions)\n"
-    (tmp_path / "reward.py").write_text(reward)
+    (tmp_path / "reward.py").write_text(REWARD)
     grpo = {"method": ["grpo"], "grpo.rewards": f"{tmp_path}/reward.py:once", "grpo.steps": 1, "grpo.samples": 2}
     axes = {
         "kind": {
@@ -115,3 +127,35 @@ def test_seed_in_a_list(tmp_path, tiny_model):
     assert "a.1.jsonl" in str(cells[1].config.data)
 
 
+@pytest.mark.parametrize("reference", ["0", "7", "-3", "120", "007", "1/2", "0.5", "yes"])
+def test_false_results_are_false(reference):
+    pool = ["0", "7", "0.5", "1/2", "yes", "no", "2.5"]
+    found = outcomes.false_results(reference, pool, random.Random(0))
+    assert len({*found}) == outcomes.FALSE
+    assert not any(same_math(each, reference) for each in found)
+
+
+def test_two_results_have_one_false_one():
+    assert outcomes.false_results("yes", ["no", "yes"], random.Random(0)) == ["no"]
+    with pytest.raises(UserError, match="the result of all items"):
+        outcomes.false_results("yes", ["yes"], random.Random(0))
+
+
+def test_items_of_yes_and_no_and_of_lost_results(tmp_path, tiny_model, capsys):
+    rows = [{"question": f"Is {n} even?", "answer": f"See.\n#### {'no' if n % 2 else 'yes'}"} for n in range(6)]
+    rows.append({"question": "And 4?", "answer": "It is 14 I think, or no?", "reference": "4"})
+    path = little(tmp_path, tiny_model("llama"), seeds=1)
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study(path) == 0
+    assert len(measured(path, "run.0")["sums/choice"]) == 6
+    assert "do not end in their results: 1 of 7" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_speaks_of_the_score_that_ranks(tmp_path, tiny_model, capsys):
+    path = little(tmp_path, tiny_model("llama"), score="sums/margin")
+    assert study(path, "--plan") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "what it could find is not told" in said
+    assert "found in 80" not in said
+    path.write_text(path.read_text().replace("sums/margin", "sum/margin"))
+    assert study(path, "--plan") == 2
