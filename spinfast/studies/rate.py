@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spinfast.config import Data
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
 from spinfast.store import files
@@ -32,6 +33,9 @@ from spinfast.studies.texts import Text, read_texts, sentence_shuffled
 
 TWIN = ", shuffled"
 MIXTURE = "mixture"
+PLAIN = {  # how a text's rows are read, however the base config reads its own
+    f"data.{key}": Data.model_fields[key].default for key in ("subset", "split", "revision", "size", "turns", "columns")
+}
 CONTROLS = ("sums:wrong", "sums:right")  # the form of worked solutions without their truth, and with it
 
 
@@ -80,7 +84,7 @@ def text_study(
         for level in (name, name + TWIN):
             levels[level] = {"data.source": str(_path(directory, level, "{seed}").absolute())}
         controls[name] = name + TWIN
-    rows = {"method": ["sft"], "heldout": None, "data.size": None, "prompt.max_answer_tokens": length, "sft.epochs": 1}
+    rows = {"method": ["sft"], "heldout": None, "prompt.max_answer_tokens": length, "sft.epochs": 1, **PLAIN}
     design = design.model_copy(update={"axes": {"text": levels}, "controls": controls, "set": rows | design.set})
     return Design.model_validate(design.model_dump()), rated, texts
 

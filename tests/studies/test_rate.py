@@ -122,3 +122,12 @@ def test_another_budget_in_the_same_directory_is_told(rated, capsys):
 def test_a_text_that_is_trained_and_tells_forgetting_is_named(rated, capsys):
     assert rate(rated, str(rated / "other.txt"), "--plan") == 0
     assert "other is trained on and tells forgetting" in " ".join(capsys.readouterr().out.split())
+
+
+def test_how_the_base_config_reads_its_own_data_is_not_asked_of_texts(rated, tmp_path, capsys):
+    config = yaml.safe_load((rated / "config.yaml").read_text())
+    config["data"] |= {"turns": "all", "columns": {"question": "q", "answer": "a"}, "subset": "main", "split": "test"}
+    preset = yaml.safe_load((rated / "study.yaml").read_text()) | {"base": "own.yaml"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(preset))
+    assert rate(tmp_path, str(rated / "whale.txt"), "--plan") == 0, capsys.readouterr().err
