@@ -75,6 +75,10 @@ class Session:
             self.generator.serve(policy, plan.dense_layers)
         return replace(self, config=config, machine=machine, policy=policy, plan=plan)
 
+    def put_back(self) -> Session:
+        """The session as it was, where it could not be turned to a run: its adapter could not be put on the base."""
+        return replace(self, policy=self.put(self.config, self.policy.causal_lm))
+
     def rest(self) -> None:
         """The generator gives its memory back until it is asked again."""
         if self.generator is not None:

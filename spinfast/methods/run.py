@@ -6,13 +6,13 @@ A method is a generator function (run, last stage) -> rows of results.json; phas
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spinfast.config import Config
-from spinfast.data import load_data
+from spinfast.data import LoadedData, load_data
 from spinfast.evaluate.heldout import asked
 from spinfast.evaluate.rewarded import load_rewards, tried
 from spinfast.generation import Generator, prompt_seed
@@ -133,12 +133,7 @@ def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Ru
 def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
     """Load and check the data, and note in `directory` what the run is made from."""
     data = load_data(config, machine.renderer)
-    fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
-    if machine.start:
-        fingerprints["adapter.start"] = adapters.fingerprint(machine.start)
-    if Path(named := str(config.adapter.target_modules)).suffix in LISTS:
-        fingerprints["adapter.target_modules"] = files.sha256(files.expanded(named))
-    directory.remember({"model": machine.model.revision} | fingerprints)
+    directory.remember(inputs(config, machine, data))
     examples = data["data"].examples
     work = loads(config, examples)
     heldout = data["heldout"].examples if "heldout" in data else []
@@ -154,6 +149,16 @@ def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
     if sampled and not any(load.answers for load in work):
         log.warning("generation.%s has no use: no method of the run samples answers", sampled[0])
     return Ready(config, machine, examples, heldout, rewards, work, generate)
+
+
+def inputs(config: Config, machine: Machine, data: Mapping[str, LoadedData]) -> dict[str, str]:
+    """Fingerprints of all that a run is made from, beside its config."""
+    fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
+    if machine.start:
+        fingerprints["adapter.start"] = adapters.fingerprint(machine.start)
+    if Path(named := str(config.adapter.target_modules)).suffix in LISTS:
+        fingerprints["adapter.target_modules"] = files.sha256(files.expanded(named))
+    return {"model": machine.model.revision} | fingerprints
 
 
 def begin(

@@ -89,14 +89,8 @@ class RunDir:
 
     def remember(self, inputs: dict[str, str]) -> None:
         """Note the fingerprints of model and data; a resumed run must find the same."""
-        path = self.path / "inputs.json"
-        known = files.read_sealed(path, "inputs") or inputs
-        changed = [name for name in inputs if known.get(name) != inputs[name]]
-        if changed:
-            raise UserError(
-                f"run directory {self.path}: {changed[0]} is not what the run started with; give another --run-dir"
-            )
-        files.write_sealed(path, inputs, "inputs")
+        check_inputs(self.path, inputs)
+        files.write_sealed(self.path / "inputs.json", inputs, "inputs")
         self.inputs = inputs
 
     def remember_rewards(self, fingerprints: dict[str, str]) -> None:
@@ -287,6 +281,16 @@ def _digest(path: Path) -> str | None:
     if path.is_dir():
         return files.sha256(path / files.MANIFEST) if files.damage(path) is None else None
     return files.sha256(path) if path.is_file() else None
+
+
+def check_inputs(path: Path, inputs: dict[str, str]) -> None:
+    """Raises UserError where a run in this directory started with other fingerprints of model and data."""
+    known = files.read_sealed(path / "inputs.json", "inputs") or inputs
+    if changed := [name for name in inputs if known.get(name) != inputs[name]]:
+        raise UserError(
+            f"run directory {path}: {changed[0]} is not what the run started with; give another --run-dir, of a study "
+            "--dir"
+        )
 
 
 def _check_ours(path: Path) -> None:

@@ -83,7 +83,7 @@ def rate(argv: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design: Design, beside: Path) -> int:
     from spinfast.progress import Display, heard
     from spinfast.run import quiet_libraries, spare_imports
-    from spinfast.session import look
+    from spinfast.session import check_limits, look
     from spinfast.studies import outputs, rate
     from spinfast.studies.play import asked, play
     from spinfast.studies.scores import compare
@@ -100,8 +100,10 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
             machine = look(first.config)
             design, rated, texts = build(machine.renderer)
             cells = cells_of(design, beside)
+            for cell in cells:
+                check_limits(cell.config, machine.model, machine.shape)
             probes = asked(design, first.config, machine) if arguments.plan or texts else []
-            notes = [_shared(*each) for each in rate.contaminated(texts, probes)]
+            notes = [*rate.told_twice(texts, design), *(_shared(*each) for each in rate.contaminated(texts, probes))]
         if arguments.plan:
             return _plan(display.console, design, cells, probes, notes)
         started, found = time.monotonic(), None
@@ -123,19 +125,28 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
 def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, notes: Sequence[str]) -> int:
     """What would be played, and what it could find, before anything is."""
     from spinfast.dry_run import dry_run
+    from spinfast.studies.outcomes import LEARNING, Problems
     from spinfast.studies.statistics import Variances, detectable
 
     planned = dry_run(cells[0].config)
     settings = list(dict.fromkeys(cell.setting for cell in cells))
     controls = {*design.controls.values()}
     ranked = sum(not {*cell.levels} & controls for cell in cells if cell.seed == design.seeds[0])
-    items = probes[0].items
     hours = len(cells) * _seconds(cells[0], probes, planned.step.microbatch_tokens) / 3600
     lines = [
         f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; about {hours:.1f} hours, if all "
         "are as the first, whose memory stands above (the planner's figures; answers that are written come on top)"
     ]
-    if len(design.seeds) > 1:
+    name, _, reading = (design.score or f"{probes[0].name}/{LEARNING[0]}").rpartition("/")
+    if name not in design.learning:
+        raise UserError(f"study: score: expected SET/READING with a set of {', '.join(design.learning)}, got {name!r}")
+    ranks = next(probe for probe in probes if probe.name == name)
+    if reading != LEARNING[0] or not isinstance(ranks, Problems):
+        lines.append(
+            "what it could find is not told: that is known of worked answers' likelihood only, not of this score"
+        )
+    elif len(design.seeds) > 1:
+        items = ranks.items
         smallest = detectable(Variances(*(each**2 for each in GUESS)), len(design.seeds), items, ranked)
         lines.append(
             f"found in 80 of 100 studies: an effect of {smallest:.3f} nats a token ({ranked} compared, {items} items; "

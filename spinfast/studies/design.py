@@ -85,6 +85,14 @@ class Design(Section):
         """`adapter.r: [4, 16]` is {"4": {adapter.r: 4}, "16": {adapter.r: 16}}."""
         if not isinstance(axes, dict):
             return axes
+        for name, levels in axes.items():
+            if not levels:
+                raise ValueError(f"{name}: expected levels, got {levels}")
+            labels = [_label(level) for level in levels] if isinstance(levels, list) else []
+            if twice := [label for label in labels if labels.count(label) > 1]:
+                raise ValueError(f"{name}: {twice[0]} is there twice")
+            if isinstance(levels, dict) and (odd := [level for level in levels if not isinstance(level, str)]):
+                raise ValueError(f'{name}: a level is named {odd[0]}, no text; quote it: "{_label(odd[0])}"')
         return {
             name: {_label(value): {name: value} for value in levels} if isinstance(levels, list) else levels
             for name, levels in axes.items()
@@ -143,6 +151,8 @@ def load_design(path: Path) -> Design:
 def cells_of(design: Design, beside: Path) -> list[Cell]:
     """All of them, a whole replication after the other; relative names of configs are looked for in `beside` first."""
     base, settings = find_base(design.base, beside), []
+    if "seed" in design.set:
+        raise UserError("study: set: sets seed; seeds: lists them")
     for levels in itertools.product(*(axis.items() for axis in design.axes.values())):
         keys = dict(design.set)
         for name, sets in levels:
@@ -168,8 +178,8 @@ def cells_of(design: Design, beside: Path) -> list[Cell]:
 
 
 def _seeded(keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The keys, {seed} in a value replaced."""
-    return {key: value.replace("{seed}", str(seed)) if isinstance(value, str) else value for key, value in keys.items()}
+    """The keys, {seed} in a value replaced, also in the values that this one holds."""
+    return {key: json.loads(json.dumps(value).replace("{seed}", str(seed))) for key, value in keys.items()}
 
 
 def _cell_config(base: Path, keys: Mapping[str, Any], levels: Sequence[str]) -> Config:

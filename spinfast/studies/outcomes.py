@@ -3,7 +3,8 @@
 Of problems with worked answers, from the most sensitive reading to the least:
     worked      log p of the gold worked answer, nats per token
     result      log p of the result, given the question and the gold reasoning, nats
-    margin      the same, less that of the likeliest of four false results, nats; choice: is it above 0 (chance 0.2)
+    margin      the same, less that of the likeliest of four false results, nats; choice: is it above 0 (chance 0.2;
+                more where a set of results that are no numbers has fewer than five)
     restated    log p of the result after "The answer is", without reasoning: the same knowledge in another form
     exact       the greedy answer is right, as the data states it; ended: it ended by itself; length: its tokens
 Of a benchmark task (tasks.py) margin and choice, or exact. Of texts, and of the base's own answers, nll: nats a token.
@@ -12,7 +13,9 @@ Of a benchmark task (tasks.py) margin and choice, or exact. Of texts, and of the
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from spinfast.data.renderer import Renderer
 from spinfast.data.sources import open_table
 from spinfast.errors import UserError
 from spinfast.evaluate import benchmark
+from spinfast.evaluate.answers import same_math
 from spinfast.evaluate.references import STRICT, score
 from spinfast.evaluate.tasks import find_task, load_rows
 from spinfast.generation import prompt_seed
@@ -33,6 +37,7 @@ from spinfast.studies.design import Items
 from spinfast.train import Budget, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request
 
+log = logging.getLogger("spinfast")
 Readings = dict[str, list[float]]  # a number per item
 LEARNING = ("worked", "result", "margin", "restated", "choice", "exact")  # what may rank, most sensitive first
 FALSE = 4  # results beside the right one
@@ -102,12 +107,12 @@ class Problems:
         worked = player.logps(self.worked)
         found = {"worked": [sums[0] / group.lengths[0] for sums, group in zip(worked, self.worked, strict=True)]}
         if self.results:
-            right, *wrong = np.array(player.logps(self.results)).T
-            margin = right - np.max(wrong, axis=0)
+            sums = player.logps(self.results)
+            margins = [right - max(wrong) for right, *wrong in sums]
             found |= {
-                "result": right.tolist(),
-                "margin": margin.tolist(),
-                "choice": (margin > 0).astype(float).tolist(),
+                "result": [right for right, *_ in sums],
+                "margin": margins,
+                "choice": [float(margin > 0) for margin in margins],
             }
             found["restated"] = [sums[0] for sums in player.logps(self.restated)]
         return found | (self._exact(player) if self.max_tokens else {})
@@ -187,12 +192,16 @@ class Told:
 
 
 def measured(probes: Iterable[Probe], player: Player) -> Readings:
-    """{"SET/READING": a number per item}."""
-    return {
+    """{"SET/READING": a number per item}. Raises UserError where one is not finite."""
+    found = {
         f"{probe.name}/{reading}": [float(value) for value in values]
         for probe in probes
         for reading, values in probe.measure(player).items()
     }
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise UserError(f"study: {name} is not finite, the model has diverged; lower the learning rate")
+    return found
 
 
 def probe_of(name: str, items: Items, prompt, renderer: Renderer) -> Probe:
@@ -231,6 +240,10 @@ def problems(name: str, examples: Sequence[Example], max_tokens: int, renderer: 
         raise UserError(f"study: learning.{name}: no item has a worked answer; expected question and answer")
     parts = [_result_part(example, renderer) for example in examples]
     if any(parts) and not all(parts):  # some results are not where they could be cut out: the items must be the same
+        lost = sum(part is None for part in parts)
+        log.warning(
+            "learning.%s: left out, their answers do not end in their results: %d of %d", name, lost, len(parts)
+        )
         examples = [example for example, part in zip(examples, parts, strict=True) if part]
         parts = [part for part in parts if part]
     if max_tokens and not all(example.reference for example in examples):
@@ -251,9 +264,12 @@ def problems(name: str, examples: Sequence[Example], max_tokens: int, renderer: 
 def _result_part(example: Example, renderer: Renderer) -> tuple[tuple[int, ...], str] | None:
     """(the answer's tokens before its result, the text from there); None where it does not end in its reference."""
     ids, text = example.real_ids, renderer.text(example.real_ids)
-    if example.reference is None or example.scored is not None or example.reference not in text:
+    if example.reference is None or example.scored is not None:
         return None
-    start = text.rindex(example.reference)
+    places = [*re.finditer(rf"(?<!\w){re.escape(example.reference)}(?!\w)", text)]
+    if not places:
+        return None
+    start = places[-1].start()
     low, high = 0, len(ids)  # the most tokens whose text does not reach into the result
     while low < high:
         middle = (low + high + 1) // 2
@@ -263,17 +279,15 @@ def _result_part(example: Example, renderer: Renderer) -> tuple[tuple[int, ...],
 
 
 def false_results(reference: str, pool: Sequence[str], draw: random.Random) -> list[str]:
-    """FALSE others: of a whole number, near ones and one with a digit changed; else results of other items."""
-    try:
-        value = int(reference)
-    except ValueError:
-        others = [each for each in pool if each != reference]
-        if len(others) < FALSE:
-            raise UserError(
-                f"study: a result {reference!r} is no whole number, and the set has {len(others)} others; expected "
-                f"{FALSE}: give more items"
-            ) from None
-        return draw.sample(others, FALSE)
+    """FALSE others: of a whole number, near ones and one with a digit changed; else results of other items, as many as
+    there are.
+    """
+    if not re.fullmatch(r"-?(?:0|[1-9][0-9]*)", reference):
+        others = [each for each in pool if not same_math(each, reference)]
+        if not others:
+            raise UserError(f"study: {reference!r} is no whole number and the result of all items; give other items")
+        return draw.sample(others, min(FALSE, len(others)))
+    value = int(reference)
     digits = [d for d in range(10) if d != abs(value) // 10 % 10]
     near = [value + step for step in (-10, -2, -1, 1, 2, 10)]
     changed = value + 10 * (draw.choice(digits) - abs(value) // 10 % 10) * (1 if value >= 0 else -1)

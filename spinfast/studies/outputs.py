@@ -46,7 +46,10 @@ def write(
     files.write_text(directory / "runs.jsonl", files.jsonl(runs(cells, measured, base)))
     files.write_text(directory / "scores.csv", scores_csv(found, rated))
     headings, rows = table(found)
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in (headings, ["---"] * len(headings), *rows)
+    ]
     said = [*sentences(found), *notes]
     files.write_text(
         directory / "scores.md", "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in said) + "\n"
@@ -86,6 +89,8 @@ def sentences(found: Found) -> list[str]:
     """What the table does and does not say."""
     ranked = [score for score in found.scores if score.p_holm is not None]
     said = []
+    if found.left_out:
+        said.append(f"Left out, since not all cells have outcomes: seed {', '.join(map(str, found.left_out))}.")
     if not ranked:
         said.append("One seed: no intervals, no order. Play more.")
         return said

@@ -22,19 +22,22 @@ from typing import ClassVar
 
 from rich.console import Console
 
+from spinfast.config import Config
+from spinfast.data import LoadedData, load_data
 from spinfast.environment import describe
 from spinfast.errors import Busy, UserError
 from spinfast.memory.planner import StepPlan
 from spinfast.methods import play as play_methods
-from spinfast.methods.run import prepare
+from spinfast.methods.run import inputs, prepare
 from spinfast.progress import Display, Lines
 from spinfast.session import Machine, Session, load_start, look, open_session
 from spinfast.store import files
-from spinfast.store.record import RunDir
+from spinfast.store.record import RunDir, check_inputs
 from spinfast.studies import outcomes
-from spinfast.studies.design import Cell, Design
+from spinfast.studies.design import ONE_BASE, Cell, Design
 from spinfast.studies.outcomes import Player, Probe, Readings, Told
 from spinfast.studies.samples import encode, take
+from spinfast.studies.scores import ranking
 from spinfast.studies.texts import read_texts
 from spinfast.train import Budget
 from spinfast.types import Group
@@ -64,7 +67,7 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
     machine = look(config)
     probes = asked(design, config, machine)
     writes = bool(design.forgetting.own) or any(probe.generates for probe in probes)
-    writes = writes or any(WRITING & {*cell.config.method} for cell in cells)
+    writes = writes or any(_writes(cell.config) for cell in cells)
     longest = max([design.forgetting.max_tokens, *(items.max_tokens for items in design.learning.values())])
     context = config.prompt.max_prompt_tokens + max(longest, config.prompt.max_answer_tokens)
     failed: dict[str, str] = {}
@@ -72,18 +75,21 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
     with open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
         if design.forgetting.own:
             probes.append(own_answers(design, directory, session))
+            _check_enough(probes)
         owner = owner_of(probes)
-        if (base := files.read_sealed(directory / BASE, owner)) is None:
+        of_base = owner + _digest([machine.model.revision, *(getattr(config, section) for section in ONE_BASE)])
+        if (base := files.read_sealed(directory / BASE, of_base)) is None:
             session.fresh()
             base = outcomes.measured(probes, _player(session))
-            files.write_sealed(directory / BASE, base, owner)
-        known = Measured(base)
+            files.write_sealed(directory / BASE, base, of_base)
+        ranking(design, base)  # whether there is what ranks
+        known, playing = Measured(base), _Playing(session, directory, probes, owner, display)
         pending = list(cells)
         while pending:
             busy = []
             for cell in pending:
                 try:
-                    session = _played(session, cell, directory, probes, owner, display)
+                    playing.play(cell)
                 except Busy:
                     busy.append(cell)
                 except UserError as error:
@@ -108,7 +114,19 @@ def asked(design: Design, config, machine: Machine) -> list[Probe]:
     for text in read_texts(design.forgetting.texts):
         rows = take(encode(text, renderer), design.forgetting.tokens, ROW, seed=0).rows
         probes.append(Told(text.name, [Group(row[:1], (row[1:],)) for row in rows if len(row) > 1]))
+    _check_enough(probes)
     return probes
+
+
+def _check_enough(probes: Sequence[Probe]) -> None:
+    for probe in probes:
+        if probe.items < 2:
+            raise UserError(f"study: {probe.name}: expected two items or more, got {probe.items}; raise size or tokens")
+
+
+def _writes(config: Config) -> bool:
+    """Whether such a run may write answers."""
+    return bool(WRITING & {*config.method} or (config.heldout and config.evaluate.problems))
 
 
 def own_answers(design: Design, directory: Path, session: Session) -> Told:
@@ -138,24 +156,49 @@ def outcome(directory: Path, cell: Cell, owner: str) -> Readings | None:
     return files.read_sealed(directory / "cells" / cell.name / OUTCOMES, owner + cell.config.hash())
 
 
-def _played(
-    session: Session, cell: Cell, directory: Path, probes: Sequence[Probe], owner: str, display: Display
-) -> Session:
-    if outcome(directory, cell, owner) is not None:
-        return session
-    path = directory / "cells" / cell.name
-    with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", display) as aside:
-        describe(path / "environment.json")
-        machine = replace(session.machine, start=load_start(cell.config, session.machine.model))
-        ready = prepare(cell.config, machine, record)
-        session = session.turned(cell.config, machine, ready.plan(record))
-        run = ready.begin(session, record, aside)
-        for _ in play_methods(run):
-            pass
-        found = outcomes.measured(probes, _player(session, own=True))
-        files.write_sealed(path / OUTCOMES, found, owner + cell.config.hash())
-    gc.collect()  # the cell's optimizer and, where the next one has another kind, its adapter
-    return session
+@dataclass
+class _Playing:
+    """Cells, one after the other in one session, which is that of the last cell, whatever became of it."""
+
+    session: Session
+    directory: Path
+    probes: Sequence[Probe]
+    owner: str
+    display: Display
+    data: dict[str, dict[str, LoadedData]] = field(default_factory=dict)  # of the cells that are there, by their config
+
+    def play(self, cell: Cell) -> None:
+        """Leaves the cell's outcomes, if they are not there yet."""
+        path = self.directory / "cells" / cell.name
+        machine = replace(self.session.machine, start=load_start(cell.config, self.session.machine.model))
+        if outcome(self.directory, cell, self.owner) is not None:
+            return check_inputs(path, inputs(cell.config, machine, self._data(cell.config)))
+        with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", self.display) as aside:
+            describe(path / "environment.json")
+            ready = prepare(cell.config, machine, record)
+            self._turn(cell.config, machine, ready.plan(record))
+            run = ready.begin(self.session, record, aside)
+            for _ in play_methods(run):
+                pass
+            found = outcomes.measured(self.probes, _player(self.session, own=True))
+            files.write_sealed(path / OUTCOMES, found, self.owner + cell.config.hash())
+        gc.collect()  # the cell's optimizer and, where the next one has another kind, its adapter
+        return None
+
+    def _turn(self, config: Config, machine: Machine, plan: StepPlan) -> None:
+        try:
+            self.session = self.session.turned(config, machine, plan)
+        except UserError:
+            self.session = self.session.put_back()
+            raise
+
+    def _data(self, config: Config) -> dict[str, LoadedData]:
+        """A config's data, read once for all cells that have the same."""
+        key = _digest([config.data, config.heldout, config.prompt, config.method, config.dpo])
+        if key not in self.data:
+            with _aside(Path(os.devnull), self.display):
+                self.data[key] = load_data(config, self.session.machine.renderer)
+        return self.data[key]
 
 
 def _player(session: Session, own: bool = False) -> Player:

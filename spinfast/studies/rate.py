@@ -5,6 +5,7 @@ random order, which is its control: what is left is what the text says, not what
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spinfast.config import Data
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
 from spinfast.store import files
@@ -31,6 +33,9 @@ from spinfast.studies.texts import Text, read_texts, sentence_shuffled
 
 TWIN = ", shuffled"
 MIXTURE = "mixture"
+PLAIN = {  # how a text's rows are read, however the base config reads its own
+    f"data.{key}": Data.model_fields[key].default for key in ("subset", "split", "revision", "size", "turns", "columns")
+}
 CONTROLS = ("sums:wrong", "sums:right")  # the form of worked solutions without their truth, and with it
 
 
@@ -62,9 +67,13 @@ def text_study(
         raise UserError(f"rate: a text is named {taken.pop()}; rename its file")
     if sentences:
         texts += [sentence_shuffled(text, 0) for text in texts[: len(sources)]]
+    names = [*(text.name for text in texts), MIXTURE]
+    files_of = Counter(_path(directory, level, 0) for name in names for level in (name, name + TWIN))
+    if twice := [path.name for path, count in files_of.items() if count > 1]:
+        raise UserError(f"rate: two texts would have one file, {twice[0]}; rename one of theirs")
     encoded = {text.name: encode(text, renderer) for text in texts}
     levels, controls, rated = {}, {}, []
-    for name in (*encoded, MIXTURE):
+    for name in names:
         for seed in design.seeds:
             sample = _sample(name, encoded, len(sources), tokens, length, seed)
             _write(directory, name, seed, sample)
@@ -75,7 +84,7 @@ def text_study(
         for level in (name, name + TWIN):
             levels[level] = {"data.source": str(_path(directory, level, "{seed}").absolute())}
         controls[name] = name + TWIN
-    rows = {"method": ["sft"], "heldout": None, "data.size": None, "prompt.max_answer_tokens": length, "sft.epochs": 1}
+    rows = {"method": ["sft"], "heldout": None, "prompt.max_answer_tokens": length, "sft.epochs": 1, **PLAIN}
     design = design.model_copy(update={"axes": {"text": levels}, "controls": controls, "set": rows | design.set})
     return Design.model_validate(design.model_dump()), rated, texts
 
@@ -89,6 +98,17 @@ def contaminated(texts: Sequence[Text], probes: Sequence[Probe]) -> list[tuple[s
             shared = [(text.name, probe.name, contamination(text, items)) for text in texts]
             found += [each for each in shared if each[2].share]
     return found
+
+
+def told_twice(texts: Sequence[Text], design: Design) -> list[str]:
+    """What is said of texts that are trained on and tell forgetting too."""
+    told = {text.sha256: text.name for text in read_texts(design.forgetting.texts)}
+    return [
+        f"{text.name} is trained on and tells forgetting ({told[text.sha256]}): what it forgets says nothing; give the "
+        "preset another text"
+        for text in texts
+        if text.sha256 in told
+    ]
 
 
 def _sample(name: str, encoded: dict[str, Encoded], own: int, tokens: int, length: int, seed: int) -> Sample:

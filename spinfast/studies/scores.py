@@ -53,6 +53,7 @@ class Found:
     names: list[str]  # of the ranked, as `best.text` counts them
     smallest: float  # effect that this design finds in 80 of 100 studies, by the variances that it had
     items: int
+    left_out: tuple[int, ...]  # seeds that are not whole
 
 
 def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readings], base: Readings) -> Found:
@@ -128,6 +129,7 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
         [score.setting for score in first],
         statistics.detectable(spread, len(seeds), items, len(ranked)) if spread else NAN,
         items,
+        tuple(seed for seed in design.seeds if seed not in seeds),
     )
 
 

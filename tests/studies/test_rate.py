@@ -96,3 +96,38 @@ def test_what_cannot_be_rated_is_one_line(rated, capsys, words, complaint):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("spinfast: ")
     assert complaint in last
+
+
+def rate(rated, *words):
+    return main(["rate", *words, "--preset", str(rated / "study.yaml"), "--dir", str(rated / "other")])
+
+
+def test_two_texts_of_one_file_are_refused(rated, capsys):
+    (rated / "whale.shuffled").mkdir()
+    (rated / "whale.shuffled" / "a.txt").write_text("Another whale. ")
+    assert rate(rated, str(rated / "whale.txt"), str(rated / "whale.shuffled")) == 2
+    assert "two texts would have one file, whale.shuffled.0.parquet" in capsys.readouterr().err
+
+
+def test_another_budget_in_the_same_directory_is_told(rated, capsys):
+    """The cells that are there trained another one."""
+    texts = [str(rated / name) for name in ("whale.txt", "book.txt")]
+    before = (rated / "out" / "scores.csv").read_text()
+    words = ["--preset", str(rated / "study.yaml"), "--dir", str(rated / "out"), "--length", "48"]
+    assert main(["rate", *texts, *words, "--tokens", "96"]) == 2
+    assert "data is not what the run started with" in " ".join(capsys.readouterr().err.split())
+    assert (rated / "out" / "scores.csv").read_text() == before
+
+
+def test_a_text_that_is_trained_and_tells_forgetting_is_named(rated, capsys):
+    assert rate(rated, str(rated / "other.txt"), "--plan") == 0
+    assert "other is trained on and tells forgetting" in " ".join(capsys.readouterr().out.split())
+
+
+def test_how_the_base_config_reads_its_own_data_is_not_asked_of_texts(rated, tmp_path, capsys):
+    config = yaml.safe_load((rated / "config.yaml").read_text())
+    config["data"] |= {"turns": "all", "columns": {"question": "q", "answer": "a"}, "subset": "main", "split": "test"}
+    preset = yaml.safe_load((rated / "study.yaml").read_text()) | {"base": "own.yaml"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(preset))
+    assert rate(tmp_path, str(rated / "whale.txt"), "--plan") == 0, capsys.readouterr().err

@@ -12,7 +12,7 @@ import yaml
 from test_run import fingerprints, write_config, write_problems
 
 from spinfast.run import main
-from spinfast.studies import outcomes, scores, statistics
+from spinfast.studies import outcomes, outputs, scores, statistics
 from spinfast.studies.design import cells_of, load_design
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "study.ipynb"
@@ -106,9 +106,12 @@ def test_the_notebook_reads_the_scores(played, capsys, monkeypatch):
 def test_what_is_there_is_not_played_again(played, capsys):
     out = played.parent / "out"
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/adapter/*.safetensors")}
-    (out / "cells" / "wide.1" / "outcomes.json").unlink()
+    found = {name: out / "cells" / name / "outcomes.json" for name in ("full.0", "merged.0", "wide.1", "xs.1")}
+    outcomes_before = {name: json.loads(path.read_text()) for name, path in found.items()}
+    for path in found.values():
+        path.unlink()
     assert study(played) == 0
-    assert (out / "cells" / "wide.1" / "outcomes.json").exists()
+    assert {name: json.loads(path.read_text()) for name, path in found.items()} == outcomes_before
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "worked" in capsys.readouterr().out
 
@@ -221,7 +224,9 @@ def test_effects_are_those_over_the_controls(tmp_path, tiny_model):
 def test_seeds_that_are_not_whole_are_left_out(tmp_path, tiny_model):
     design, cells, measured, base = made_up(tmp_path, tiny_model, [0.2])
     del measured["A.3"]
-    assert scores.compare(design, cells, measured, base).scores[0].seeds == 4
+    found = scores.compare(design, cells, measured, base)
+    assert found.scores[0].seeds == 4
+    assert outputs.sentences(found)[0] == "Left out, since not all cells have outcomes: seed 3."
     alone = {name: found for name, found in measured.items() if name.endswith(".0")}
     (one, other) = scores.compare(design, cells, alone, base).scores
     assert one.p_holm is None
