@@ -117,11 +117,13 @@ def publish(argv: Sequence[str]) -> int:
 
 
 def chat(argv: Sequence[str]) -> int:
-    return import_module("spinfast.chat.cli").main(argv)
+    arguments = import_module("spinfast.chat.options").parse_chat(argv)
+    return import_module("spinfast.chat.cli").main(arguments)
 
 
 def serve(argv: Sequence[str]) -> int:
-    return import_module("spinfast.chat.serve").main(argv)
+    arguments = import_module("spinfast.chat.options").parse_serve(argv)
+    return import_module("spinfast.chat.serve").main(arguments)
 
 
 def replay(argv: Sequence[str]) -> int:

@@ -7,39 +7,23 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 from rich.text import Text
 
-from spinfast.chat.speaker import add_speaker_options, named, open_speaker
-from spinfast.chat.talk import RULES, Settings, Talk
+from spinfast.chat.options import RULES
+from spinfast.chat.speaker import named, open_speaker
+from spinfast.chat.talk import Settings, Talk
 from spinfast.errors import UserError
 from spinfast.progress import Lines, open_console
 from spinfast.run import quiet_libraries
-from spinfast.terminal import Parser
 
 log = logging.getLogger("spinfast")
 INTERRUPTED = 130  # as shells say it of Ctrl-C
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="spinfast chat",
-        description="Talk to a model, a run's best adapter, or a .gguf file; base and adapter side by side. A question "
-        "on the line or by a pipe is answered on stdout, and nothing else is written there. /help lists the commands.",
-    )
-    add_speaker_options(parser)
-    parser.add_argument("question", nargs="?", help="answer it and end; what a pipe brings stands below it")
-    parser.add_argument("--compare", action="store_true", help="base and adapter answer, side by side")
-    for name, (_, _, expected) in RULES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", help=expected)
-    return parser.parse(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """0: the talk is over, or the question answered; 130: stopped by Ctrl-C."""
-    arguments = parse(argv)
     check_settings(arguments)
     quiet_libraries()
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and arguments.question is None

@@ -15,37 +15,22 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from spinfast.chat.speaker import Speaker, add_speaker_options, open_speaker
+from spinfast.chat.speaker import Speaker, open_speaker
 from spinfast.errors import UserError
 from spinfast.generation.vllm import served_rank
 from spinfast.policy.adapters.compact import kind_of
 from spinfast.progress import heard, open_console
 from spinfast.run import quiet_libraries
-from spinfast.terminal import Parser
 
 log = logging.getLogger("spinfast")
 HOST = "127.0.0.1"
 GRACE = 5  # seconds for the answers in progress once it is told to end
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="spinfast serve",
-        description="OpenAI's /v1/chat/completions, /v1/completions and /v1/models on 127.0.0.1: the base under its "
-        "own name and each adapter under its.",
-    )
-    add_speaker_options(parser)
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="answers written at once; more wait")
-    return parser.parse(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """0 once a signal ended it; UserError where it cannot start."""
-    arguments = parse(argv)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:

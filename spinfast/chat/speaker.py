@@ -14,17 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from spinfast.chat.options import BACKENDS, LONGEST
 from spinfast.data.renderer import Renderer
 from spinfast.errors import UserError
 from spinfast.generation import Voices
 from spinfast.models import gguf_file
-from spinfast.opening import SHORTEST, add_options, open_played, settings
+from spinfast.opening import SHORTEST, open_played, settings
 from spinfast.store.files import expanded
 
 log = logging.getLogger("spinfast")
 BASE = "base"
-BACKENDS = ("auto", "transformers", "vllm", "llama.cpp")
-LONGEST = 8192  # tokens of a context that nobody asked for
 TEMPERATURE, TOP_P = 0.7, 0.95  # where the model's generation_config.json says nothing
 
 
@@ -52,17 +51,6 @@ class Speaker:
     def own(self) -> str:
         """Who answers unless another is asked for."""
         return next(iter(self.adapters), BASE)
-
-
-def add_speaker_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN | MODEL | ADAPTER | FILE.gguf", help="of a run its best adapter")
-    parser.add_argument(
-        *("--adapter", "-a"), action="append", default=[], metavar="[NAME=]DIR", help="another one, on the same base"
-    )
-    parser.add_argument("--model", help="the adapter's base, where its own name for it does not lead there")
-    parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (auto: llama.cpp for .gguf files)")
-    parser.add_argument("--context", type=int, help=f"tokens of a prompt with its answer (default: {LONGEST} at most)")
-    add_options(parser)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spinfast.chat.options import RULES
 from spinfast.chat.speaker import BASE, Speaker
 from spinfast.chat.text import TextStream
 from spinfast.data.renderer import plain_ids
@@ -16,12 +17,6 @@ from spinfast.generation import prompt_seed
 from spinfast.types import Request, Sampling
 
 MAX_TOKENS = 1024
-RULES = {  # of what can be set -> (its type, is it one, in words)
-    "temperature": (float, lambda v: 0 <= v <= 10, "a number from 0 (always the likeliest token) to 10"),
-    "top_p": (float, lambda v: 0 < v <= 1, "a number above 0, 1 at most"),
-    "max_tokens": (int, lambda v: v >= 1, "a whole number, 1 or more"),
-    "seed": (int, lambda v: 0 <= v < 2**63, "a whole number, 0 or more"),
-}
 
 
 @dataclass

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from rich.console import Console
 from rich.text import Text
 
+from spinfast.chat.options import RULES
 from spinfast.chat.show import show
-from spinfast.chat.talk import RULES, Talk
+from spinfast.chat.talk import Talk
 from spinfast.errors import UserError
 from spinfast.store import files
 

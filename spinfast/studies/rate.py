@@ -33,6 +33,7 @@ from spinfast.studies.texts import Text, read_texts, sentence_shuffled
 
 TWIN = ", shuffled"
 MIXTURE = "mixture"
+SPARE = 16  # tokens that may be left out at a text's end so that no two rows are equal
 PLAIN = {  # how a text's rows are read, however the base config reads its own
     f"data.{key}": Data.model_fields[key].default for key in ("subset", "split", "revision", "size", "turns", "columns")
 }
@@ -115,12 +116,16 @@ def _sample(name: str, encoded: dict[str, Encoded], own: int, tokens: int, lengt
     """A text's share of its words for this seed; its last token is left out as long as two rows would be one."""
     if name == MIXTURE:
         return mixture(list(encoded.values())[:own], tokens, length, seed)
-    text = encoded[name]
-    while True:
+    whole = encoded[name]
+    for left_out in range(min(SPARE, len(whole.ids) - 1)):
+        text = Encoded(name, whole.ids[: len(whole.ids) - left_out], whole.before, whole.after)
         sample = take(text, tokens, length, seed)
-        if len({*sample.rows}) == len(sample.rows) or len(text.ids) < 2:
+        if len({*sample.rows}) == len(sample.rows):
             return sample
-        text = Encoded(text.name, text.ids[:-1], text.before, text.after)
+    raise UserError(
+        f"text {name}: {len(whole.ids)} tokens over and over give equal rows, which a run takes once; give a longer text, "
+        "or lower --tokens"
+    )
 
 
 def _path(directory: Path, level: str, seed: int | str) -> Path:

@@ -70,6 +70,13 @@ def test_every_entry_is_tested_here():
     assert {*table.COMMANDS} <= names
 
 
+@pytest.mark.slow
+def test_studies(command):
+    (row,) = command("studies", "2")
+    assert row["cells"] == len(row["rss_mib"]) == 2
+    assert row["times_the_processes"] > 0
+
+
 def test_unknown_names_are_told(capsys):
     assert table.main(["nothing"]) == 2
     assert "peers" in capsys.readouterr().err

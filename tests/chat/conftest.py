@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from process import Spinfast
 
-from spinfast.chat.cli import parse
+from spinfast.chat.options import parse_chat as parse
 from spinfast.chat.speaker import open_speaker
 
 sys.path.append(str(Path(__file__).parents[1] / "weights" / "gguf"))

@@ -6,7 +6,7 @@ pip install --no-deps xllamacpp==2026.10.11549
 import pytest
 from lora import tiny_lora
 
-from spinfast.chat.cli import parse
+from spinfast.chat.options import parse_chat as parse
 from spinfast.chat.speaker import open_speaker
 from spinfast.chat.talk import Settings, Talk
 from spinfast.chat.worker import Worker

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spinfast.chat import cli
+from spinfast.chat.options import RULES
 from spinfast.chat.speaker import named, open_speaker, sampling_defaults
-from spinfast.chat.talk import RULES, Settings, Talk
+from spinfast.chat.talk import Settings, Talk
 from spinfast.data.conversations import turns
 from spinfast.errors import UserError
 

@@ -80,6 +80,14 @@ def test_the_study_can_be_played_as_one(rated, capsys):
     assert yaml.safe_load((rated / "out" / "study.yaml").read_text())["controls"]["book"] == "book, shuffled"
 
 
+def test_a_text_too_short_for_its_budget_is_refused(rated, capsys):
+    """Its rows would be equal, of which a run takes one: it would train less than the others."""
+    preset = ["--preset", str(rated / "study.yaml"), "--dir", str(rated / "short")]
+    (rated / "tiny.txt").write_text("The whale.")
+    assert main(["rate", str(rated / "tiny.txt"), *preset, "--tokens", "8192", "--length", "48"]) == 2
+    assert "text tiny: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
