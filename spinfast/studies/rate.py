@@ -123,8 +123,8 @@ def _sample(name: str, encoded: dict[str, Encoded], own: int, tokens: int, lengt
         if len({*sample.rows}) == len(sample.rows):
             return sample
     raise UserError(
-        f"text {name}: {len(whole.ids)} tokens over and over give equal rows, which a run takes once; give a longer text, "
-        "or lower --tokens"
+        f"text {name}: {len(whole.ids)} tokens over and over give equal rows, which a run takes once; give a longer "
+        "text, or lower --tokens"
     )
 
 

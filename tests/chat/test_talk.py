@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spinfast.chat import cli
-from spinfast.chat.options import RULES
+from spinfast.chat.options import RULES, parse_chat
 from spinfast.chat.speaker import named, open_speaker, sampling_defaults
 from spinfast.chat.talk import Settings, Talk
 from spinfast.data.conversations import turns
@@ -134,7 +134,7 @@ def test_an_adapter_that_is_not_loaded_leaves_a_talk_that_answers(tiny_model, ad
         raise fault
 
     words = [str(tiny_model("llama")), "--profile", "cpu", "--dtype", "float32", "--max-tokens", "4"]
-    with cli.Opened(cli.parse(words)) as opened:
+    with cli.Opened(parse_chat(words)) as opened:
         talk = opened.talk()
         before = said(talk, "What?")
         monkeypatch.setattr(cli, "open_speaker", failing_once)

@@ -107,7 +107,8 @@ def test_what_cannot_be_rated_is_one_line(rated, capsys, words, complaint):
 
 
 def rate(rated, *words):
-    return main(["rate", *words, "--preset", str(rated / "study.yaml"), "--dir", str(rated / "other")])
+    where = ["--preset", str(rated / "study.yaml"), "--dir", str(rated / "other")]
+    return main(["rate", *words, *where, "--tokens", "192", "--length", "48"])
 
 
 def test_two_texts_of_one_file_are_refused(rated, capsys):
