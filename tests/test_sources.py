@@ -24,6 +24,8 @@ from spinfast.data.sources import open_table
 from spinfast.errors import UserError
 from spinfast.names import FILE_SUFFIXES, PACKED_SUFFIXES
 
+CUT_GZIP = gzip.compress(b'{"question": "q", "answer": "a"}\n' * 9, mtime=0)[:-6]
+
 CASES = Path(__file__).parent / "cases"
 RENDERER = Renderer(tiny_tokenizer())
 
@@ -261,7 +263,7 @@ def test_a_file_of_another_kind_is_told_what_it_is(tmp_path, name, content, mess
         ("data.jsonl", b'{"question": "q", "answer": "a"}\n' + b"\0" * 99, "line 2: not valid JSON"),
         ("data.parquet", b"", "cannot be read as parquet"),
         ("data.arrow", b"", "cannot be read as arrow"),
-        ("data.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 9)[:-6], "cannot be read as jsonl"),
+        ("data.jsonl.gz", CUT_GZIP, "cannot be read as jsonl"),
         ("data.pkl", b"\x80\x04", "expected a file ending in .jsonl"),
         ("data.xlsx", b"PK\x03\x04", "expected a file ending in .jsonl"),
     ],
