@@ -156,7 +156,7 @@ def test_shapes_do_not_pile_up():
         return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
     bounded = grown("from spinfast.device import profile; profile('cpu')")
-    assert bounded < 0.6 * grown("")
+    assert bounded < 0.75 * grown("")
 
 
 def test_a_cpus_bf16_is_found_by_any_torch(monkeypatch):

@@ -70,7 +70,7 @@ class Bigram:
         self.model = self.decoder = torch.nn.ParameterDict(
             {"lora_A": torch.randn(r, width, generator=draw), "lora_B": torch.zeros(width, r)}
         )
-        self.scaling = 1.0
+        self.scaling, self.causal_lm = 1.0, self.model
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         x_TD = self.table_VD[batch.token_ids_T]

@@ -26,6 +26,7 @@ class Policy(Protocol):
     """A frozen base with a trainable adapter: all that its callers use. D is the model dimension, V the vocabulary."""
 
     model: torch.nn.Module  # its parameters, buffers, mode and shape (.config); the adapter's switches are below
+    causal_lm: torch.nn.Module  # the base
     decoder: torch.nn.Module  # the stack below the head; `.layers` are what activations are kept of
     device: torch.device
     dtype: torch.dtype

@@ -87,7 +87,7 @@ class Screen(Spinfast):
         """A control key, once the prompt waits for one, and a pattern behind it."""
         with self._news:
             self.seen = ""
-        time.sleep(0.3)
+        time.sleep(1.0)
         os.write(self.master, key)
         self.wait(pattern)
 

@@ -195,7 +195,7 @@ def test_metadata_that_the_hub_does_not_take(hub, run, capsys):
     ("options", "said"),
     [
         (["--stage", "iter_009"], "--stage iter_009: expected best or of iter_000, iter_001"),
-        (["--gguf", "q4_k_m"], "--gguf q4_k_m: expected f32"),
+        (["--gguf", "q9_9"], "--gguf q9_9: expected f32"),
         (["--base", "tiny"], "--base tiny: expected OWNER/NAME"),
         (["--rollouts"], "only GRPO keeps what it samples"),
         (["--base", "lab/none"], "model lab/none: the hub knows none of that name"),
