@@ -184,6 +184,8 @@ def test_token_ids_are_taken_as_they_are(tmp_path):
         ({"input_ids": [5, 6], "labels": [6, 5]}, "labels that are others"),
         ({"input_ids": [5, 6], "labels": [5]}, "labels that are others"),
         ({"input_ids": "5 6"}, "not token ids"),
+        ({"input_ids": 1}, "not token ids"),
+        ({"input_ids": None, "labels": [5, 6]}, "not token ids"),
         ({"input_ids": [5, 6.0]}, "not token ids"),
     ],
 )

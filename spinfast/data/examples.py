@@ -156,8 +156,8 @@ def render(
     Raises RowError.
     """
     if row.text is not None or row.ids:
-        rendered = renderer.text_ids(row.text) if row.text is not None else renderer.given_ids(row.ids, row.learnt)
-        text = renderer.text(row.ids) if row.text is None else row.text
+        text = renderer.text(row.ids) if row.ids else row.text
+        rendered = renderer.given_ids(row.ids, row.learnt) if row.ids else renderer.text_ids(row.text)
         return Example(index, (), text, rendered.prompt_ids, rendered.answer_ids, scored=rendered.scored), []
     conversation = with_system(row.conversation, system)
     whole = row.answer is not None  # the row itself says what its answer is

@@ -72,9 +72,10 @@ def _text(row: RowOf) -> Row:
 
 def _ids(row: RowOf) -> Row:
     ids, labels, seen = (row.get(column) for column in ("input_ids", "labels", "attention_mask"))
-    labels, seen = ids if labels is None else labels, ids and [1] * len(ids) if seen is None else seen
-    if not all(isinstance(of, list) and all(type(one) is int for one in of) for of in (ids, labels, seen)):
+    given = [of for of in (ids, labels, seen) if of is not None or of is ids]
+    if not all(isinstance(of, list) and all(type(one) is int for one in of) for of in given):
         raise RowError("not token ids", f"input_ids, labels: expected lists of whole numbers, got {ids!r:.60}")
+    labels, seen = ids if labels is None else labels, [1] * len(ids) if seen is None else seen
     if not len(ids) == len(labels) == len(seen) or any(
         label not in (-100, own) for own, label in zip(ids, labels, strict=True)
     ):
