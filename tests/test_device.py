@@ -140,7 +140,7 @@ import psutil, torch
 x, w = torch.randn(800, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
 torch.mm(x, w.T)
 start = psutil.Process().memory_info().rss
-for tokens in range(64, 464):
+for tokens in range(64, 764):
     torch.mm(x[:tokens], w.T)
 print((psutil.Process().memory_info().rss - start) / 2**20)
 """
@@ -156,7 +156,7 @@ def test_shapes_do_not_pile_up():
         return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
     bounded = grown("from spinfast.device import profile; profile('cpu')")
-    assert bounded < 0.75 * grown("")
+    assert bounded < 0.6 * grown("")
 
 
 def test_a_cpus_bf16_is_found_by_any_torch(monkeypatch):

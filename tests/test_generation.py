@@ -435,7 +435,8 @@ def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, 
     assert (width_S > 0).all()
     assert (high_S - width_S <= uniform_S[clear_S] + 1e-4).all()
     assert (uniform_S[clear_S] <= high_S + 1e-4).all()
-    assert torch.allclose(logp_S[clear_S].double(), width_S.log(), atol=1e-4, rtol=1e-3)  # fp32 at -100 nats
+    known_S = width_S > torch.finfo(torch.float32).tiny  # below it a probability has a bit or two
+    assert torch.allclose(logp_S[clear_S].double()[known_S], width_S[known_S].log(), atol=1e-4)
 
 
 def test_a_round_that_changes_the_base_is_an_error(tiny_model, tmp_path, monkeypatch):

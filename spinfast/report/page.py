@@ -99,7 +99,7 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
     after = [
         _data("plot-data", {plot.name: _hover(plot) for plot in made}),
         _data("transcript-data", [_problems(run) for run in runs]),
-        f"<script>{resource('page.js')}</script>",
+        f"<script>{_resource('page.js')}</script>",
     ]
     return document(title, body, again, after)
 
@@ -109,12 +109,12 @@ def document(title: str, body: Sequence[str], head: str = "", after: Sequence[st
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{head}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{resource("page.css")}</style></head>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_resource("page.css")}</style></head>'
         f"<body><main>{''.join(body)}</main>{''.join(after)}</body></html>"
     )
 
 
-def resource(name: str) -> str:
+def _resource(name: str) -> str:
     return (package_files("spinfast.report") / name).read_text(encoding="utf-8")
 
 

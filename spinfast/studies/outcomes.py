@@ -101,7 +101,7 @@ class Problems:
         return [*self.worked, *self.results, *self.restated]
 
     def fingerprint(self) -> str:
-        return _digest([self.worked, self.results, self.restated, self.max_tokens])
+        return digest([self.worked, self.results, self.restated, self.max_tokens])
 
     def measure(self, player: Player) -> Readings:
         worked = player.logps(self.worked)
@@ -149,7 +149,7 @@ class Benchmark:
         return len(self.rows)
 
     def fingerprint(self) -> str:
-        return _digest([self.task.name, self.task.shots, self.rows, self.pool])
+        return digest([self.task.name, self.task.shots, self.rows, self.pool])
 
     def measure(self, player: Player) -> Readings:
         session, renderer = player.session, player.session.machine.renderer
@@ -184,7 +184,7 @@ class Told:
         return len(self.groups)
 
     def fingerprint(self) -> str:
-        return _digest(self.groups)
+        return digest(self.groups)
 
     def measure(self, player: Player) -> Readings:
         sums = player.logps(self.groups)
@@ -310,5 +310,6 @@ def _ids(renderer: Renderer, text: str) -> tuple[int, ...]:
     return tuple(renderer.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _digest(value) -> str:
+def digest(value) -> str:
+    """sha256 of how the value is written."""
     return hashlib.sha256(repr(value).encode()).hexdigest()

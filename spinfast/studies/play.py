@@ -11,7 +11,6 @@ several processes may play one study.
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from spinfast.store import files
 from spinfast.store.record import RunDir, check_inputs
 from spinfast.studies import outcomes
 from spinfast.studies.design import ONE_BASE, Cell, Design
-from spinfast.studies.outcomes import Player, Probe, Readings, Told
+from spinfast.studies.outcomes import Player, Probe, Readings, Told, digest
 from spinfast.studies.samples import encode, take
 from spinfast.studies.scores import ranking
 from spinfast.studies.texts import read_texts
@@ -77,7 +76,7 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
             probes.append(own_answers(design, directory, session))
             _check_enough(probes)
         owner = owner_of(probes)
-        of_base = owner + _digest([machine.model.revision, *(getattr(config, section) for section in ONE_BASE)])
+        of_base = owner + digest([machine.model.revision, *(getattr(config, section) for section in ONE_BASE)])
         if (base := files.read_sealed(directory / BASE, of_base)) is None:
             session.fresh()
             base = outcomes.measured(probes, _player(session))
@@ -136,7 +135,7 @@ def own_answers(design: Design, directory: Path, session: Session) -> Told:
     if len(questions) < of.own:
         raise UserError(f"study: forgetting.own: there are {len(questions)} questions, got {of.own}; lower it")
     machine, system = session.machine, session.config.prompt.system
-    owner = _digest([machine.model.revision, str(machine.device.dtype), questions, of.max_tokens, system])
+    owner = digest([machine.model.revision, str(machine.device.dtype), questions, of.max_tokens, system])
     known = files.read_sealed(directory / OWN, owner)
     if known is None:
         session.fresh()
@@ -148,7 +147,7 @@ def own_answers(design: Design, directory: Path, session: Session) -> Told:
 
 def owner_of(probes: Sequence[Probe]) -> str:
     """Names what is asked: outcomes of other items are not compared with these."""
-    return _digest([(probe.name, probe.fingerprint()) for probe in probes])
+    return digest([(probe.name, probe.fingerprint()) for probe in probes])
 
 
 def outcome(directory: Path, cell: Cell, owner: str) -> Readings | None:
@@ -194,7 +193,7 @@ class _Playing:
 
     def _data(self, config: Config) -> dict[str, LoadedData]:
         """A config's data, read once for all cells that have the same."""
-        key = _digest([config.data, config.heldout, config.prompt, config.method, config.dpo])
+        key = digest([config.data, config.heldout, config.prompt, config.method, config.dpo])
         if key not in self.data:
             with _aside(Path(os.devnull), self.display):
                 self.data[key] = load_data(config, self.session.machine.renderer)
@@ -231,7 +230,3 @@ class _Once(Lines):
         if record.getMessage() not in self.seen:
             self.seen.add(record.getMessage())
             super().emit(record)
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()

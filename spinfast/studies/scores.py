@@ -83,35 +83,32 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
     learnt = np.stack([array(levels, [outcome], controls[levels]) for levels in order])
     gained = np.stack([array(levels, [outcome], None) for levels in order])
     forgotten = np.stack([array(levels, lost, None) for levels in order]) if lost else np.full((len(order), 1, 1), NAN)
+    effects, gains, forgets = map(_effects, (learnt, gained, forgotten))
     if len(seeds) > 1:
-        effects, gains = statistics.effects(learnt), statistics.effects(gained)
-        forgets = statistics.effects(forgotten) if lost else None
         p_holm = statistics.holm(effects.p[: len(ranked)])
         letters = statistics.groups(learnt[: len(ranked)])
-    else:
-        effects = gains = forgets = None
     front = statistics.pareto(gained.mean((1, 2)), forgotten.mean((1, 2))) if lost else np.zeros(len(order), bool)
     scores = []
     for i, levels in enumerate(order):
-        rated = effects is not None and i < len(ranked)
+        rated = len(seeds) > 1 and i < len(ranked)
         changes = {name: float(array(levels, [name], None).mean()) for name in base}
         scores.append(
             Score(
                 names[levels],
                 names[controls[levels]] if controls[levels] else "",
                 len(seeds),
-                float(learnt[i].mean()),
-                float(effects.low[i]) if effects else NAN,
-                float(effects.high[i]) if effects else NAN,
+                float(effects.mean[i]),
+                float(effects.low[i]),
+                float(effects.high[i]),
                 float(effects.p[i]) if rated else None,
                 float(p_holm[i]) if rated else None,
                 letters[i] if rated else "",
-                float(gained[i].mean()),
-                float(gains.low[i]) if gains else NAN,
-                float(gains.high[i]) if gains else NAN,
-                float(forgotten[i].mean()),
-                float(forgets.low[i]) if forgets else NAN,
-                float(forgets.high[i]) if forgets else NAN,
+                float(gains.mean[i]),
+                float(gains.low[i]),
+                float(gains.high[i]),
+                float(forgets.mean[i]),
+                float(forgets.low[i]),
+                float(forgets.high[i]),
                 bool(front[i]),
                 _at_floor(settings[levels], base),
                 changes,
@@ -131,6 +128,14 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
         items,
         tuple(seed for seed in design.seeds if seed not in seeds),
     )
+
+
+def _effects(differences: np.ndarray) -> statistics.Effects:
+    """Means alone where there is one seed, or nothing was measured."""
+    if differences.shape[-2] > 1:
+        return statistics.effects(differences)
+    mean = differences.mean((-2, -1))
+    return statistics.Effects(mean, *[np.full(len(mean), NAN)] * 4)
 
 
 def ranking(design: Design, base: Readings) -> str:
