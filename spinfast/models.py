@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from spinfast.errors import UserError
@@ -203,8 +204,10 @@ def reading_gguf(file: Path) -> Iterator[None]:
 def _read_gguf(file: Path):
     """(model in bf16, tokenizer) with the file's own end token and a pad token."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # its bar asks nobody whether it is wanted
     tokenizer, _ = read_gguf_tokenizer(file)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
     loaded, loading = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, output_loading_info=True)

@@ -115,6 +115,11 @@ def test_gguf_tokenizer(gguf_file, tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_conversion_draws_no_bar_of_the_librarys(gguf_file, tmp_path, capfd):
+    resolve_model(str(gguf_file), cache_dir=tmp_path)
+    assert "Converting" not in capfd.readouterr().err
+
+
 def test_gguf_is_converted_once_and_again_if_the_cache_is_damaged(gguf_file, tmp_path, caplog):
     caplog.set_level("INFO", logger="spinfast.models")
     first = resolve_model(str(gguf_file), cache_dir=tmp_path)
