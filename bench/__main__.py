@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
         print(f"usage: python -m bench {{{','.join(COMMANDS)}}} [args]", file=sys.stderr)
         return 2
     from spinfast.errors import UserError
+    from spinfast.run import refuse_remote_code
 
+    refuse_remote_code()
     module, function = COMMANDS[argv[0]]
     try:
         return getattr(importlib.import_module(f"bench.{module}"), function)(argv[1:])

@@ -32,6 +32,15 @@ def test_configs_and_requirements_that_are_named_exist(page):
     assert sorted(name for name in names if not (ROOT / name).exists()) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_program_that_are_named_exist(page):
+    """`room/file.py`, from the top, from spinfast/ or from kernels/; in capitals stands what a reader will write."""
+    names = set(re.findall(r"`([\w.]+/[\w./]+\.py)`", page.read_text(encoding="utf-8")))
+    places = ROOT, ROOT / "spinfast", ROOT / "kernels"
+    gone = [name for name in names if not any((place / name).exists() for place in places)]
+    assert [name for name in sorted(gone) if not Path(name).stem.isupper()] == []
+
+
 def test_readme_is_a_page_and_a_half():
     lines = README.splitlines()
     assert len(lines) <= 125
