@@ -179,9 +179,10 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
 
 def refuse_remote_code() -> None:
     """bitsandbytes, which PEFT imports, takes a compiled kernel from the hub as it is imported, where Hugging Face's
-    `kernels` package is there, and else says that it could not."""
+    `kernels` package is there, and else says that it could not; torchao, which it imports too, has notes on torch."""
     sys.modules.setdefault("kernels", None)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

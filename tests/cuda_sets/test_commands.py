@@ -3,6 +3,8 @@ starts, with the set's own packages.
 """
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 from test_configs import SHAPES, T4, stand_in  # noqa: F401, a fixture
@@ -23,6 +25,14 @@ datasets triton numba bitsandbytes gguf math_verify tensorboard vllm trl xformer
 @pytest.mark.parametrize("module", REACHED.split())
 def test_imports(module):
     importlib.import_module(module)
+
+
+def test_libraries_say_nothing_as_they_are_imported():
+    """torchao and bitsandbytes have notes on other versions of torch than theirs."""
+    words = "from spinfast.run import quiet_libraries, refuse_remote_code\nrefuse_remote_code()\nquiet_libraries()\n"
+    words += "import bitsandbytes, peft, spinfast.opening, spinfast.session"
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_the_profile_is_a_t4s(t4):
