@@ -36,7 +36,7 @@ test-gpu:
 SEAMS := "tests/test_unsloth.py::test_same_log_probs_and_gradients_as_the_stock_policy[gpu-qwen2-float16]"
 check-t4 check-cuda13: check-%:
 	python=$$(tests/cuda_sets/environment.sh $*) && TRITON_INTERPRET=0 $(HERE) $$python -m pytest \
-	  tests/cuda_sets tests/engine/test_single_adapter.py tests/kernels/test_compile.py $(SEAMS) -m "not gpu and not faults"
+	  tests/cuda_sets tests/engine/test_dense_adapters.py tests/kernels/test_compile.py $(SEAMS) -m "not gpu and not faults"
 
 # what is in plain torch, under other versions of it, each over the set of its CUDA: TORCH="2.9.1 2.12.0" make check-torch
 TORCH ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0

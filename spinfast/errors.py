@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class Busy(UserError):
     """Another process has what can be one's only."""
+
+
+def out_of_memory(error: Exception) -> UserError:
+    """What is said where memory ran out and nothing smaller can be tried."""
+    return UserError(
+        f"memory ran out ({' '.join(str(error).split())[:200]}); everything done is saved. Lower "
+        "generation.batch_size, or give the memory back that others hold, and run again"
+    )

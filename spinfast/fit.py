@@ -80,6 +80,8 @@ def fit(
                 metrics |= steps.figures(state.step - 1)
                 metrics["num_tokens"] = metrics["train/tokens"] + (rows[-1].get("num_tokens", 0) if rows else 0)
                 rows.append(run.directory.metrics(stage.name, "train", state.step, metrics))
+                if run.each_step:
+                    run.each_step(stage, state.step, len(steps), rows[-1])
                 tick.advance(tokens=int(metrics["train/tokens"]), metrics=_shown(metrics))
                 run.directory.system(stage.name, "train", {"step": state.step, "tokens_per_second": tick.rate})
                 for sentence in on_the_way(rows):

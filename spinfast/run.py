@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from spinfast.commands import COMMANDS, PURPOSE, ConfigParser, overview, split
-from spinfast.errors import UserError
+from spinfast.errors import UserError, out_of_memory
 from spinfast.interrupt import EXIT_CODE, Stopped
 from spinfast.names import label
 from spinfast.terminal import find_home, lasting_streams
@@ -166,10 +166,7 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
             closing(read_run(run_dir), display.console)
         return 0
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"memory ran out ({' '.join(str(error).split())[:200]}); everything done is saved. Lower "
-            "generation.batch_size, or give the memory back that others hold, and run again"
-        ) from error
+        raise out_of_memory(error) from error
     except (UserError, OSError):
         record.discard_unused()
         raise

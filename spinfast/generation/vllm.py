@@ -48,9 +48,10 @@ class VLLMGenerator:
         seed: int = 0,
         enforce_eager: bool = False,
         capability: tuple[int, int] | None = None,
+        slots: int = 1,
         engine=None,
     ):
-        """`capability` is a GPU's, which decides on the attention kernel.
+        """`capability` is a GPU's, which decides on the attention kernel. `slots`: adapters in one batch, for `mixed`.
 
         `engine` is an LLM that holds the weights already (Unsloth's); then kv_cache_bytes and batch_size are its."""
         self.model_path = Path(model_path)
@@ -65,6 +66,7 @@ class VLLMGenerator:
             "max_num_seqs": batch_size,
             "seed": seed,
             "enforce_eager": enforce_eager,
+            **_lora_options(max_lora_rank, slots),
         }
         if window(shape) is not None:  # no sequence reaches it (session.check_limits), and vLLM may refuse it
             full = ["full_attention"] * shape.num_hidden_layers
@@ -99,7 +101,6 @@ class VLLMGenerator:
             "skip_tokenizer_init": True,
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
-            **_lora_options(self.max_lora_rank),
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "logprobs_mode": "processed_logprobs",  # those that tokens are drawn by
@@ -153,24 +154,32 @@ class VLLMGenerator:
         """Completions as they finish. Samples of a prompt share its full K/V blocks while none of them is evicted."""
         return self._completions(with_sampling(requests, sampling, self.max_model_len), adapter)
 
+    def mixed(
+        self, requests: Sequence[Request], sampling: Sampling, adapters: Sequence[Path | None]
+    ) -> Iterator[Completion]:
+        """Answers as they finish, each request's under the adapter that a PEFT directory holds, or the base: in one
+        batch, `slots` of the adapters at a time. vLLM reads the directories, as a server of it would."""
+        asked = with_sampling(requests, sampling, self.max_model_len)
+        prompts = [(*_prompt(*each), lora) for each, lora in zip(asked, self._loras(adapters), strict=True)]
+        for position, output in self._stepped(prompts):
+            yield _completion(output, *asked[position])
+
+    def mixed_logps(
+        self, prompts: Sequence[Sequence[int]], adapters: Sequence[Path | None]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """(position, log-probs of the prompt's [1:]) as they finish, each under an adapter as in `mixed`."""
+        loras = zip(prompts, self._loras(adapters), strict=True)
+        for position, output in self._stepped([(ids, _scoring_params(), lora) for ids, lora in loras]):
+            yield position, _prompt_logps(output, prompts[position])
+
     def prompt_logps(self, prompt_ids: Sequence[int], adapter: Adapter | None) -> list[float]:
         """Log-probs of prompt_ids[1:], each given what stands before it."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
-        ((_, output),) = self._run([(prompt_ids, params)], adapter)
-        scored = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return [logps[token].logprob for token, logps in scored]
+        ((_, output),) = self._run([(prompt_ids, _scoring_params())], adapter)
+        return _prompt_logps(output, prompt_ids)
 
     def _completions(self, asked: Sequence[tuple[Request, Sampling]], adapter: Adapter | None) -> Iterator[Completion]:
-        prompts = [(request.prompt_ids, _sampling_params(sampling, request.seed)) for request, sampling in asked]
-        for position, output in self._run(prompts, adapter):
-            answer, (request, sampling) = output.outputs[0], asked[position]
-            reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
-            scored = zip(answer.token_ids, answer.logprobs, strict=True)
-            logps = tuple(float(logps[token].logprob) for token, logps in scored)
-            cached = output.num_cached_tokens or 0
-            yield Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample, cached)
+        for position, output in self._run([_prompt(*each) for each in asked], adapter):
+            yield _completion(output, *asked[position])
 
     def _run(self, prompts: Sequence[tuple], adapter: Adapter | None) -> Iterator[tuple[int, object]]:
         """(position, vLLM's output) as the prompts finish; leaving early drops the rest.
@@ -192,8 +201,12 @@ class VLLMGenerator:
             self._asleep = False
         lora_request = self.swap(adapter)
         vllm_compat.reset_prefix_cache(engine)  # adapter and, where rounds are merged, base may have changed
-        open_requests = {}
-        for position, (prompt_ids, params) in enumerate(prompts):
+        yield from self._stepped([(*prompt, lora_request) for prompt in prompts])
+
+    def _stepped(self, prompts: Sequence[tuple]) -> Iterator[tuple[int, object]]:
+        """(position, vLLM's output) of prompts, each with its sampling and its adapter, all at once in the engine."""
+        engine, open_requests = self._idle_engine, {}
+        for position, (prompt_ids, params, lora_request) in enumerate(prompts):
             name = str(next(self._numbers))
             engine.add_request(name, {"prompt_token_ids": list(prompt_ids)}, params, lora_request=lora_request)
             open_requests[name] = position
@@ -204,6 +217,14 @@ class VLLMGenerator:
         finally:
             if open_requests:
                 engine.abort_request(list(open_requests))
+
+    def _loras(self, adapters: Sequence[Path | None]) -> list:
+        """vLLM's requests for them, one id for each directory."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapter = None  # theirs are the slots now
+        named = {path: LoRARequest(str(path), next(self._numbers), str(path)) for path in {*adapters} - {None}}
+        return [named.get(path) for path in adapters]
 
     def batch(self, adapter: Adapter | None) -> EngineBatch:
         """Answers token by token; no other batch meanwhile. Prompts that begin alike share their K/V blocks."""
@@ -267,6 +288,30 @@ class EngineBatch:
         return found
 
 
+def _prompt(request: Request, sampling: Sampling) -> tuple:
+    return request.prompt_ids, _sampling_params(sampling, request.seed)
+
+
+def _completion(output, request: Request, sampling: Sampling) -> Completion:
+    answer = output.outputs[0]
+    reason = "stop" if answer.token_ids[-1] in sampling.stop_ids else "length"
+    scored = zip(answer.token_ids, answer.logprobs, strict=True)
+    logps = tuple(float(logps[token].logprob) for token, logps in scored)
+    cached = output.num_cached_tokens or 0
+    return Completion(request.index, tuple(answer.token_ids), reason, logps, request.sample, cached)
+
+
+def _prompt_logps(output, prompt_ids: Sequence[int]) -> list[float]:
+    scored = zip(prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [logps[token].logprob for token, logps in scored]
+
+
+def _scoring_params():
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+
+
 def _sampling_params(sampling: Sampling, seed: int, stream: bool = False):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -284,9 +329,9 @@ def _sampling_params(sampling: Sampling, seed: int, stream: bool = False):
     )
 
 
-def _lora_options(rank: int) -> dict:
-    """None at rank 0. vLLM allocates its slot for one of a few ranks."""
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(rank)} if rank else {}
+def _lora_options(rank: int, slots: int) -> dict:
+    """None at rank 0. vLLM allocates its slots for one of a few ranks."""
+    return {"enable_lora": True, "max_loras": slots, "max_lora_rank": served_rank(rank)} if rank else {}
 
 
 def served_rank(rank: int) -> int:

@@ -2,7 +2,7 @@
 
 Two of vLLM's choices are replaced before the engine starts:
 - on a CPU linear weights stay plain (V, D) tensors where vLLM packs them and drops the original, to be shared;
-- on a CPU and below capability 8.0 one adapter at a time is two dense products, y += (x A') B'. On a CPU vLLM gathers
+- on a CPU and below capability 8.0 the adapter of a slot is two dense products, y += (x A') B'. On a CPU vLLM gathers
   A and B for every token: T r (in + out) copied numbers per layer, which made decoding 7 times slower than without an
   adapter. On a GPU its kernels are Triton matrix products, which have no tensor cores on sm_75 and spill there.
 """
@@ -56,7 +56,7 @@ def prepare(device: torch.device, capability: tuple[int, int] | None) -> None:
         if importlib.util.find_spec("vllm.triton_utils.dispatcher"):  # from 0.32 on
             importlib.import_module("vllm.triton_utils.dispatcher").sys = OwnModules()
     platform = importlib.import_module("vllm.platforms").current_platform
-    type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.single_adapter")
+    type(platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.dense_adapters")
 
 
 class OwnModules:
@@ -213,48 +213,59 @@ def plain_linear(x_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tens
     return y_TV if bias_V is None else y_TV.add_(bias_V)
 
 
-def single_adapter(*args, **kwargs):
-    """vLLM's LoRA arithmetic for max_loras = 1: a token has the adapter or none, so that its products are dense.
+def dense_adapters(*args, **kwargs):
+    """vLLM's LoRA arithmetic for few slots, mostly one: dense products of all tokens for each, zeros where a token has
+    another slot's adapter or none.
 
-    A GPU's forward is compiled and captured once, to run with and without an adapter: which tokens have it is read
+    A GPU's forward is compiled and captured once, to run with and without adapters: which tokens have which is read
     from the tensor of slots (-1: none) that vLLM fills before each forward, and nothing here asks the device.
     """
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # the one in plain torch
 
-    class SingleAdapter(PunicaWrapperCPU):
+    class DenseAdapters(PunicaWrapperCPU):
         def update_metadata(self, mapping, *slots, **kwargs) -> None:
             self._update_base_metadata(mapping, *slots)
             self.no_lora = self._token_lora_indices.is_cpu and not any(mapping.index_mapping)
 
         def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs) -> None:
-            shrunk = (x @ a[0, 0].T for a in lora_a_stacked)
-            self.add_expand(y, shrunk, lora_b_stacked, output_slices, scale=scale, **kwargs)
+            shrunk = ([x @ a_rD.T for a_rD in a[:, 0]] for a in lora_a_stacked)
+            self._expand(y, shrunk, lora_b_stacked, output_slices, scale=scale)
 
         def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs) -> None:
             if not self.no_lora:
-                self._add(y, x @ lora_a_stacked[0, 0].T, lora_b_stacked, self._sampler_indices, scale)
+                shrunk = [x @ a_rD.T for a_rD in lora_a_stacked[:, 0]]
+                self._add(y, shrunk, lora_b_stacked, self._sampler_indices, scale)
 
         def add_lora_embedding(self, y, x, lora_b_stacked, add_inputs=True, **kwargs) -> None:
             self.add_expand(y, [x], [lora_b_stacked], [y.shape[1]], add_inputs=add_inputs)
 
         def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs) -> None:
             for y_Tr, a in zip(y, lora_a_stacked, strict=True):
-                y_Tr.addmm_(x, a[0, 0].T, alpha=scale)
+                for slot, a_rD in enumerate(a[:, 0]):
+                    y_Tr.add_(self._own(x @ a_rD.T, slot, self._token_lora_indices), alpha=scale)
 
         def add_expand(
             self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, scale=1.0, **kwargs
         ) -> None:
+            each = ([x_Tr] * len(b) for x_Tr, b in zip(x, lora_b_stacked, strict=True))
+            self._expand(y, each, lora_b_stacked, output_slices, offset_start, add_inputs, scale)
+
+        def _expand(self, y, x, lora_b_stacked, output_slices, start=0, add_inputs=True, scale=1.0) -> None:
+            """x: of each slice a list with a tensor (T, r) for every slot."""
             if self.no_lora:
                 return
-            for x_Tr, b, width in zip(x, lora_b_stacked, output_slices, strict=True):
-                y_TV = y[:, offset_start : offset_start + width]
-                self._add(y_TV, x_Tr, b, self._token_lora_indices, scale, add_inputs)
-                offset_start += width
+            for of_slots, b, width in zip(x, lora_b_stacked, output_slices, strict=True):
+                self._add(y[:, start : start + width], of_slots, b, self._token_lora_indices, scale, add_inputs)
+                start += width
+
+        def _add(self, y_TV, of_slots, b, slots, scale, add_inputs=True) -> None:
+            width = min(y_TV.shape[1], b.shape[2])  # vocabulary and adapter may be padded differently
+            for slot, (x_Tr, b_Vr) in enumerate(zip(of_slots, b[:, 0], strict=True)):
+                beta = float(add_inputs or slot > 0)
+                y_TV[:, :width].addmm_(self._own(x_Tr, slot, slots), b_Vr[:width].T, alpha=scale, beta=beta)
 
         @staticmethod
-        def _add(y_TV, x_Tr, b, slots, scale, add_inputs=True) -> None:
-            width = min(y_TV.shape[1], b.shape[2])  # vocabulary and adapter may be padded differently
-            x_Tr = x_Tr.masked_fill(slots[: x_Tr.shape[0], None] < 0, 0)
-            y_TV[:, :width].addmm_(x_Tr, b[0, 0, :width].T, alpha=scale, beta=float(add_inputs))
+        def _own(x_Tr, slot, slots):
+            return x_Tr.masked_fill(slots[: x_Tr.shape[0], None] != slot, 0)
 
-    return SingleAdapter(*args, **kwargs)
+    return DenseAdapters(*args, **kwargs)

@@ -6,7 +6,7 @@ A method is a generator function (run, last stage) -> rows of results.json; phas
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ class Run:
     longest: int  # packed tokens of the longest group that there can be, cut as small as its objective allows
     game: Pairwise  # what stages that are no game themselves are held out against
     rewards: Rewards | None = None  # the functions that rate answers, where a method has them
+    each_step: Callable[[Stage, int, int, dict], None] | None = None  # (stage, step, of how many, its metrics)
     budget: Budget = field(init=False)
     base: str | None = None
     played: list[Stage] = field(default_factory=list)

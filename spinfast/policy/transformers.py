@@ -20,6 +20,7 @@ from spinfast.errors import UserError
 from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 from spinfast.policy.adapters import files as adapters
+from spinfast.policy.adapters.lora import bare
 from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
 from spinfast.policy.quantised import nf4, states
@@ -223,4 +224,12 @@ def load_policy(
     base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
     base.name_or_path = name  # what PEFT writes into the adapter's config
     kind = KINDS[lora.kind]
-    return TransformersPolicy(base, lambda base: kind.of(base, lora, name, revision, seed, path), ops, fuse)
+
+    def adapt(base: PreTrainedModel) -> AdapterKind:
+        try:
+            return kind.of(base, lora, name, revision, seed, path)
+        except torch.OutOfMemoryError:
+            bare(base, kind.LAYER)  # another may be put on it
+            raise
+
+    return TransformersPolicy(base, adapt, ops, fuse)

@@ -84,9 +84,10 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
     from spinfast.progress import Display, heard
     from spinfast.run import quiet_libraries, spare_imports
     from spinfast.session import check_limits, look
-    from spinfast.studies import outputs, rate
+    from spinfast.studies import rate
     from spinfast.studies.play import asked, play
-    from spinfast.studies.scores import compare
+    from spinfast.studies.results import Results
+    from spinfast.studies.together import check
 
     spare_imports()
     quiet_libraries()
@@ -102,22 +103,21 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
             cells = cells_of(design, beside)
             for cell in cells:
                 check_limits(cell.config, machine.model, machine.shape)
+            if design.together:
+                check(design, cells)
             probes = asked(design, first.config, machine) if arguments.plan or texts else []
             notes = [*rate.told_twice(texts, design), *(_shared(*each) for each in rate.contaminated(texts, probes))]
         if arguments.plan:
             return _plan(display.console, design, cells, probes, notes)
-        started, found = time.monotonic(), None
-        with display.logged(directory / "log.txt"), display.phase("cells", len(cells), "cells") as tick:
-            for cell, known in play(design, cells, directory, display):
-                tick.advance(metrics=cell.name)
-                if all(each.name in known.cells for each in cells if each.seed == cell.seed):
-                    found = compare(design, cells, known.cells, known.base)
-                    outputs.write(directory, found, cells, known.cells, known.base, rated, notes)
-                    if len(known.cells) < len(cells):
-                        outputs.tell(display.console, found)
-    if found is None:
-        raise UserError("study: no seed is played whole yet; another process plays it, start again when it is done")
-    outputs.tell(display.console, found, notes)
+        started, results = time.monotonic(), Results(design, cells, directory, rated, notes)
+        with display.logged(directory / "log.txt"):
+            with display.phase("cells", len(cells), "cells") as tick:
+                for cell, known in play(design, cells, directory, display):
+                    tick.advance(metrics=cell.name)
+                    results.take(cell, known, display.console)
+            if design.together and results.found:
+                results.together(probes or asked(design, first.config, machine), machine, display)
+    results.tell(display.console)
     print(f"{directory}/index.html, scores.csv, runs.jsonl; {time.monotonic() - started:.0f} s")
     return 0
 
@@ -132,7 +132,7 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     settings = list(dict.fromkeys(cell.setting for cell in cells))
     controls = {*design.controls.values()}
     ranked = sum(not {*cell.levels} & controls for cell in cells if cell.seed == design.seeds[0])
-    hours = len(cells) * _seconds(cells[0], probes, planned.step.microbatch_tokens) / 3600
+    hours = len(cells) * _seconds(cells[0], probes, planned.step.microbatch_tokens, design.curve) / 3600
     lines = [
         f"{len(cells)} cells: {len(settings)} settings, {len(design.seeds)} seeds; about {hours:.1f} hours, if all "
         "are as the first, whose memory stands above (the planner's figures; answers that are written come on top)"
@@ -157,7 +157,7 @@ def _plan(console, design: Design, cells: Sequence[Cell], probes: Sequence, note
     return 0
 
 
-def _seconds(cell: Cell, probes: Sequence, tokens: int) -> float:
+def _seconds(cell: Cell, probes: Sequence, tokens: int, curve: int) -> float:
     """To train a cell and to score what is asked of it, by the planner's roofline; scoring is a third of a step."""
     from spinfast.data import load_data
     from spinfast.memory.planner import seconds
@@ -171,7 +171,7 @@ def _seconds(cell: Cell, probes: Sequence, tokens: int) -> float:
         return seconds(machine.device, machine.shape, groups, tokens, 0, False)
 
     trained = sum(sum(load.rounds) * reckoned(load.groups) for load in work)
-    return trained + sum(reckoned(probe.groups) for probe in probes if probe.groups) / 3
+    return trained + (1 + curve) * sum(reckoned(probe.groups) for probe in probes if probe.groups) / 3
 
 
 def _shared(text: str, items: str, of) -> str:

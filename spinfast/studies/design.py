@@ -77,6 +77,12 @@ class Design(Section):
     seeds: Seeds = Field((0, 1, 2, 3, 4), description="their number, or a list")
     learning: dict[str, Items] = Field(min_length=1, description="item sets by name")
     forgetting: Forgetting = Forgetting()
+    curve: int = Field(
+        0, ge=0, description="points of each stage at which likelihoods are measured as it trains; 0: none"
+    )
+    together: bool = Field(
+        False, description="all adapters write their answers in one vLLM, too, for the table of lifts"
+    )
     score: str | None = Field(None, description="the outcome that ranks: SET/READING; null: the first set's first")
 
     @field_validator("axes", mode="before")

@@ -41,6 +41,14 @@ log = logging.getLogger("spinfast")
 Readings = dict[str, list[float]]  # a number per item
 LEARNING = ("worked", "result", "margin", "restated", "choice", "exact")  # what may rank, most sensitive first
 FALSE = 4  # results beside the right one
+UNITS = {
+    "worked": "nats per token",
+    "result": "nats",
+    "restated": "nats",
+    "margin": "nats",
+    "choice": "share",
+    "exact": "share",
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,10 @@ class Problems:
         return found | (self._exact(player) if self.max_tokens else {})
 
     def _exact(self, player: Player) -> Readings:
-        answers = player.answers([example.prompt_ids for example in self.examples], self.max_tokens, self.name)
+        return self.verdicts(player.answers([each.prompt_ids for each in self.examples], self.max_tokens, self.name))
+
+    def verdicts(self, answers: Sequence[Completion]) -> Readings:
+        """Of one answer to each problem."""
         verdicts = [
             score(self.text(answer.token_ids), example.reference, example.answer)
             for answer, example in zip(answers, self.examples, strict=True)

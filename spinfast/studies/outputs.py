@@ -18,19 +18,12 @@ from spinfast.report import plots
 from spinfast.report.page import document, figure
 from spinfast.report.plots import Plot, Series
 from spinfast.store import files
+from spinfast.studies import lift, tables
 from spinfast.studies.design import Cell
-from spinfast.studies.outcomes import Readings
+from spinfast.studies.lift import Lift
+from spinfast.studies.outcomes import UNITS, Readings
 from spinfast.studies.rate import Rated
-from spinfast.studies.scores import Found
-
-UNITS = {
-    "worked": "nats per token",
-    "result": "nats",
-    "restated": "nats",
-    "margin": "nats",
-    "choice": "share",
-    "exact": "share",
-}
+from spinfast.studies.scores import Found, unit
 
 
 def write(
@@ -41,25 +34,33 @@ def write(
     base: Readings,
     rated: Sequence[Rated] = (),
     notes: Sequence[str] = (),
-) -> None:
-    """All files, each whole or as it was."""
+    lifts: Sequence[Lift] = (),
+    curves: Sequence[Plot] = (),
+) -> list[Plot]:
+    """All files but pictures, each whole or as it was; returns the plots."""
     files.write_text(directory / "runs.jsonl", files.jsonl(runs(cells, measured, base)))
     files.write_text(directory / "scores.csv", scores_csv(found, rated))
-    headings, rows = table(found)
-    lines = [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in (headings, ["---"] * len(headings), *rows)
+    if lifts:
+        files.write_text(directory / "lift.csv", lift.to_csv(lifts))
+    told = [tables.markdown(*table(found))]
+    told += [
+        f"Lift over the base, {reading}, {UNITS[reading]}:\n\n{tables.markdown(*lift.table(each))}"
+        for reading, each in lift.by_reading(lifts).items()
     ]
-    said = [*sentences(found), *notes]
-    files.write_text(
-        directory / "scores.md", "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in said) + "\n"
-    )
-    drawn = [forest(found), *tradeoff(found)]
+    said = [*sentences(found), *lift.sentences(lifts), *notes]
+    files.write_text(directory / "scores.md", "\n".join([*told, *(f"- {line}" for line in said)]) + "\n")
+    drawn = [forest(found), *tradeoff(found), *curves]
     for plot in drawn:
         files.write_text(directory / f"{plot.name}.csv", plots.to_csv(plot))
-        if find_spec("matplotlib"):
+    files.write_text(directory / "index.html", page(directory.name, found, drawn, said, base, lifts))
+    return drawn
+
+
+def draw(directory: Path, drawn: Sequence[Plot]) -> None:
+    """The plots as PNG, where matplotlib is."""
+    if find_spec("matplotlib"):
+        for plot in drawn:
             plots.write_png(plot, directory / f"{plot.name}.png")
-    files.write_text(directory / "index.html", page(directory.name, found, drawn, said, base))
 
 
 def tell(console: Console, found: Found, notes: Sequence[str] = ()) -> None:
@@ -70,10 +71,6 @@ def tell(console: Console, found: Found, notes: Sequence[str] = ()) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def unit(found: Found) -> str:
-    return UNITS[found.outcome.rpartition("/")[2]]
-
-
 def table(found: Found) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, ranked settings first."""
     rows = []
@@ -82,17 +79,19 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
         p = "" if score.p_holm is None else f"{score.p_holm:.3f}" if score.p_holm >= 0.001 else "< 0.001"
         lost = "" if math.isnan(score.forgetting) else f"{score.forgetting:+.3f}"
         rows.append([score.setting, f"{score.score:+.3f}", interval, p, score.group, lost, score.control or "base"])
+    rows += [[setting, "failed", *[""] * 5] for setting in found.failed]
     return ["setting", "effect", "95 %", "p (Holm)", "group", "forgets", "less"], rows
 
 
 def sentences(found: Found) -> list[str]:
     """What the table does and does not say."""
     ranked = [score for score in found.scores if score.p_holm is not None]
-    said = []
+    said = [f"Failed in every seed: {setting}: {reason}" for setting, reason in found.failed.items()]
     if found.left_out:
         said.append(f"Left out, since not all cells have outcomes: seed {', '.join(map(str, found.left_out))}.")
     if not ranked:
-        said.append("One seed: no intervals, no order. Play more.")
+        one = {score.seeds for score in found.scores} == {1}
+        said.append("One seed: no intervals, no order. Play more." if one else "Nothing is left that ranks.")
         return said
     proven = [score.setting for score in ranked if score.p_holm < 0.05]
     said.append(
@@ -141,21 +140,21 @@ def scores_csv(found: Found, rated: Sequence[Rated]) -> str:
                 "ci_high": _number(score.high),
                 "p_holm": "" if score.p_holm is None else score.p_holm,
                 "group": score.group,
-                "learning": score.learning,
                 "forgetting": _number(score.forgetting),
-                "forgetting_low": _number(score.forgetting_low),
-                "forgetting_high": _number(score.forgetting_high),
-                "pareto": int(score.pareto),
                 "floor_flag": int(score.floor),
                 "reliability": _number(found.reliability),
                 "control": score.control or "base",
+                "learning": score.learning,
+                "forgetting_low": _number(score.forgetting_low),
+                "forgetting_high": _number(score.forgetting_high),
+                "pareto": int(score.pareto),
                 **score.changes,
             }
         )
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows([*rows, *({"text" if rated else "setting": name, "seeds": 0} for name in found.failed)])
     return text.getvalue()
 
 
@@ -218,34 +217,30 @@ def tradeoff(found: Found) -> list[Plot]:
     ]
 
 
-def page(name: str, found: Found, drawn: Sequence[Plot], said: Sequence[str], base: Readings) -> str:
-    headings, rows = table(found)
-    head = "".join(f"<th>{escape(each)}</th>" for each in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    outcomes = list(base)
-    wide = "".join(
-        f"<tr><td>{escape(score.setting)}</td>"
-        + "".join(f"<td>{score.changes[each]:+.3f}</td>" for each in outcomes)
-        + "</tr>"
-        for score in found.scores
-    )
-    columns = "".join(f"<th>{escape(each)}<br>base {np.mean(base[each]):.3f}</th>" for each in outcomes)
+def page(
+    name: str, found: Found, drawn: Sequence[Plot], said: Sequence[str], base: Readings, lifts: Sequence[Lift]
+) -> str:
+    changes = [[score.setting, *(f"{score.changes[each]:+.3f}" for each in base)] for score in found.scores]
+    columns = ["setting", *(f"{each}\nbase {np.mean(values):.3f}" for each, values in base.items())]
     figures = "".join(figure(plot, True) for plot in drawn)
-    title = f"spinfast study: {name}"
-    return document(
-        title,
-        [
-            f"<h1>{escape(title)}</h1>",
-            f'<section><h2>Scores</h2><p class="soft">Effect on {escape(found.outcome)}, {unit(found)}, less the '
-            f"control's; {found.items} items, the same for all.</p>"
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul></section>",
-            f'<section><h2>Plots</h2><div class="plots">{figures}</div></section>',
-            '<section><h2>All outcomes</h2><p class="soft">Mean change from the base; nll: more is forgotten.</p>'
-            f'<div class="scroll"><table><thead><tr><th>setting</th>{columns}</tr></thead><tbody>{wide}</tbody></table>'
-            "</div></section>",
-        ],
+    lifted = "".join(
+        f"<h3>{escape(reading)}, {UNITS[reading]}</h3>{tables.html(*lift.table(each))}"
+        for reading, each in lift.by_reading(lifts).items()
     )
+    title = f"spinfast study: {name}"
+    sections = [
+        f'<section><h2>Scores</h2><p class="soft">Effect on {escape(found.outcome)}, {unit(found)}, less the '
+        f"control's; {found.items} items, the same for all.</p>{tables.html(*table(found))}"
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul></section>",
+        '<section><h2>Lift</h2><p class="soft">Each adapter on each task, more than the base, with 95 % intervals; '
+        f"bold: its own task.</p>{lifted}</section>"
+        if lifts
+        else "",
+        f'<section><h2>Plots</h2><div class="plots">{figures}</div></section>',
+        '<section><h2>All outcomes</h2><p class="soft">Mean change from the base; nll: more is forgotten.</p>'
+        f"{tables.html(columns, changes)}</section>",
+    ]
+    return document(title, [f"<h1>{escape(title)}</h1>", *sections])
 
 
 def _number(value: float) -> float | str:

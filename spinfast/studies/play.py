@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from rich.console import Console
 
 from spinfast.config import Config
 from spinfast.data import LoadedData, load_data
 from spinfast.environment import describe
-from spinfast.errors import Busy, UserError
+from spinfast.errors import Busy, UserError, out_of_memory
 from spinfast.memory.planner import StepPlan
 from spinfast.methods import play as play_methods
 from spinfast.methods.run import inputs, prepare
@@ -33,6 +34,7 @@ from spinfast.session import Machine, Session, load_start, look, open_session
 from spinfast.store import files
 from spinfast.store.record import RunDir, check_inputs
 from spinfast.studies import outcomes
+from spinfast.studies.curves import CURVE, Curve, quiet
 from spinfast.studies.design import ONE_BASE, Cell, Design
 from spinfast.studies.outcomes import Player, Probe, Readings, Told, digest
 from spinfast.studies.samples import encode, take
@@ -52,15 +54,17 @@ WRITING = {"spin", "grpo"}
 
 @dataclass
 class Measured:
-    """What is known of a study: readings of the base, and of cells by their names."""
+    """What is known of a study: readings of the base, and of cells by their names; why others have none."""
 
     base: Readings
     cells: dict[str, Readings] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, list[dict]] = field(default_factory=dict)
 
 
 def play(design: Design, cells: Sequence[Cell], directory: Path, display: Display) -> Iterator[tuple[Cell, Measured]]:
-    """Play the cells that have no outcomes yet, yielding each and what is known then. What a cell fails of is told,
-    and raised as a UserError when all others are played.
+    """Play the cells that have no outcomes yet, yielding each and what is known then. What a cell fails of is told and
+    known; the others go on.
     """
     config = cells[0].config
     machine = look(config)
@@ -69,7 +73,6 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
     writes = writes or any(_writes(cell.config) for cell in cells)
     longest = max([design.forgetting.max_tokens, *(items.max_tokens for items in design.learning.values())])
     context = config.prompt.max_prompt_tokens + max(longest, config.prompt.max_answer_tokens)
-    failed: dict[str, str] = {}
     others = [cell.config for cell in cells]
     with open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
         if design.forgetting.own:
@@ -82,7 +85,7 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
             base = outcomes.measured(probes, _player(session))
             files.write_sealed(directory / BASE, base, of_base)
         ranking(design, base)  # whether there is what ranks
-        known, playing = Measured(base), _Playing(session, directory, probes, owner, display)
+        known, playing = Measured(base), _Playing(session, directory, probes, owner, display, design.curve)
         pending = list(cells)
         while pending:
             busy = []
@@ -91,19 +94,19 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
                     playing.play(cell)
                 except Busy:
                     busy.append(cell)
-                except UserError as error:
-                    log.warning("cell %s: %s", cell.name, error)
-                    failed[cell.name] = str(error)
+                    continue
+                except (UserError, torch.OutOfMemoryError) as error:
+                    reason = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
+                    log.warning("cell %s: %s", cell.name, reason)
+                    known.failed[cell.name] = str(reason)
                 else:
                     known.cells[cell.name] = outcome(directory, cell, owner)
-                    yield cell, known
+                    known.curves[cell.name] = playing.curve(cell).known()
+                yield cell, known
             if len(busy) == len(pending):
                 log.warning("another process plays the last %d cells", len(busy))
                 break
             pending = busy
-    if failed:
-        name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(cells)} cells failed; the first, {name}: {reason}")
 
 
 def asked(design: Design, config, machine: Machine) -> list[Probe]:
@@ -164,6 +167,7 @@ class _Playing:
     probes: Sequence[Probe]
     owner: str
     display: Display
+    points: int  # of a curve
     data: dict[str, dict[str, LoadedData]] = field(default_factory=dict)  # of the cells that are there, by their config
 
     def play(self, cell: Cell) -> None:
@@ -172,22 +176,31 @@ class _Playing:
         machine = replace(self.session.machine, start=load_start(cell.config, self.session.machine.model))
         if outcome(self.directory, cell, self.owner) is not None:
             return check_inputs(path, inputs(cell.config, machine, self._data(cell.config)))
+        gc.collect()  # the last cell's optimizer and, where this one has another kind, its adapter
         with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", self.display) as aside:
             describe(path / "environment.json")
             ready = prepare(cell.config, machine, record)
             self._turn(cell.config, machine, ready.plan(record))
             run = ready.begin(self.session, record, aside)
+            if self.points:
+                run.each_step = self.curve(cell).see
             for _ in play_methods(run):
                 pass
             found = outcomes.measured(self.probes, _player(self.session, own=True))
             files.write_sealed(path / OUTCOMES, found, self.owner + cell.config.hash())
-        gc.collect()  # the cell's optimizer and, where the next one has another kind, its adapter
         return None
+
+    def curve(self, cell: Cell) -> Curve:
+        """The cell's, which is played or was."""
+        asked = quiet(self.probes)
+        owner = f"{owner_of(asked)}{cell.config.hash()}/{self.points}"
+        path = self.directory / "cells" / cell.name / CURVE
+        return Curve(path, owner, self.points, asked, lambda: _player(self.session))
 
     def _turn(self, config: Config, machine: Machine, plan: StepPlan) -> None:
         try:
             self.session = self.session.turned(config, machine, plan)
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             self.session = self.session.put_back()
             raise
 

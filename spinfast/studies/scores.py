@@ -14,7 +14,7 @@ import numpy as np
 from spinfast.errors import UserError
 from spinfast.studies import statistics
 from spinfast.studies.design import Cell, Design
-from spinfast.studies.outcomes import LEARNING, Readings
+from spinfast.studies.outcomes import LEARNING, UNITS, Readings
 
 FLOOR = 0.02  # exact answers of base and setting both below it say nothing
 NAN = float("nan")
@@ -54,20 +54,31 @@ class Found:
     smallest: float  # effect that this design finds in 80 of 100 studies, by the variances that it had
     items: int
     left_out: tuple[int, ...]  # seeds that are not whole
+    failed: dict[str, str]  # settings without scores, and why
 
 
-def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readings], base: Readings) -> Found:
-    """`measured` has outcomes by the name of a cell; seeds that not all settings have yet are left out."""
-    outcome = ranking(design, base)
+def compare(
+    design: Design,
+    cells: Sequence[Cell],
+    measured: Mapping[str, Readings],
+    base: Readings,
+    failed: Mapping[str, str] | None = None,
+) -> Found | None:
+    """`measured` has outcomes by the name of a cell, `failed` why others have none; seeds that not all settings have
+    yet are left out, and settings that failed in all of theirs, with those that they are the control of. None where
+    nothing is left."""
+    outcome, whole = ranking(design, base), cells
+    gone = _gone(design, cells, measured, failed or {})
+    cells = [cell for cell in whole if cell.levels not in gone]
     seeds = [s for s in design.seeds if all(cell.name in measured for cell in cells if cell.seed == s)]
-    if not seeds:
-        raise UserError("study: no seed is played whole yet; start it again to go on")
+    if not seeds or not cells:
+        return None
     settings: dict[tuple[str, ...], list[Readings]] = {}
     for cell in cells:
         if cell.seed in seeds:
             settings.setdefault(cell.levels, []).append(measured[cell.name])
     names = {cell.levels: cell.setting for cell in cells}
-    controls = {levels: _control(design, levels) for levels in settings}
+    controls = {levels: control_of(design, levels) for levels in settings}
     ranked = [levels for levels in settings if not {*levels} & {*design.controls.values()}]
     aside = [levels for levels in settings if levels not in ranked]
 
@@ -83,14 +94,15 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
     learnt = np.stack([array(levels, [outcome], controls[levels]) for levels in order])
     gained = np.stack([array(levels, [outcome], None) for levels in order])
     forgotten = np.stack([array(levels, lost, None) for levels in order]) if lost else np.full((len(order), 1, 1), NAN)
-    effects, gains, forgets = map(_effects, (learnt, gained, forgotten))
-    if len(seeds) > 1:
+    effects, gains, forgets = map(effects_of, (learnt, gained, forgotten))
+    judged = len(seeds) > 1 and bool(ranked)
+    if judged:
         p_holm = statistics.holm(effects.p[: len(ranked)])
         letters = statistics.groups(learnt[: len(ranked)])
     front = statistics.pareto(gained.mean((1, 2)), forgotten.mean((1, 2))) if lost else np.zeros(len(order), bool)
     scores = []
     for i, levels in enumerate(order):
-        rated = len(seeds) > 1 and i < len(ranked)
+        rated = judged and i < len(ranked)
         changes = {name: float(array(levels, [name], None).mean()) for name in base}
         scores.append(
             Score(
@@ -116,7 +128,7 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
         )
     first, rest = scores[: len(ranked)], scores[len(ranked) :]
     several = len(seeds) > 1 and len(ranked) > 1
-    spread = statistics.variances(learnt[: len(ranked)]) if len(seeds) > 1 else None
+    spread = statistics.variances(learnt[: len(ranked)]) if judged else None
     items = learnt.shape[-1]
     return Found(
         outcome,
@@ -127,15 +139,32 @@ def compare(design: Design, cells: Sequence[Cell], measured: Mapping[str, Readin
         statistics.detectable(spread, len(seeds), items, len(ranked)) if spread else NAN,
         items,
         tuple(seed for seed in design.seeds if seed not in seeds),
+        {cell.setting: gone[cell.levels] for cell in whole if cell.levels in gone},
     )
 
 
-def _effects(differences: np.ndarray) -> statistics.Effects:
+def _gone(
+    design: Design, cells: Sequence[Cell], measured: Mapping[str, Readings], failed: Mapping[str, str]
+) -> dict[tuple[str, ...], str]:
+    """Settings that nothing can be said of, and why."""
+    there = {cell.levels for cell in cells if cell.name in measured}
+    gone = {cell.levels: failed[cell.name] for cell in cells if cell.name in failed and cell.levels not in there}
+    for levels in {cell.levels for cell in cells} - {*gone}:
+        if (control := control_of(design, levels)) in gone:
+            gone[levels] = f"its control failed: {gone[control]}"
+    return gone
+
+
+def effects_of(differences: np.ndarray) -> statistics.Effects:
     """Means alone where there is one seed, or nothing was measured."""
     if differences.shape[-2] > 1:
         return statistics.effects(differences)
     mean = differences.mean((-2, -1))
     return statistics.Effects(mean, *[np.full(len(mean), NAN)] * 4)
+
+
+def unit(found: Found) -> str:
+    return UNITS[found.outcome.rpartition("/")[2]]
 
 
 def ranking(design: Design, base: Readings) -> str:
@@ -149,7 +178,8 @@ def ranking(design: Design, base: Readings) -> str:
     return design.score
 
 
-def _control(design: Design, levels: tuple[str, ...]) -> tuple[str, ...] | None:
+def control_of(design: Design, levels: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The setting whose effect is taken off; None: the base."""
     changed = tuple(design.controls.get(level, level) for level in levels)
     return changed if changed != levels else None
 

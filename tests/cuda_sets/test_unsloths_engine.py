@@ -26,8 +26,8 @@ def found(driver, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_it_plays_with_the_single_adapter(found):
-    assert found["adapters"] == "spinfast.generation.vllm_compat.single_adapter"
+def test_it_plays_with_dense_adapters(found):
+    assert found["adapters"] == "spinfast.generation.vllm_compat.dense_adapters"
     assert (found["slots"], found["rank"]) == (1, 16)
     assert found["dtypes"] == ["torch.float16", "torch.float16"]
 

@@ -77,7 +77,7 @@ def test_extensions_load(vllm_on_t4):
     assert current_platform.is_cuda()
 
 
-def test_a_t4_gets_the_single_adapter_and_newer_cards_vllms_kernels(vllm_on_t4):
+def test_a_t4_gets_dense_adapters_and_newer_cards_vllms_kernels(vllm_on_t4):
     from vllm.platforms import current_platform
 
     theirs = current_platform.get_punica_wrapper()
@@ -85,7 +85,7 @@ def test_a_t4_gets_the_single_adapter_and_newer_cards_vllms_kernels(vllm_on_t4):
     vllm_compat.prepare(CUDA, (8, 0))
     assert current_platform.get_punica_wrapper() == theirs
     vllm_compat.prepare(CUDA, CAPABILITY)
-    assert current_platform.get_punica_wrapper() == "spinfast.generation.vllm_compat.single_adapter"
+    assert current_platform.get_punica_wrapper() == "spinfast.generation.vllm_compat.dense_adapters"
 
 
 def test_what_is_reached_behind_the_engine_is_there(vllm_on_t4):
@@ -193,7 +193,7 @@ def test_an_adapter_reaches_every_layer(engine):
     assert all(torch.equal(adapter.tensors[name], value) for name, value in before.items())
     assert engine.manager.list_adapters() == {7}
     layer = engine.model.model.layers[1]
-    assert type(layer.self_attn.qkv_proj.punica_wrapper).__name__ == "SingleAdapter"
+    assert type(layer.self_attn.qkv_proj.punica_wrapper).__name__ == "DenseAdapters"
     x = torch.randn(5, 128, dtype=torch.float16)
     base = engine.source.model.layers[1]
     for ids in ((7,) * 5, (0,) * 5):

@@ -45,7 +45,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def generator(smollm2):
-    options = {"max_model_len": 256, "max_lora_rank": 8, "kv_cache_bytes": 1 << 28, "batch_size": 8}
+    options = {"max_model_len": 256, "max_lora_rank": 8, "kv_cache_bytes": 1 << 28, "batch_size": 8, "slots": 2}
     with VLLMGenerator(smollm2.path, device=torch.device("cpu"), dtype=torch.float32, **options) as generator:
         yield generator
 

@@ -91,6 +91,34 @@ def test_any_adapter_is_asked_not_only_the_live_one(generator, policy, trained_a
         assert found == tokens(answers(generator, requests, sampling, policy.adapter()))
 
 
+def test_a_batch_of_several_adapters_answers_as_each_alone(generator, policy, trained_adapter, prompts, tmp_path):
+    """From PEFT's files, two at a time of three, and the base; then the engine serves one again."""
+    tensors = {n: t * (-2 if ".lora_B." in n else 1) for n, t in trained_adapter.tensors.items()}
+    cut = {n: (t[:4] if ".lora_A." in n else t[:, :4]).contiguous() for n, t in trained_adapter.tensors.items()}
+    each = {
+        "trained": trained_adapter,
+        "turned": replace(trained_adapter, tensors=tensors),
+        "cut": replace(trained_adapter, tensors=cut, config=trained_adapter.config | {"r": 4, "lora_alpha": 9}),
+    }
+    for name, adapter in each.items():
+        adapters.save(adapter, tmp_path / name)
+    requests, sampling = ask((prompts[0][:2], prompts[1]), tokens=8)
+    alone = {name: tokens(answers(generator, requests, sampling, adapter)) for name, adapter in each.items()}
+    alone["base"] = tokens(answers(generator, requests, sampling, None))
+    asked = [(request, name) for request in requests for name in alone]
+    paths = [tmp_path / name if name in each else None for _, name in asked]
+    numbered = [replace(request, index=position) for position, (request, _) in enumerate(asked)]
+    found = {completion.index: completion.token_ids for completion in generator.mixed(numbered, sampling, paths)}
+    assert len({*found.values()}) >= 6
+    for position, (request, name) in enumerate(asked):
+        assert found[position] == alone[name][request.index], name
+    scored = dict(generator.mixed_logps([requests[0].prompt_ids] * len(alone), paths[: len(alone)]))
+    for position, name in enumerate(alone):
+        expected = generator.prompt_logps(requests[0].prompt_ids, each.get(name))
+        assert scored[position] == pytest.approx(expected, abs=1e-3)
+    assert tokens(answers(generator, requests, sampling, trained_adapter)) == alone["trained"]
+
+
 def test_generation_changes_no_parameter(generator, trained, prompts):
     requests, sampling = ask(prompts, tokens=4, temperature=1.0)
     adapter = trained.adapter()

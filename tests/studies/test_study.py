@@ -11,6 +11,7 @@ import pytest
 import yaml
 from test_run import fingerprints, write_config, write_problems
 
+from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
 from spinfast.studies import outcomes, outputs, scores, statistics
 from spinfast.studies.design import cells_of, load_design
@@ -61,7 +62,7 @@ def played(tmp_path_factory, tiny_model):
     directory = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
-        path = write_study(directory, tiny_model("llama"), axes={"kind": KINDS})
+        path = write_study(directory, tiny_model("llama"), axes={"kind": KINDS}, curve=2)
         assert study(path) == 0
     return path
 
@@ -114,6 +115,42 @@ def test_what_is_there_is_not_played_again(played, capsys):
     assert {name: json.loads(path.read_text()) for name, path in found.items()} == outcomes_before
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "worked" in capsys.readouterr().out
+
+
+def test_a_curve_ends_where_the_outcomes_are(played):
+    """Measured between two steps of a training that it does not change (as the test above has it)."""
+    out = played.parent / "out"
+    for cell in ("lora.0", "xs.1", "full.0"):
+        points = json.loads((out / "cells" / cell / "curve.json").read_text())["points"]
+        outcome = json.loads((out / "cells" / cell / "outcomes.json").read_text())
+        assert [point["step"] for point in points] == [2, 3]
+        assert points[0]["tokens"] < points[1]["tokens"]
+        assert points[-1]["readings"] == {name: outcome[name] for name in points[-1]["readings"]}
+        assert points[0]["readings"] != points[1]["readings"]
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    merged = [float(row["trained tokens"]) for row in rows if row["series"] == "merged"]
+    assert len(merged) == 5  # the start, two of each method
+    assert merged == sorted(merged)
+    ends = {row["series"]: row for row in rows}  # the last of each
+    scores_of = {row["setting"]: row for row in csv.DictReader((out / "scores.csv").open())}
+    effect = next(name for name in rows[0] if name.startswith("effect"))
+    for name in KINDS:
+        assert float(ends[name][effect]) == pytest.approx(float(scores_of[name]["score"]))
+        assert float(ends[name]["low"]) == pytest.approx(float(scores_of[name]["ci_low"]))
+    assert (out / "curves_forgetting.csv").exists()
+    assert 'data-plot="curves"' in (out / "index.html").read_text()
+
+
+def test_adapters_are_listed_for_those_who_serve_them(played):
+    out = played.parent / "out"
+    rows = {row["name"]: row for row in json.loads((out / "index.json").read_text())}
+    assert {*rows} == {f"{kind}.{seed}" for kind in ("lora", "merged", "wide") for seed in (0, 1)}
+    assert [rows[f"{kind}.0"]["rank"] for kind in ("lora", "wide", "merged")] == [4, 8, 8]
+    for name, row in rows.items():
+        assert adapters.load(out / row["path"]).config["r"] == row["rank"]
+        found = json.loads((out / "cells" / name / "outcomes.json").read_text())
+        assert row["scores"]["sums/worked"] == pytest.approx(np.mean(found["sums/worked"]))
+    assert rows["merged.0"]["path"] == "cells/merged.0/iter_000/adapter"
 
 
 @pytest.mark.slow

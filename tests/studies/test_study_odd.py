@@ -1,15 +1,19 @@
 """Studies of people in a hurry: what fails, what changed since, what is too little to compare."""
 
+import csv
 import json
 import random
 
 import pytest
+import torch
 import yaml
+from fixtures import FailingCall
 from test_run import write_problems
 from test_study import study, write_study
 
 from spinfast.errors import UserError
 from spinfast.evaluate.answers import same_math
+from spinfast.policy.adapters.full import FullLayer
 from spinfast.studies import outcomes
 
 REWARD = """
@@ -59,6 +63,55 @@ def test_a_cell_is_what_it_is_after_some_that_failed(tmp_path, tiny_model, capsy
     assert not (tmp_path / "out" / "cells" / "d-failing.0" / "outcomes.json").exists()
     a, c, e = (measured(path, f"{name}.0")["sums/worked"] for name in "ace")
     assert a == c == e
+
+
+def test_a_cell_whose_memory_runs_out_is_one_that_failed(tmp_path, tiny_model, capsys, monkeypatch):
+    """In the middle of putting its layers on the base, and in the middle of its outcomes; the next start plays it."""
+    full = {"adapter": {"kind": "full", "target_modules": ["q_proj", "v_proj"]}}
+    path = little(tmp_path, tiny_model("llama"), axes={"kind": {"a": {}, "b": full, "c": {"adapter.r": 2}, "d": {}}})
+    put, wrapped = FailingCall(FullLayer.__init__, 3), outcomes.measured
+    monkeypatch.setattr(FullLayer, "__init__", lambda *words: put(*words))
+    scored = []
+
+    def measure(probes, player):
+        if player.session.config.adapter.largest_rank == 2:
+            scored.append(1)
+            raise torch.OutOfMemoryError("injected")
+        return wrapped(probes, player)
+
+    monkeypatch.setattr(outcomes, "measured", measure)
+    assert study(path) == 2
+    said = capsys.readouterr()
+    assert "3 of 8 cells failed; the first, b.0: memory ran out (injected)" in " ".join(said.err.split())
+    assert len(scored) == 2
+    out = tmp_path / "out"
+    assert measured(path, "a.0")["sums/worked"] == measured(path, "d.0")["sums/worked"]
+    rows = {row["setting"]: row for row in csv.DictReader((out / "scores.csv").open())}
+    assert {name: int(row["seeds"]) for name, row in rows.items()} == {"a": 1, "b": 1, "d": 1, "c": 0}
+    assert "Failed in every seed: c: memory ran out" in (out / "scores.md").read_text()
+    assert "Left out, since not all cells have outcomes: seed 0" in (out / "scores.md").read_text()
+    monkeypatch.setattr(outcomes, "measured", wrapped)
+    before = {cell: (out / "cells" / cell / "outcomes.json").stat().st_mtime_ns for cell in ("a.0", "b.1", "d.1")}
+    assert study(path) == 0
+    assert before == {cell: (out / "cells" / cell / "outcomes.json").stat().st_mtime_ns for cell in before}
+    assert {row["seeds"] for row in csv.DictReader((out / "scores.csv").open())} == {"2"}
+    assert "failed" not in (out / "scores.md").read_text()
+
+
+def test_a_setting_whose_control_failed_has_no_score(tmp_path, tiny_model, capsys):
+    nowhere = {"data.source": str(tmp_path / "nowhere.jsonl")}
+    axes = {"data": {"a": {}, "twin of a": nowhere, "b": {}, "twin of b": {"sft.lr": 1e-3}}}
+    path = little(tmp_path, tiny_model("llama"), axes=axes, controls={"a": "twin of a", "b": "twin of b"}, seeds=1)
+    assert study(path) == 2
+    rows = {row["setting"]: row for row in csv.DictReader((tmp_path / "out" / "scores.csv").open())}
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "a": "0",
+        "twin of a": "0",
+        "b": "1",
+        "twin of b": "1",
+    }
+    assert rows["a"]["score"] == ""
+    assert "a: its control failed: " in (tmp_path / "out" / "scores.md").read_text()
 
 
 def test_changed_data_are_told(tmp_path, tiny_model, capsys):

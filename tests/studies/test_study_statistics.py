@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from spinfast.studies.statistics import (
     variances,
 )
 
+RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "mixed_models.json").read_text())  # by statsmodels 0.15.0
 TEXTS, SEEDS, ITEMS = 8, 5, 200
 # Of one item's difference in log p; shares of the mean's variance: seeds and items 1 : 1, seeds alone, items mostly.
 REALISTIC = Variances(seed=0.02, item=0.8, rest=1.0)
@@ -174,6 +177,26 @@ def test_an_effect_is_the_mixed_models():
     np.testing.assert_allclose(found.stderr[0], np.sqrt(variance), rtol=1e-5)
     estimated = variances(d[None])
     np.testing.assert_allclose([estimated.seed, estimated.item, estimated.rest], np.exp(best), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", RECORDED["models"])
+def test_an_effect_is_statsmodels(name):
+    """Its REML fit of crossed random effects, and its analysis of variance (tests/golden/mixed_models.py)."""
+    theirs = RECORDED["models"][name]
+    d = np.array(theirs["differences"])
+    seeds, items = d.shape
+    found, estimated, squares = effects(d[None]), variances(d[None]), theirs["mean_squares"]
+    assert found.mean[0] == pytest.approx(theirs["mean"], abs=1e-9)
+    assert found.stderr[0] == pytest.approx(theirs["stderr"], rel=1e-4)
+    for part in ("seed", "item", "rest"):
+        assert getattr(estimated, part) == pytest.approx(theirs["variances"][part], rel=1e-4)
+    assert estimated.rest == pytest.approx(squares["rest"], rel=1e-9)
+    assert estimated.seed == pytest.approx((squares["seed"] - squares["rest"]) / items, rel=1e-9)
+    assert estimated.item == pytest.approx((squares["item"] - squares["rest"]) / seeds, rel=1e-9)
+
+
+def test_holm_is_statsmodels():
+    np.testing.assert_allclose(holm(RECORDED["holm"]["p"]), RECORDED["holm"]["adjusted"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("of", [Variances(0.5, 0.7, 1.0), Variances(0.0, 0.0, 1.0), Variances(1.0, 0.0, 0.0)])

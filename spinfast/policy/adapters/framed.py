@@ -20,7 +20,7 @@ from spinfast.errors import UserError
 from spinfast.policy.adapters import frames
 from spinfast.policy.adapters.compact import VERSION
 from spinfast.policy.adapters.frames import Frame, Frames
-from spinfast.policy.adapters.lora import plain_config, targets
+from spinfast.policy.adapters.lora import bare, plain_config, targets
 from spinfast.types import Adapter
 
 Tensors = Mapping[str, torch.Tensor]
@@ -47,12 +47,7 @@ class OneForm:
     @torch.no_grad()
     def leave(self) -> None:
         self.restart(0)
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, self.LAYER):
-                    setattr(parent, name, child.get_base_layer())
-        for name in ("lora_values", "lora_head"):  # what holds parameters that no layer has
-            self.model._modules.pop(name, None)
+        bare(self.model, self.LAYER)
 
     def fitted(self, adapter: Adapter) -> Adapter:
         return adapter

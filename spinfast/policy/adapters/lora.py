@@ -171,6 +171,16 @@ class Lora:
         return (layer.get_delta_weight("default") for layer in self.layers())
 
 
+def bare(model: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    """Take the layers of an adapter off the base, also where it was put on some of them only."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, child.get_base_layer())
+    for name in ("lora_values", "lora_head"):  # what holds parameters that no layer has
+        model._modules.pop(name, None)
+
+
 def _factors(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
 

@@ -1,4 +1,4 @@
-"""One adapter at a time as dense products: what vLLM's own loops compute, with and without it, eager and compiled."""
+"""Adapters as dense products: what vLLM's own loops compute, with one, two and none, eager and compiled."""
 
 import pytest
 import torch
@@ -8,25 +8,31 @@ from spinfast.generation import vllm_compat
 pytest.importorskip("vllm")
 WIDTHS = (14, 6)  # of the layer's slices
 TOKENS = (7, 0, 7, 7, 0)  # whose adapter each has; 0 is none
+MIXED = (9, 0, 7, 9, 7)
+SLOTS = {TOKENS: (7,), MIXED: (7, 9)}  # whose stands in each
 
 
 class Reference:
     """y += scale (x A') B' in float64, a token at a time."""
 
     def __init__(self, ids):
-        self.ids = ids
+        self.slots = [SLOTS.get(ids, (7,)).index(adapter) if adapter else None for adapter in ids]
+
+    def shrink(self, x, a):
+        own = [a[slot or 0, 0].double() @ row.double() for row, slot in zip(x, self.slots, strict=True)]
+        return torch.stack(own)
 
     def expand(self, y, x, b, scale=1.0):
         y = y.double()
-        for token, adapter in enumerate(self.ids):
-            if adapter:
+        for token, slot in enumerate(self.slots):
+            if slot is not None:
                 width = min(y.shape[1], b.shape[2])
-                y[token, :width] += scale * (b[0, 0, :width].double() @ x[token].double())
+                y[token, :width] += scale * (b[slot, 0, :width].double() @ x[token].double())
         return y
 
     def linear(self, y, x, a, b, scale=1.0):
         parts = zip(y.split(WIDTHS, dim=1), a, b, strict=True)
-        return torch.cat([self.expand(part, x.double() @ A[0, 0].double().T, B, scale) for part, A, B in parts], dim=1)
+        return torch.cat([self.expand(part, self.shrink(x, A), B, scale) for part, A, B in parts], dim=1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,7 @@ def numbers():
 
 
 def wrapper(ids, on_gpu: bool):
-    made = vllm_compat.single_adapter(16, 4, torch.device("cpu"))
+    made = vllm_compat.dense_adapters(16, 4, torch.device("cpu"))
     told(made, ids, on_gpu)
     return made
 
@@ -64,35 +70,38 @@ def told(made, ids, on_gpu: bool):
     """What vLLM does before a forward. A GPU's wrapper decides nothing on the host."""
     from vllm.lora.layers import LoRAMapping
 
-    made.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7], 1, 66)
+    slots = SLOTS.get(ids, (7,))
+    made.update_metadata(LoRAMapping(ids, ids, is_prefill=True), list(slots), len(slots), 66)
     if on_gpu:
         made.no_lora = False
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("ids", [(7,) * 5, (0,) * 5, TOKENS], ids=["all", "none", "some"])
+@pytest.mark.parametrize("ids", [(7,) * 5, (0,) * 5, TOKENS, MIXED], ids=["all", "none", "some", "two"])
 @pytest.mark.parametrize("vocabulary", [70, 64])  # the adapter's part of it: padded, or the padding left out
 def test_every_layer_adds_what_its_tokens_have(numbers, ids, on_gpu, vocabulary):
     made, exact = wrapper(ids, on_gpu), Reference(ids)
     x, y, embedded, logits = numbers(5, 12), numbers(5, 20), numbers(5, 4), numbers(5, 66)
-    a = [numbers(1, 1, 4, 12) for _ in range(3)]
-    b = [numbers(1, 1, width, 4) for width in (*WIDTHS, vocabulary)]
+    slots = len(SLOTS.get(ids, (7,)))
+    a = [numbers(slots, 1, 4, 12) for _ in range(3)]
+    b = [numbers(slots, 1, width, 4) for width in (*WIDTHS, vocabulary)]
     found = y.clone()
     made.add_lora_linear(found, x, tuple(a[:2]), tuple(b[:2]), 0.5, WIDTHS)
     torch.testing.assert_close(found.double(), exact.linear(y, x, a[:2], b[:2], 0.5), rtol=1e-5, atol=1e-5)
     found = logits.clone()
     made.add_lora_logits(found, x, a[2], b[2], 0.5)
-    wanted = exact.expand(logits, x.double() @ a[2][0, 0].double().T, b[2], 0.5)
+    wanted = exact.expand(logits, exact.shrink(x, a[2]), b[2], 0.5)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     found = y[:, :14].clone()
     made.add_lora_embedding(found, embedded, b[0])
     torch.testing.assert_close(found.double(), exact.expand(y[:, :14], embedded, b[0]), rtol=1e-5, atol=1e-5)
 
 
-def test_in_two_parts(numbers):
-    made, exact = wrapper(TOKENS, True), Reference(TOKENS)
-    x, y, a = numbers(5, 12), numbers(5, 23), [numbers(1, 1, 4, 12) for _ in WIDTHS]
-    b = [numbers(1, 1, width, 4) for width in WIDTHS]
+@pytest.mark.parametrize("ids", SLOTS, ids=["one", "two"])
+def test_in_two_parts(numbers, ids):
+    made, exact, slots = wrapper(ids, True), Reference(ids), len(SLOTS[ids])
+    x, y, a = numbers(5, 12), numbers(5, 23), [numbers(slots, 1, 4, 12) for _ in WIDTHS]
+    b = [numbers(slots, 1, width, 4) for width in WIDTHS]
     shrunk, found = torch.zeros(2, 5, 4), y.clone()
     made.add_shrink(shrunk, x, tuple(a), 0.5)
     made.add_expand(found, shrunk, tuple(b), WIDTHS, offset_start=3)

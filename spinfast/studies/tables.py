@@ -1,0 +1,34 @@
+"""A study's tables as HTML and as Markdown: headings and rows of texts, those that stand out as `Strong`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+
+class Strong(str):
+    """A cell in bold."""
+
+    __slots__ = ()
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(
+        "| " + " | ".join(_marked(cell.replace("|", "\\|"), cell, "**", "**") for cell in line) + " |\n"
+        for line in lines
+    )
+
+
+def html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In a box that scrolls; a heading's line ends are kept."""
+    head = "".join(f"<th>{escape(each).replace(chr(10), '<br>')}</th>" for each in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_marked(escape(cell), cell, '<b>', '</b>')}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _marked(text: str, cell: str, before: str, after: str) -> str:
+    return before + text + after if isinstance(cell, Strong) else text
