@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 75  # EX_TEMPFAIL: not done, run again to go on
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 _asked = False
 _finishing = False
 
@@ -33,7 +32,7 @@ def catching_signals() -> Iterator[None]:
         if os.getpid() != own:  # a process that a reward function forked: as if nobody had caught anything
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        if _asked and not LAUNCHED:
+        if _asked and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + signum)
         again, _asked = _asked, True
         if not (_finishing or again):
