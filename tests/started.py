@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 from test_preferences import pairs, prepared
 from test_run import write_config
 from warm import Runs
+
+
+@pytest.fixture(scope="session")
+def kills() -> int:
+    """How many kills: SPINFAST_KILLS=50 for the full figure."""
+    return int(os.environ.get("SPINFAST_KILLS", "8"))
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
-from started import grpo_runs, preference_runs, runs  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def kills() -> int:
-    """How many kills: SPINFAST_KILLS=50 for the full figure."""
-    return int(os.environ.get("SPINFAST_KILLS", "8"))
+from started import grpo_runs, kills, preference_runs, runs  # noqa: F401
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ranks import Ranks
-from started import grpo_runs, preference_runs, runs  # noqa: F401
+from started import grpo_runs, kills, preference_runs, runs  # noqa: F401
 
 
 @pytest.fixture(scope="session")
