@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from spinfast import spread
 from spinfast.errors import UserError
 from spinfast.interrupt import catching_signals
 from spinfast.terminal import Parser
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     from spinfast.run import parse, run
 
     words = parse(argv)
-    with catching_signals():
+    with catching_signals(), spread.opened():
         return run(*words)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from spinfast import spread
 from spinfast.errors import UserError
 
 GIB = 2**30
@@ -78,7 +79,7 @@ def profile(name: str = "auto", dtype: str = "auto", attention: str = "auto", pl
         reasons["device"] = f"{name} by its published figures: no CUDA GPU is visible, this is a plan only"
     elif not wants_gpu:
         capability, rehearsal, found = None, False, "cpu"
-        memory = psutil.virtual_memory().available
+        memory = psutil.virtual_memory().available // spread.launched()[3]  # ranks of this machine share it
         _bound_shape_caches()
         reasons["device"] = "no CUDA GPU is visible" if name == "auto" else "asked for"
     else:
@@ -113,9 +114,14 @@ def fresh_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def own_card() -> list[int]:
+    """The CUDA device of this process; none on a CPU."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
 def cap_memory(memory: int) -> None:
     """Let the allocator have what a GPU of `memory` bytes would leave it, so that a rehearsal ends where that would."""
-    total = torch.cuda.get_device_properties(0).total_memory
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (memory - CONTEXT) / total))
 
 

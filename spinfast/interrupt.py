@@ -1,7 +1,8 @@
 """SIGTERM and SIGINT: save, say how to go on, leave with a code of its own. A second signal leaves at once.
 
 Everything a run writes is whole or append-only, so most work may be left at any instant: there the first signal
-raises Stopped where it arrives. Training says `finishing_steps` instead and asks between two steps.
+raises Stopped where it arrives. Training says `finishing_steps` instead and asks between two steps. torchrun repeats
+its signals, and kills who has not ended 30 s later: under it a second one changes nothing.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def catching_signals() -> Iterator[None]:
         if os.getpid() != own:  # a process that a reward function forked: as if nobody had caught anything
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        if _asked:
+        if _asked and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + signum)
-        _asked = True
-        if not _finishing:
+        again, _asked = _asked, True
+        if not (_finishing or again):
             raise Stopped
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

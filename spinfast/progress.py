@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from spinfast import spread
 from spinfast.store.record import memory_now
 from spinfast.terminal import LogFile, plain
 
@@ -28,7 +29,9 @@ NARROW = 60  # a console with fewer columns gets lists for tables
 
 
 def open_console(file: TextIO | None = None) -> Console:
-    """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH."""
+    """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH; of several ranks the first one's alone shows."""
+    if not spread.first():
+        return Console(quiet=True, force_terminal=False)
     file = file or sys.stdout  # or rich would not ask for its encoding
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
@@ -46,7 +49,10 @@ class Display:
     @contextmanager
     def logged(self, path: Path) -> Iterator[None]:
         """Inside the block the spinfast logger speaks on this console and, with what libraries warn of, to `path`."""
-        file, loggers = LogFile(path), (logging.root, log)  # to the root goes what libraries warn of
+        file, loggers = (
+            LogFile(path if spread.first() else Path(os.devnull)),
+            (logging.root, log),
+        )  # to the root goes what libraries warn of
         before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
         try:
             for logger in loggers:

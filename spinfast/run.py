@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from spinfast import spread
 from spinfast.commands import COMMANDS, PURPOSE, ConfigParser, overview, split
 from spinfast.errors import UserError, out_of_memory
 from spinfast.interrupt import EXIT_CODE, Stopped
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("spinfast")
 HERE = Path(__file__).parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # wheel, checkout
+SPREAD = {"run", "study", "rate"}  # commands that torchrun may start
 LONGEST = 1000  # characters of a complaint
 MENDABLE = {  # what a file system may refuse: its user can choose another name or give rights
     errno.EACCES,
@@ -55,7 +57,11 @@ def command() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable."""
+    """Exit codes: 0 done, 2 the user can mend it (one line on stderr), 75 stopped by a signal, resumable.
+
+    torchrun starts it once for every rank (spread.py); which of them says what went wrong is settled among them.
+    """
+    spread.settle()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with lasting_streams():
         return _main(list(sys.argv[1:] if argv is None else argv))
@@ -68,11 +74,12 @@ def _main(argv: list[str]) -> int:
         if any("\0" in word for word in argv):
             raise UserError("a word of the command line holds a null character; expected text")
         name, words = split(argv)
+        if name not in SPREAD and spread.launched()[1] > 1:
+            raise UserError(f"torchrun starts several of {name}, which is one's work: start it alone")
         return COMMANDS[name][0](words)
-    except Stopped:
-        return _complain(
-            "stopped by a signal; everything done is saved. Run the same command again to go on", EXIT_CODE
-        )
+    except Stopped as stopped:
+        by_signal = "stopped by a signal; everything done is saved. Run the same command again to go on"
+        return _complain(str(stopped) or by_signal, EXIT_CODE)
     except UserError as error:
         return _complain(str(error))
     except (OSError, SafetensorError) as error:
@@ -112,6 +119,8 @@ def run(
     if config_path is None:
         config_path, why = default_config()
     config = load_config(config_path, overrides)
+    if (show_config or dry_run) and not spread.first():
+        return 0
     if show_config:
         print(config.dump(), end="")
         return 0
@@ -142,16 +151,18 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
     from spinfast.progress import Display
     from spinfast.report.closing import closing
     from spinfast.report.read import read_run
-    from spinfast.store.record import RunDir
+    from spinfast.store.record import open_directory
 
     if controls:
         check(config)
     quiet_libraries()
     started = time.monotonic()
-    display, record = Display(), RunDir(run_dir, config)
+    display = Display()
     try:
-        with display.logged(run_dir / "log.txt"):
+        with open_directory(run_dir, config) as record, display.logged(run_dir / "log.txt"):
             log.info("config: %s, run directory: %s", chosen, run_dir)
+            if spread.world() > 1:
+                log.info("ranks: %d; rank 0 writes and logs", spread.world())
             describe(run_dir / "environment.json")
             with open_run(config, record, display) as opened:
                 gc.enable()
@@ -159,19 +170,15 @@ def play(config: Config, run_dir: Path, chosen: str, controls: bool = False) -> 
                     log.info("%s done", label(row["iteration"]))
                 for name, row in play_controls(opened) if controls else ():
                     log.info("control %s: %s done", name, label(row["iteration"]))
-            for sentence in warnings(record.results()):
-                log.warning(sentence)
-            took = time.monotonic() - started
-            log.info("finished in %.0f s; adapters, pairs and figures are in %s", took, run_dir)
-            closing(read_run(run_dir), display.console)
+            if spread.first():
+                for sentence in warnings(record.results()):
+                    log.warning(sentence)
+                took = time.monotonic() - started
+                log.info("finished in %.0f s; adapters, pairs and figures are in %s", took, run_dir)
+                closing(read_run(run_dir), display.console)
         return 0
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from error
-    except (UserError, OSError):
-        record.discard_unused()
-        raise
-    finally:
-        record.close()
 
 
 def refuse_remote_code() -> None:
@@ -225,6 +232,10 @@ def _disk_is_full(error: OSError | SafetensorError) -> bool:
 
 def _complain(message: str, code: int = 2) -> int:
     """One printable line, whatever a name or a value in it holds."""
+    if not spread.speaks():
+        return code
+    if (rank := spread.launched()[0]) > 0:
+        message = f"rank {rank}: {message}"
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     print(f"spinfast: {shown if len(shown) <= LONGEST else shown[:LONGEST] + ' ...'}", file=sys.stderr)
     return code

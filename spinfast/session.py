@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from spinfast import attention
+from spinfast import attention, spread
 from spinfast import ops as operators
 from spinfast.config import Config
 from spinfast.data.renderer import Renderer
@@ -232,6 +232,8 @@ def open_players(
     )
     base = engine = None
     if config.model.backend == "unsloth":
+        if spread.world() > 1:
+            raise UserError("model.backend: unsloth plays on one card alone; start one rank, or use transformers")
         from spinfast.generation import vllm_compat
 
         unsloth = import_unsloth()

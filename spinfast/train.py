@@ -3,6 +3,8 @@
 A reference is the policy before its first step, so scoring runs the very batches that training runs first: same
 kernels, same shapes, and the first loss is l(0) to rounding even in bf16. Gradients add up over microbatches, so
 where memory runs out the same step is made again of smaller ones.
+
+Groups are dealt to ranks by their position (spread.py): each packs its share alone, all divide by the weight of all.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 import torch
 
+from spinfast import spread
 from spinfast.config import Optimisation
 from spinfast.errors import UserError
 from spinfast.objectives import Objective, split
 from spinfast.packing import bins, pack, packed_length
 from spinfast.policy import Policy
+from spinfast.policy.checksum import checksum
 from spinfast.sums import segment_sums, take_rows
 from spinfast.types import Group, PackedBatch
 from spinfast.watch import Watched
@@ -45,6 +49,7 @@ class Budget:
     microbatch_tokens: int
     attention: str
     longest: int = 0  # packed tokens of the longest group to come, see Steps; microbatches never get smaller
+    shares: int = 0  # into how many a list of groups is dealt; 0: as many as there are ranks
     shrunk: Callable[[int], None] = lambda tokens: None  # told the new microbatch_tokens when memory ran out
 
 
@@ -100,19 +105,28 @@ def batches(groups: Sequence[Group], budget: Budget) -> list[PackedBatch]:
 
 def within_memory(
     budget: Budget, groups: Sequence[Group], attempt: Callable[[Budget], Result]
-) -> tuple[Result, Budget]:
-    """attempt(budget), and again with half the microbatch each time memory runs out; returns the one that fitted."""
+) -> tuple[list[Result], Budget]:
+    """attempt(budget) of every rank, and again with half the microbatch each time memory runs out on one of them.
+
+    Returns the ranks' plain results and the budget that fitted. An attempt says nothing to other ranks.
+    """
     longest = max(budget.longest, *map(packed_length, groups))
     while True:
+        mine, failed = None, ""
         try:
-            return attempt(budget), budget
+            mine = attempt(budget)
         except torch.OutOfMemoryError as error:
-            if budget.microbatch_tokens <= longest:
-                raise UserError(
-                    f"memory ran out with microbatches of {budget.microbatch_tokens} tokens, the longest group; set "
-                    "train.checkpointing=true or lower prompt.max_prompt_tokens, prompt.max_answer_tokens or "
-                    f"generation.max_tokens ({' '.join(str(error).split())[:200]})"
-                ) from error
+            failed = " ".join(str(error).split())[:200] or "no reason given"
+        found = spread.gather("what was computed", (mine, failed))
+        failures = [f"rank {rank}: {why}" if rank else why for rank, (_, why) in enumerate(found) if why]
+        if not failures:
+            return [result for result, _ in found], budget
+        if budget.microbatch_tokens <= longest:
+            raise UserError(
+                f"memory ran out with microbatches of {budget.microbatch_tokens} tokens, the longest group; set "
+                "train.checkpointing=true or lower prompt.max_prompt_tokens, prompt.max_answer_tokens or "
+                f"generation.max_tokens ({failures[0]})"
+            )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tokens = max(budget.microbatch_tokens // 2, longest)
@@ -147,7 +161,7 @@ def score(policy: Policy, epochs: Epochs, budget: Budget, advance: Advance) -> t
     scores: list[list[float]] = [[] for _ in groups]
     for rows in epochs.first:
         chosen = [groups[row] for row in rows]
-        sums, fitting = within_memory(budget, chosen, partial(logps_in_cut, policy, chosen))
+        sums, fitting = scored(policy, chosen, budget)
         if fitting is not budget:
             return score(policy, epochs, fitting, advance)
         for row, logps in zip(rows, sums, strict=True):
@@ -160,9 +174,23 @@ def sequence_logps(
     policy: Policy, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
 ) -> list[list[float]]:
     """Log-prob sums per group and answer, any number of answers each, in the order given."""
-    budget = with_room(budget, groups)
-    attempt = partial(logps_in_cut, policy, groups, advance=advance)
-    return within_memory(budget, groups, attempt)[0] if groups else []
+    return scored(policy, groups, with_room(budget, groups), advance)[0] if groups else []
+
+
+def scored(
+    policy: Policy, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
+) -> tuple[list[list[float]], Budget]:
+    """The same, by all ranks; and the budget that fitted, which may have to be smaller than this one."""
+
+    def attempt(budget: Budget) -> list[tuple[int, list[float]]]:
+        return [
+            found
+            for rows in spread.shares(len(groups), budget.shares)
+            for found in zip(rows, logps_in_cut(policy, [groups[i] for i in rows], budget, advance), strict=True)
+        ]
+
+    found, budget = within_memory(budget, groups, attempt)
+    return [logps for _, logps in sorted(chain(*found))], budget
 
 
 def as_step(
@@ -181,7 +209,7 @@ def with_room(budget: Budget, groups: Sequence[Group]) -> Budget:
 def logps_in_cut(
     policy: Policy, groups: Sequence[Group], budget: Budget, advance: Advance = unseen
 ) -> list[list[float]]:
-    """The same in the budget's microbatches and no others; raises torch.OutOfMemoryError."""
+    """The same here, in the budget's microbatches and no others; raises torch.OutOfMemoryError."""
     scores: list[list[float]] = [[] for _ in groups]
     for batch in batches(groups, budget):
         sums = iter(batch_sequence_logps(policy, batch).tolist())
@@ -199,17 +227,20 @@ def token_logps(
     if not groups:
         return []
 
-    def attempt(budget: Budget) -> list[tuple[float, ...]]:
+    def attempt(budget: Budget) -> list[tuple[int, list[tuple[float, ...]]]]:
         parts = [part for group in groups for part in split(group, budget.microbatch_tokens)]
-        found: list[list[tuple[float, ...]]] = [[] for _ in parts]
-        for batch in batches(parts, budget):
-            logps = iter(answer_logps(policy, batch.to(policy.device), temperature).tolist())
-            for row in batch.rows:
-                found[row] = [tuple(islice(logps, length)) for length in parts[row].lengths]
-        return [answer for part in found for answer in part]
+        found = []
+        for rows in spread.shares(len(parts), budget.shares):
+            share = [parts[i] for i in rows]
+            for batch in batches(share, budget):
+                logps = iter(answer_logps(policy, batch.to(policy.device), temperature).tolist())
+                for i in batch.rows:
+                    found.append((rows[i], [tuple(islice(logps, length)) for length in share[i].lengths]))
+        return found
 
     smallest = [part for group in groups for part in split(group, 0)]
-    answers = iter(within_memory(with_room(budget, smallest), smallest, attempt)[0])
+    found, _ = within_memory(with_room(budget, smallest), smallest, attempt)
+    answers = (tuple(answer) for _, part in sorted(chain(*found)) for answer in part)
     return [tuple(islice(answers, len(group.answers))) for group in groups]
 
 
@@ -237,6 +268,7 @@ TOGETHER = (
     2**25
 )  # numbers: one call updates so many at once, with copies of them all; larger models go tensor by tensor
 GROWTH_INTERVAL, MAX_LOSS_SCALE = 200, 2.0**16
+COMPARED = 50  # steps from one comparison of the ranks' parameters to the next
 SPIKE, SPIKE_WINDOW = 10.0, 50  # a norm so many times the median of so many steps is told
 
 
@@ -307,6 +339,8 @@ def train(
         scale = state.loss_scale
         metrics, budget = train_step(policy, groups, objective, settings.max_grad_norm, budget, state)
         state.step += 1
+        if state.step % COMPARED == 0 or state.step == len(steps):
+            spread.check_equal(f"step {state.step}", partial(checksum, policy.trainable_parameters()))
         if state.overflows_in_a_row >= min(max_overflows, len(steps)):
             message = (
                 f"{state.overflows_in_a_row} steps in a row had a non-finite loss or gradient (the last, step "
@@ -332,23 +366,32 @@ def train_step(
 
     def measure(parts: Sequence[Group]) -> list[list[float]]:
         nonlocal budget
-        logps, budget = within_memory(budget, parts, partial(logps_in_cut, policy, parts))
+        logps, budget = scored(policy, parts, budget)
         return logps
 
     weight = sum(map(objective.weight, groups))  # those that need no training count too
     objective, groups = objective.for_step(groups, measure)
 
-    def attempt(budget: Budget) -> tuple[dict[str, float], int]:
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    gradients: list[list[torch.Tensor | None]] = []  # of each share that is computed here
+
+    def attempt(budget: Budget) -> list[Sums]:
         parts = objective.cut(groups, budget.microbatch_tokens)
-        return accumulate(policy, batches(parts, budget), objective, weight, state)
+        gradients.clear()
+        found = []
+        for rows in spread.shares(len(parts), budget.shares):
+            packed = batches([parts[i] for i in rows], budget)
+            found.append(accumulate(policy, packed, objective, weight, state))
+            gradients.append([p.grad for p in parameters])
+        return found
 
     if not groups:
         still = {"train/empty": 1.0, **dict.fromkeys(("train/loss", "train/grad_norm", "train/grad_spike"), 0.0)}
         return still | _counters(state, state.loss_scale, 0, budget), budget
-    (metrics, tokens), budget = within_memory(budget, objective.cut(groups, 0), attempt)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
+    found, budget = within_memory(budget, objective.cut(groups, 0), attempt)
+    metrics, tokens = combined(spread.in_order(found), weight)
+    spread.add_up(parameters, gradients, budget.shares)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / state.loss_scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     spike = norm / (statistics.median(state.recent_norms or [norm]) or 1.0)
     skipped = not (math.isfinite(norm) and math.isfinite(metrics["train/loss"]))
@@ -373,10 +416,13 @@ def _counters(state: TrainState, scale: float, tokens: int, budget: Budget) -> d
 
 
 EXTREMES = {"max": torch.maximum, "min": torch.minimum}  # how metrics of such a last name combine
+Sums = tuple[dict[str, float], dict[str, tuple[float, float]], int]  # metrics, means' (sum, count), tokens
 
 
-def accumulate(policy, packed, objective, weight, state) -> tuple[dict[str, float], int]:
-    """The step's scaled gradients, from zero; the means of its metrics and its tokens."""
+def accumulate(
+    policy: Policy, packed: Sequence[PackedBatch], objective: Objective, weight: float, state: TrainState
+) -> Sums:
+    """The scaled gradients of these microbatches, from zero; what they say, and their tokens."""
     state.optimizer.zero_grad(set_to_none=True)
     found: dict[str, torch.Tensor] = {}
     means: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -389,9 +435,24 @@ def accumulate(policy, packed, objective, weight, state) -> tuple[dict[str, floa
         for name, (value, count) in loss.means.items():
             before, counted = means.get(name, (0.0, 0))
             means[name] = before + value, counted + count
+    sums = {name: value.item() for name, value in found.items()}
+    of_means = {name: (value.item(), count.item()) for name, (value, count) in means.items()}
+    return sums, of_means, sum(batch.tokens for batch in packed)
+
+
+def combined(shares: Sequence[Sums], weight: float) -> tuple[dict[str, float], int]:
+    """The means of a step's metrics and its tokens, from its shares in their order."""
+    found: dict[str, torch.Tensor] = {}
+    means: dict[str, torch.Tensor] = {}
+    for sums, of_means, _ in shares:
+        for name, value in sums.items():
+            value = torch.tensor(value)
+            found[name] = _combine(name)(found[name], value) if name in found else value
+        for name, pair in of_means.items():
+            means[name] = means.get(name, 0) + torch.tensor(pair)
     metrics = {name: (value / (weight if _combine(name) is torch.add else 1)).item() for name, value in found.items()}
     metrics |= {name: (value / count.clamp(min=1e-9)).item() for name, (value, count) in means.items()}
-    return metrics, sum(batch.tokens for batch in packed)
+    return metrics, sum(tokens for *_, tokens in shares)
 
 
 def _combine(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -127,6 +127,9 @@ class Train(Section):
     checkpointing: bool | Literal["auto"] = Field("auto", description="recompute activations in the backward")
     save_every_steps: int = Field(50, gt=0, description="steps between checkpoints")
     save_every_seconds: float = Field(300, gt=0, description="seconds between checkpoints, whichever comes first")
+    virtual_shards: int = Field(
+        0, ge=0, le=1024, description="shares of a step that any number of ranks sums in one order; 0: one per rank"
+    )
     max_overflows: int = Field(20, gt=0, description="abort after so many non-finite steps in a row")
 
 

@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from spinfast import __version__
+from spinfast import __version__, spread
 from spinfast.evaluate.selfplay import (
     Metrics,
     fresh_opponent_metrics,
@@ -105,7 +106,8 @@ def scored(
     names = {who: adapter and adapters.fingerprint(adapter) for who, adapter in players.items()}
     alone = [Group(prompt, (answer,)) for side in pairs.values() for prompt, answer in side]
 
-    def attempt(budget: Budget) -> tuple[Columns, Keys]:
+    def prepared(budget: Budget) -> tuple[dict[str, Cut], Keys, dict[str, np.ndarray], dict[str, tuple[str, str]]]:
+        """Microbatches by side, the columns' keys, what of them is known, and whose those are that are not."""
         cuts = {side: cut(pairs[side], () if side == "real" else pairs["real"], budget) for side in sides}
         here = [__version__, *machine(policy), budget.attention, budget.microbatch_tokens, weights]
         keys = {
@@ -118,18 +120,30 @@ def scored(
         for place, key in keys.items():
             if key not in found:
                 todo.setdefault(key, place)
-        total = sum(len(members) for _, side in todo.values() for _, members in cuts[side])
+        return cuts, keys, found, todo
+
+    def attempt(budget: Budget) -> list[tuple[str, int, list[float]]]:
+        """(key, microbatch, log-probs of its answers) of those that are scored here."""
+        cuts, _, _, todo = prepared(budget)
+        scores, total = [], sum(len(members) for _, side in todo.values() for _, members in cuts[side])
         with phase(total, "answers") if total else nullcontext() as tick:
             for key, (who, side) in todo.items():
-                table = {} if side == "real" else dict(zip(pairs["real"], found[keys[who, "real"]], strict=True))
                 with playing(policy, players[who], who == "policy"):
-                    for group, members in cuts[side]:
-                        table |= zip(members, logps_in_cut(policy, [group], budget)[0], strict=True)
+                    for number in chain(*spread.shares(len(cuts[side]))):
+                        group, members = cuts[side][number]
+                        scores.append((key, number, logps_in_cut(policy, [group], budget)[0]))
                         tick.advance(len(members), tokens=packed_length(group))
-                found[key] = np.array([table[pair] for pair in pairs[side]], dtype=np.float64)
-        return {who: {side: found[keys[who, side]] for side in sides} for who in players}, keys
+        return scores
 
-    return within_memory(with_room(budget, alone), alone, attempt)[0]
+    of_ranks, budget = within_memory(with_room(budget, alone), alone, attempt)
+    cuts, keys, found, todo = prepared(budget)
+    scores = {(key, number): logps for key, number, logps in chain(*of_ranks)}
+    for key, (who, side) in todo.items():
+        table = {} if side == "real" else dict(zip(pairs["real"], found[keys[who, "real"]], strict=True))
+        for number, (_, members) in enumerate(cuts[side]):
+            table |= zip(members, scores[key, number], strict=True)
+        found[key] = np.array([table[pair] for pair in pairs[side]], dtype=np.float64)
+    return {who: {side: found[keys[who, side]] for side in sides} for who in players}, keys
 
 
 def cut(pairs: Sequence[tuple[Ids, Ids]], others: Sequence[tuple[Ids, Ids]], budget: Budget) -> Cut:

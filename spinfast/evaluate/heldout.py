@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from spinfast import spread
 from spinfast.evaluate import game, stopping
 from spinfast.evaluate.preferences import (
     likelihood_metrics,
@@ -70,7 +71,7 @@ def evaluate(
     if samples:
         rows = [{"index": c.index, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in samples]
         files.write_text(stage.path(SAMPLES), files.jsonl(rows))
-        if previous.path(SAMPLES).exists():
+        if spread.told("the opponent's samples: there?", previous.path(SAMPLES).exists):
             rivals = read_samples(previous)
         else:  # the last iteration was not looked at
             (rivals,) = draw(run, stage, opponent, drawn, of=previous)
@@ -105,11 +106,12 @@ def likelihood(run, stage: Stage, players: Sequence[Example]) -> Metrics:
     with run.display.phase(f"{stage.name} score held-out", len(groups) + len(ranked), "rows") as tick:
         logps = np.array(sequence_logps(run.policy, groups, run.budget, tick.advance))[:, 0]
         of_ranked = sequence_logps(run.policy, ranked, run.budget, tick.advance)
-    save_file({"policy.real": torch.from_numpy(logps)}, stage.path(LOGPS))
-    base = load_file(run.directory.path / "base" / LOGPS)["policy.real"].numpy()
-    metrics = likelihood_metrics(
-        logps, [group.lengths[0] for group in groups], None if stage.method == "base" else base
-    )
+    with files.replacing(stage.path(LOGPS)) as beside:
+        save_file({"policy.real": torch.from_numpy(logps)}, beside)
+    base = None
+    if stage.method != "base":
+        base = load_file(run.directory.path / "base" / LOGPS)["policy.real"].numpy()
+    metrics = likelihood_metrics(logps, [group.lengths[0] for group in groups], base)
     if ranked:
         metrics |= ranking_metrics(ranked, of_ranked)
     return metrics
@@ -210,7 +212,7 @@ def draw(
     if not requests:
         return [[] for _ in asked]
     with run.display.phase(f"{stage.name} evaluate", len(requests), "answers") as tick:
-        for completion in run.generator.generate(requests, [asked[kind][1] for _, kind in wanted], adapter):
+        for completion in run.generate(requests, [asked[kind][1] for _, kind in wanted], adapter):
             answers[completion.index, completion.sample] = completion
             tick.advance(tokens=len(completion.token_ids))
             stop_if_asked()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from spinfast import spread
 from spinfast.advantages import advantages
 from spinfast.config import Config
 from spinfast.data.renderer import Renderer
@@ -50,8 +51,13 @@ def tried(config: Config, renderer: Renderer, rewards: Rewards, examples: Sequen
 
 
 def rated(run, examples: Sequence[Example], answers: Sequence[Completion], state: TrainerState) -> Scores:
-    """What every function gives for every answer; `examples` has the example of each."""
-    return run.rewards(batch(run.config, run.session.machine.renderer, run.examples, examples, answers, state))
+    """What every function gives for every answer, by rank 0; `examples` has the example of each."""
+
+    def rate() -> tuple[dict, dict, dict]:
+        given = run.rewards(batch(run.config, run.session.machine.renderer, run.examples, examples, answers, state))
+        return given.values, given.extra, given.metrics
+
+    return Scores(*spread.told("rewards", rate))
 
 
 def batch(

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spinfast import spread
+from spinfast.device import own_card
 from spinfast.errors import UserError
 from spinfast.terminal import notes_to_log
 from spinfast.types import Adapter
@@ -78,11 +80,13 @@ def arguments(
 ) -> dict:
     """Engine arguments that depend on the device and the version; call it after `prepare`.
 
-    `capability` is that of the card or of the smaller one it rehearses, `cache` the bytes of the K/V cache.
+    `capability` is that of the card or of the smaller one it rehearses, `cache` the bytes of the K/V cache. Of several
+    ranks each has an engine of its own, which joins their process group: starting it is a collective.
     """
+    ranks = {"distributed_executor_backend": "external_launcher"} if spread.world() > 1 else {}
     if device.type == "cpu":
         # A prompt cut in two would rewind its sampler's generator, which a CPU generator cannot.
-        return {
+        return ranks | {
             "block_size": 32,  # the smallest: samples of a prompt share its full blocks alone, and 128 is many a prompt
             "enforce_eager": True,
             "enable_chunked_prefill": False,
@@ -96,7 +100,7 @@ def arguments(
             f"generation.kv_cache_gib: vLLM's cache needs {cache / 2**30:.2f} GiB, {free / 2**30:.2f} GiB of "
             f"{total / 2**30:.2f} GiB are free; end what else holds the GPU (another notebook?), or grant less"
         )
-    chosen = {
+    chosen = ranks | {
         "max_num_batched_tokens": max(2048, max_model_len),
         "enable_sleep_mode": sleep_mode,
         # the cache is given in bytes; all that vLLM does with this share is to refuse to start where less is free
@@ -174,10 +178,13 @@ def restore_kv_cache(engine) -> None:
 
 
 def shut_down(engine) -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
 
     engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+    if spread.world() > 1:  # the ranks' own group stays
+        destroy_model_parallel()
+    else:
+        cleanup_dist_env_and_memory()
 
 
 @contextmanager
@@ -189,7 +196,7 @@ def undisturbed() -> Iterator[None]:
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with notes_to_log(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with notes_to_log(), torch.random.fork_rng(own_card()):
             yield
     finally:
         torch.set_num_threads = set_num_threads

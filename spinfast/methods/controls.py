@@ -12,10 +12,10 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 
+from spinfast import spread
 from spinfast.config import Config, at
 from spinfast.data.pairs import read_pairs, write_pairs
 from spinfast.errors import UserError
@@ -26,7 +26,7 @@ from spinfast.methods.run import Run, begin
 from spinfast.methods.spin import game, train_policy
 from spinfast.objectives import Nll
 from spinfast.store import files
-from spinfast.store.record import RunDir, Stage
+from spinfast.store.record import Stage, open_directory
 from spinfast.types import Group, Pair
 
 Deal = Callable[[Sequence[Pair], int], list[Pair]]
@@ -41,8 +41,8 @@ def check(config: Config) -> None:
 def play_controls(run: Run) -> Iterator[tuple[str, dict]]:
     """Play every control of the run, yielding (its name, row of its results.json)."""
     for name in CONTROLS:
-        with closing(RunDir(run.directory.path / "controls" / name, run.config)) as directory:
-            shutil.copy(run.directory.path / "environment.json", directory.path)
+        with open_directory(run.directory.path / "controls" / name, run.config) as directory:
+            files.write_text(directory.path / "environment.json", (run.directory.path / "environment.json").read_text())
             control = begin(run.session, directory, run.display, run.examples, run.heldout, run.rewards)
             for row in play_control(control, run.played, name):
                 yield name, row
@@ -72,11 +72,15 @@ def play_control(run: Run, played: Sequence[Stage], name: str) -> Iterator[dict]
 def borrow(run: Run, stage: Stage, last: Stage | None) -> Stage:
     """A stage that control and run have in common, copied whole."""
     target = run.directory.path / stage.name
-    if not target.exists():
-        beside = target.with_name(f".{stage.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(stage.directory, beside)
-        beside.rename(target)
+
+    def copy() -> None:
+        if not target.exists():
+            beside = target.with_name(f".{stage.name}.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(stage.directory, beside)
+            beside.rename(target)
+
+    spread.told(f"{stage.name}, borrowed", copy)
     return run.stage(stage.name, last, stage.method, stage.number)
 
 

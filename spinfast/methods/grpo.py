@@ -75,7 +75,7 @@ def looking(run: Run) -> Watch | None:
         adapter = run.policy.adapter()
         run.session.check_generator(problems[0].prompt_ids, adapter)
         requests = [Request(i, example.prompt_ids, seed=i) for i, example in enumerate(problems)]
-        found = run.generator.generate(requests, run.session.sampling(0.0, settings.max_tokens), adapter)
+        found = run.generate(requests, run.session.sampling(0.0, settings.max_tokens), adapter)
         answers = sorted(found, key=lambda answer: answer.index)
         metrics, rewards = reward_metrics(run, problems, answers)
         scores = heldout.verdict(problems, answers, run.session.machine.renderer.text)

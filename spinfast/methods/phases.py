@@ -7,9 +7,10 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from spinfast import objectives
+from spinfast import objectives, spread
 from spinfast.config import Config, Optimisation, Watched
 from spinfast.data.pairs import read_pairs
 from spinfast.errors import UserError
@@ -48,22 +49,22 @@ def base_stage(run: Run) -> Stage:
 def rollout(run: Run, stage: Stage, examples: Sequence[Example], sampling: Sampling) -> list[Completion]:
     """The policy as it stands answers every prompt; answers are kept as they come, sorted at the end."""
     path = stage.path("completions.jsonl")
+    own = path if spread.first() else path.with_name(f".{path.name}.rank{spread.rank()}")
     if not stage.finished("generate"):
         adapter = run.policy.adapter()
         owner = f"{stage.name} {run.config.seed} {adapters.fingerprint(adapter)}"
-        rows = {row["index"]: files.seal(row, owner) for row in files.sealed_lines(path, owner)}
-        files.write_text(path, files.jsonl(rows.values()))
+        rows = {row["index"]: row for row in spread.told("answers so far", partial(_answers, path, owner))}
         requests = [
             Request(example.index, example.prompt_ids, prompt_seed(run.config.seed, stage.number, example.index))
             for example in examples
             if example.index not in rows
         ]
-        answers = run.generator.generate(requests, sampling, adapter)
+        answers = run.generate(requests, sampling, adapter)
         with (
             stage.phase("generate", path.name),
             run.display.phase(f"{stage.name} generate", len(requests), "answers") as tick,
         ):
-            with path.open("a", encoding="utf-8") as file:
+            with own.open("a", encoding="utf-8") as file:
                 for answer in answers:
                     row = {
                         "index": answer.index,
@@ -78,7 +79,19 @@ def rollout(run: Run, stage: Stage, examples: Sequence[Example], sampling: Sampl
                     tick.advance(tokens=len(answer.token_ids))
                     stop_if_asked()
             files.write_text(path, files.jsonl(rows[example.index] for example in examples))
+        if own != path:
+            own.unlink()
     return [Completion(row["index"], tuple(row["token_ids"]), row["finish_reason"]) for row in files.read_jsonl(path)]
+
+
+def _answers(path: Path, owner: str) -> list[dict]:
+    """Sealed rows of the answers that every rank of an earlier process kept, now all in one file."""
+    parts = [path, *sorted(path.parent.glob(f".{path.name}.rank*"))]
+    rows = {row["index"]: files.seal(row, owner) for part in parts for row in files.sealed_lines(part, owner)}
+    files.write_text(path, files.jsonl(rows.values()))
+    for part in parts[1:]:
+        part.unlink()
+    return list(rows.values())
 
 
 def epochs(run: Run, groups: Sequence[Group], settings: Optimisation, round_number: int) -> Epochs:
@@ -234,7 +247,8 @@ def conclude(
     }
     run.check_base()
     run.directory.result(row)
-    write_card(stage.path("adapter"), run.directory.path, stage.name)
+    if spread.first():
+        write_card(stage.path("adapter"), run.directory.path, stage.name)
     if stage not in run.played:
         run.played.append(stage)
     return row

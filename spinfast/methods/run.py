@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 
+from spinfast import spread
 from spinfast.config import Config
 from spinfast.data import LoadedData, load_data
 from spinfast.evaluate.heldout import asked
@@ -26,7 +28,7 @@ from spinfast.session import Machine, Session, check_rows, choose_backend, look,
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
 from spinfast.train import Budget
-from spinfast.types import Adapter, Example
+from spinfast.types import Adapter, Completion, Example, Request, Sampling
 from spinfast.weights.spectrum import LISTS
 
 log = logging.getLogger("spinfast")
@@ -51,7 +53,8 @@ class Run:
 
     def __post_init__(self):
         tokens = files.read_sealed(plan_path(self.directory), "plan")["microbatch_tokens"]
-        self.budget = Budget(tokens, self.session.machine.device.attention, shrunk=self._shrink)
+        attention, shares = self.session.machine.device.attention, self.config.train.virtual_shards
+        self.budget = Budget(tokens, attention, shares=shares, shrunk=self._shrink)
 
     @property
     def config(self) -> Config:
@@ -68,9 +71,31 @@ class Run:
     def _shrink(self, tokens: int) -> None:
         """Memory ran out: smaller microbatches for the rest of the run, with room for the longest possible group."""
         tokens = max(tokens, min(self.budget.microbatch_tokens, self.longest))
-        self.budget = Budget(tokens, self.budget.attention, shrunk=self._shrink)
+        self.budget = replace(self.budget, microbatch_tokens=tokens)
         path = plan_path(self.directory)
         files.write_sealed(path, files.read_sealed(path, "plan") | {"microbatch_tokens": tokens}, "plan")
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], adapter: Adapter | None
+    ) -> Iterator[Completion]:
+        """Generator.generate by all ranks, each for its share of the prompts: own answers as they come, others' then.
+
+        Requests that stand side by side with one index are to one prompt, and stay together.
+        """
+        given = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
+        prompts = [list(of_one) for _, of_one in groupby(range(len(requests)), lambda i: requests[i].index)]
+        own = []
+        for share in spread.shares(len(prompts), self.budget.shares):
+            rows = [row for prompt in share for row in prompts[prompt]]
+            asked = [requests[row] for row in rows], [given[row] for row in rows]
+            for answer in self.generator.generate(*asked, adapter):
+                own.append(answer)
+                yield answer
+        if spread.world() > 1:
+            of_ranks = spread.gather("answers", [astuple(answer) for answer in own])
+            of_ranks[spread.rank()] = []
+            for index, ids, reason, logps, sample, cached in chain(*of_ranks):
+                yield Completion(index, tuple(ids), reason, tuple(logps), sample, cached)
 
     def stage(self, name: str, last: Stage | None, method: str, number: int = 0) -> Stage:
         """A stage's directory; `number` counts the rounds of its method."""
@@ -126,14 +151,18 @@ class Ready:
 @contextmanager
 def open_run(config: Config, directory: RunDir, display: Display) -> Iterator[Run]:
     """Load data and weights, start the generator, begin or continue the run in `directory`."""
-    ready = prepare(config, look(config), directory)
-    with open_session(config, ready.machine, ready.plan(directory), ready.generate) as session:
+    with spread.ahead("model and tokenizer"):
+        machine = look(config)
+    ready = prepare(config, machine, directory)
+    plan = StepPlan(**spread.told("the memory plan", lambda: asdict(ready.plan(directory))))
+    with open_session(config, ready.machine, plan, ready.generate) as session:
         yield ready.begin(session, directory, display)
 
 
 def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
     """Load and check the data, and note in `directory` what the run is made from."""
-    data = load_data(config, machine.renderer)
+    with spread.ahead("data"):
+        data = load_data(config, machine.renderer)
     directory.remember(inputs(config, machine, data))
     examples = data["data"].examples
     work = loads(config, examples)
@@ -141,7 +170,7 @@ def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
     check_rows(machine, work)
     rewards = load_rewards(config, examples, heldout)
     if rewards:
-        tried(config, machine.renderer, rewards, examples)
+        spread.told("rewards, tried", lambda: tried(config, machine.renderer, rewards, examples) and None)
         directory.remember_rewards(rewards.fingerprints())
     generate = generates(config, work, heldout)
     sampled = sorted(config.generation.model_fields_set & {"temperature", "top_p", "max_tokens"})
@@ -172,8 +201,9 @@ def begin(
 ) -> Run:
     """A run in an open session, from a fresh adapter."""
     session.fresh()
-    if not plan_path(directory).exists():
+    if not spread.told("plan.json", plan_path(directory).exists):
         files.write_sealed(plan_path(directory), asdict(session.plan), "plan")
+        spread.told("plan.json, written", lambda: None)
     work = loads(session.config, examples)
     longest = max(load.longest for load in work)
     game = next((load.objective for load in work if isinstance(load.objective, Pairwise)), Pairwise())

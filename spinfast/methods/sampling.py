@@ -180,7 +180,7 @@ def sampled(run: Run, asked: Sequence[Example], purpose: str, adapter: Adapter) 
         for sample in range(samples)
     ]
     sampling, found = run.session.sampling(settings.temperature, settings.max_tokens), {}
-    for answer in run.generator.generate(requests, sampling, adapter):
+    for answer in run.generate(requests, sampling, adapter):
         found[answer.index, answer.sample] = answer
         stop_if_asked()
     return [[found[i, sample] for sample in range(samples)] for i in range(len(asked))]

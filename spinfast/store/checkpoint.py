@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from spinfast import spread
 from spinfast.errors import UserError
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
@@ -36,6 +37,9 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
 
     `rows` are the stage's lines of metrics.jsonl.
     """
+    target = directory / f"step_{state.step:06d}"
+    if not spread.first():
+        return target
     adapter = finite_adapter(policy, state)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
@@ -56,7 +60,6 @@ def save(directory: Path, policy: Policy, state: TrainState, identity: dict[str,
         (path / "state.json").write_text(json.dumps(counters | {"identity": identity}, indent=2) + "\n")
         (path / "metrics.jsonl").write_text(files.jsonl(rows))
 
-    target = directory / f"step_{state.step:06d}"
     files.write_directory(target, fill)
     for old in sorted(directory.glob("step_*"))[:-KEPT]:
         shutil.rmtree(old)
@@ -114,4 +117,5 @@ def _foreign(path: Path, identity: dict[str, str]) -> str | None:
 
 def clear(directory: Path) -> None:
     """Remove the checkpoints of a finished phase."""
-    shutil.rmtree(directory, ignore_errors=True)
+    if spread.first():
+        shutil.rmtree(directory, ignore_errors=True)

@@ -20,7 +20,16 @@ from spinfast.errors import UserError
 from spinfast.objectives import Objective, described, restored
 from spinfast.policy.adapters import files as adapters
 from spinfast.store import files
-from spinfast.train import Budget, NonFinite, accumulate, batch_sequence_logps, batches, sequence_logps, start_training
+from spinfast.train import (
+    Budget,
+    NonFinite,
+    accumulate,
+    batch_sequence_logps,
+    batches,
+    combined,
+    sequence_logps,
+    start_training,
+)
 from spinfast.types import Group
 
 STEP = "step.json"
@@ -98,7 +107,7 @@ def _diagnosis(session, step: dict, groups: Sequence[Group]):
     state.loss_scale = step["loss_scale"]
     broken: list[str] = []
     hooks = [module.register_forward_hook(_watch(name, broken)) for name, module in policy.model.named_modules()]
-    metrics, _ = accumulate(policy, packed, objective, weight, state)
+    metrics, _ = combined([accumulate(policy, packed, objective, weight, state)], weight)
     for hook in hooks:
         hook.remove()
     if broken:

@@ -4,6 +4,8 @@ Everything that a run leaves goes through here, so a crash or a full disk at any
 Three ways to tell that a file is as it was written: a directory has a manifest, a JSON file that the run goes by
 carries its own sum, and so does each line of a file that grows. A sum covers an `owner` too, the name of what the
 file belongs to, so that a file put in another's place is found out.
+
+Of several ranks (spread.py) the first one writes; what the others write goes nowhere.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from spinfast import spread
 
 log = logging.getLogger("spinfast")
 MANIFEST = "manifest.json"
@@ -44,6 +49,10 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it takes the name `path` in one step."""
+    if not spread.first():
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere) / path.name
+        return
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside
@@ -55,6 +64,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    if not spread.first():
+        return
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -120,6 +131,8 @@ def sealed_lines(path: Path, owner: str) -> list[dict]:
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """`fill` a directory beside, add a manifest of sha256 sums last, and give it the name `path`."""
+    if not spread.first():
+        return
     beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (beside, old):

@@ -5,7 +5,8 @@
 
 metrics.jsonl holds what the run computed and is the same for every undisturbed or resumed run; system.jsonl holds
 clocks and memory. A phase is finished when phases.json names its outputs, their sha256 sums still hold, and so do
-those of everything it was made from: the phases before it and the stage before its own.
+those of everything it was made from: the phases before it and the stage before its own. Of several ranks (spread.py)
+the first one has the directory, the others follow it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 
+from spinfast import spread
 from spinfast.config import Config, parse_config
 from spinfast.device import fresh_memory
 from spinfast.errors import Busy, UserError
@@ -112,9 +114,7 @@ class RunDir:
 
     def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
         """Add, and return, one line of what was computed; non-finite values stand as "nan" or "inf"."""
-        row = {"stage": stage, "phase": phase, "step": step}
-        row |= {name: _finite(value) for name, value in values.items()}
-        trackers = self.trackers
+        row, trackers = _line(stage, phase, step, values), self.trackers
         _append(self.path / "metrics.jsonl", row)
         trackers.step(row)
         return row
@@ -167,6 +167,57 @@ class RunDir:
         return []
 
 
+class Followed(RunDir):
+    """The directory for a rank that does not write: it finds there what the first rank has written."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config, self.inputs = path, config, {}
+        if not (path / "config.yaml").exists():
+            raise UserError(
+                f"run directory {path}: rank {spread.rank()} does not see what rank 0 writes there; give a --run-dir "
+                "on a file system that all machines share"
+            )
+
+    def close(self) -> None:
+        pass
+
+    def discard_unused(self) -> None:
+        pass
+
+    def metrics(self, stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
+        return _line(stage, phase, step, values)
+
+    def restore_metrics(self, stage: Stage, rows: list[dict]) -> None:
+        pass
+
+    def system(self, stage: str, phase: str, values: dict[str, float]) -> None:
+        pass
+
+    def result(self, row: dict) -> None:
+        pass
+
+    def forget_results(self) -> None:
+        pass
+
+
+@contextmanager
+def open_directory(path: Path, config: Config) -> Iterator[RunDir]:
+    """The run directory, for as long as the block; each rank's own view of it.
+
+    One that was begun here goes again where a user's error ends it before anything was computed.
+    """
+    directory = RunDir(path, config) if spread.first() else None
+    spread.told("the run directory", lambda: None)
+    directory = directory or Followed(path, config)
+    try:
+        yield directory
+    except (UserError, OSError):
+        directory.discard_unused()
+        raise
+    finally:
+        directory.close()
+
+
 class Stage:
     """One stage's directory and its finished phases.
 
@@ -201,6 +252,9 @@ class Stage:
 
     def finished(self, phase: str) -> bool:
         """True if the phase's outputs are all there as they were written, and made from what is there now."""
+        return spread.told(f"{self.name}, {phase}: finished?", partial(self._finished, phase))
+
+    def _finished(self, phase: str) -> bool:
         entry = self._phases().get(phase)
         if entry is None:
             return False
@@ -218,8 +272,10 @@ class Stage:
         fresh_memory()
         started = time.monotonic()
         yield
+        spread.told(f"{self.name}, {phase}: finished", partial(self._note, phase, outputs, time.monotonic() - started))
+
+    def _note(self, phase: str, outputs: tuple[str, ...], seconds: float) -> None:
         phases = self._phases()
-        seconds = time.monotonic() - started
         phases[phase] = {
             "seconds": round(seconds, 3),
             "files": {name: _digest(self.path(name)) for name in outputs},
@@ -266,6 +322,10 @@ def whole_lines(path: Path) -> list[dict]:
             except ValueError:
                 break
     return rows
+
+
+def _line(stage: str, phase: str, step: int, values: dict[str, float]) -> dict:
+    return {"stage": stage, "phase": phase, "step": step} | {name: _finite(value) for name, value in values.items()}
 
 
 def _append(path: Path, row: dict) -> None:

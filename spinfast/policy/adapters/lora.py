@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
+from spinfast.device import own_card
 from spinfast.errors import UserError
 from spinfast.policy.adapters import files
 from spinfast.types import Adapter
@@ -295,6 +296,6 @@ def _plain(value):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(own_card()):
         torch.manual_seed(seed)
         yield

@@ -1,0 +1,139 @@
+"""Whole runs on one, two and four ranks: the same files, to the bit where shares are fixed."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from fixtures import FailingCall
+from safetensors.torch import load_file
+from test_run import train_rows
+from warm import computed, differing
+
+FIXED = "train.virtual_shards=3"  # no multiple of the ranks; 4 groups a step, so shares are uneven
+WRITTEN = ("pairs.parquet", "heldout_samples.jsonl")  # token ids alone
+
+
+@pytest.fixture(scope="module")
+def alone(games):
+    """The run of one rank, by fixed shares."""
+    return computed(games.play("fixed-1", 1, FIXED))
+
+
+def test_one_rank_plays_the_run_that_it_always_did(games, alone):
+    """Dealing into shares rounds otherwise; nothing else."""
+    assert close(games.directory / "fixed-1", games.runs.undisturbed)
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_by_fixed_shares_a_game_is_the_same_to_the_bit_on_any_number_of_ranks(games, alone, world):
+    assert differing(computed(games.play(f"fixed-{world}", world, FIXED)), alone) == set()
+
+
+@pytest.fixture(scope="module")
+def two(games):
+    return games.play("two", 2)
+
+
+def test_two_ranks_play_the_run_of_one_to_rounding(games, two):
+    assert close(two, games.runs.undisturbed)
+    log = (two / "log.txt").read_text()
+    assert log.count("finished in") == 1
+    assert "ranks: 2" in log
+    assert not [*two.rglob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("preferences", ["method=[dpo]", "dpo.loss=kto", "dpo.evaluate_every=4"]),
+        ("rollouts", ["grpo.steps=4"]),
+        pytest.param("preferences", ["method=[sft, dpo]"], marks=pytest.mark.slow),
+        pytest.param("preferences", ["method=[dpo]", "dpo.loss=orpo"], marks=pytest.mark.slow),
+    ],
+    ids=["kto", "grpo", "sft-dpo", "orpo"],
+)
+def test_other_methods_by_fixed_shares(request, kind, words):
+    ranks = request.getfixturevalue(kind)
+    one = computed(ranks.play("one", 1, FIXED, *words))
+    assert differing(computed(ranks.play("two", 2, FIXED, *words)), one) == set()
+
+
+@pytest.mark.slow
+def test_grpo_on_two_ranks_to_rounding(rollouts):
+    assert close(rollouts.play("two", 2), rollouts.runs.undisturbed)
+
+
+ADAPTERS = {
+    "full": ["adapter={kind: full, target_modules: [q_proj, down_proj]}"],
+    "merge": ["adapter.init=merge"],
+    "lora_xs": ["adapter={kind: lora_xs, r: 4, alpha: 8}"],
+    "tiny_lora": ["adapter={kind: tiny_lora, u: 13, tie: all}"],
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k != "full" else ()) for k in ADAPTERS])
+def test_every_kind_of_adapter(games, kind):
+    words = [*ADAPTERS[kind], "method=[sft]", "evaluate.problems=0"]
+    one = computed(games.play("kind-1", 1, FIXED, *words))
+    assert differing(computed(games.play("kind-2", 2, FIXED, *words)), one) == set()
+
+
+def test_world_size_is_no_part_of_a_runs_identity_and_fixed_shares_are(games, two):
+    """`two` is the run of two ranks: one rank finds it finished, and fixed shares are another run."""
+    games.runs.output.write_text("")
+    before = computed(two)
+    assert games.finish(games.start("two", 1)) == [0]
+    assert differing(computed(two), before) == set()
+    assert games.finish(games.start("two", 2, FIXED))[0] == 2
+    (line,) = games.said()
+    assert "made by another config" in line
+
+
+def close(mine, other) -> bool:
+    """Losses and gradients to 1e-6, what was written to the token, adapters as Adam makes of such gradients."""
+    for row, same in zip(train_rows(mine), train_rows(other), strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/lr"):
+            assert row[name] == pytest.approx(same[name], rel=2e-6, abs=2e-6), (row["stage"], row["step"], name)
+    for path in other.rglob("*"):
+        if path.name in WRITTEN:
+            assert (mine / path.relative_to(other)).read_bytes() == path.read_bytes(), path
+    for path in other.rglob("adapter_model.safetensors"):
+        found = load_file(mine / path.relative_to(other))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
+    return True
+
+
+# Memory ------------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(at: int | None) -> None:
+    """In a rank's process: the forward number `at`, or every one, finds no memory."""
+    from spinfast import train
+
+    if at is None:
+
+        def never(*_args, **_keys):
+            raise torch.OutOfMemoryError("injected")
+
+        train.answer_logps = never
+        return
+    train.answer_logps = FailingCall(train.answer_logps, at, torch.is_grad_enabled)
+
+
+def test_memory_that_runs_out_on_one_rank_shrinks_the_microbatches_of_all(games):
+    small = ["prompt.max_prompt_tokens=64", "prompt.max_answer_tokens=32"]  # so that half of 256 tokens holds any pair
+    directory = games.play("starved", 2, "spin.iterations=1", *small, hooks={1: partial(out_of_memory, 4)})
+    assert json.loads((directory / "plan.json").read_text())["microbatch_tokens"] == 128
+    assert len(re.findall("memory ran out at 256 tokens", (directory / "log.txt").read_text())) == 1
+
+
+def test_memory_that_never_suffices_on_one_rank_ends_all_with_one_line(games):
+    games.runs.new("starved")
+    codes = games.finish(games.start("starved", 2, hooks={1: partial(out_of_memory, None)}))
+    assert codes == [2, 2]
+    (line,) = games.said()
+    assert "memory ran out with microbatches of" in line
+    assert "(rank 1: injected)" in line
