@@ -435,9 +435,15 @@ def accumulate(
         for name, (value, count) in loss.means.items():
             before, counted = means.get(name, (0.0, 0))
             means[name] = before + value, counted + count
-    sums = {name: value.item() for name, value in found.items()}
-    of_means = {name: (value.item(), count.item()) for name, (value, count) in means.items()}
+    numbers = iter(on_host([*found.values(), *chain(*means.values())]))
+    sums = {name: next(numbers) for name in found}
+    of_means = {name: (next(numbers), next(numbers)) for name in means}
     return sums, of_means, sum(batch.tokens for batch in packed)
+
+
+def on_host(scalars: Sequence[torch.Tensor]) -> list[float]:
+    """Numbers of the device, for which the host waits once."""
+    return torch.stack([x.double() for x in scalars]).cpu().tolist() if scalars else []
 
 
 def combined(shares: Sequence[Sums], weight: float) -> tuple[dict[str, float], int]:
