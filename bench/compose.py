@@ -90,8 +90,9 @@ def _value(numbers: Sequence[int], signs: Sequence[str]) -> int:
 
 
 def write(path: Path, make: Callable[[random.Random], Pair], rows: int, seed: int) -> Path:
+    """So many draws, equal ones once."""
     draw = random.Random(seed)
-    pairs = (make(draw) for _ in range(rows))
+    pairs = dict.fromkeys(make(draw) for _ in range(rows))
     path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
     return path
 
@@ -123,7 +124,7 @@ CONNECTIONS = [[1, 0], [1, 1], [1, 2]]  # what A knows stands in its last layer
 RANK = 17  # of LoRA on B: 61,608 numbers, CALM's are 61,440
 GROUPS = 128
 STEPS = {"A": 600, "B": 300, "composed": 600, "skyline": 600}
-ROWS_OF = {"A": 12_800, "B": 6_400, "composed": 6_400, "skyline": 25_600}  # examples
+DRAWS = {"A": 12_800, "B": 6_400, "composed": 6_400, "skyline": 25_600}  # of which equal ones count once
 PROMPT = 6  # tokens: "ab+cd=", " 7+ 3="
 
 
@@ -157,13 +158,13 @@ def spinfast(*words: str) -> None:
 
 def run(where: Path, model: dict, adapter: dict, data: Path, asked: Path, steps: int, lr: float, seed: int) -> Path:
     """SFT by the command; its directory. A finished run is left as it is."""
-    rows = sum(1 for _ in data.open())
+    steps_of_epoch = -(-len(data.read_text().splitlines()) // GROUPS)
     tree = {
         "method": "sft", "model": model, "adapter": adapter, "seed": seed,
         "data": {"source": str(data)}, "heldout": {"source": str(asked)},
         "prompt": {"max_prompt_tokens": 16, "max_answer_tokens": 16},
         "sft": {
-            "lr": lr, "groups_per_step": GROUPS, "epochs": steps * GROUPS // rows, "schedule": "cosine",
+            "lr": lr, "groups_per_step": GROUPS, "epochs": round(steps / steps_of_epoch), "schedule": "cosine",
             "warmup_ratio": 0.05, "min_lr_rate": 0.02, "weight_decay": 0.1,
         },
         "generation": {"backend": "transformers", "batch_size": 256},
@@ -178,15 +179,14 @@ def run(where: Path, model: dict, adapter: dict, data: Path, asked: Path, steps:
     return where
 
 
-def found(stage: Path) -> dict[str, list[int]]:
-    """[exact answers, problems] of each part of what was asked; equal problems were asked once."""
+def found(stage: Path, asked: Path) -> dict[str, list[int]]:
+    """[exact answers, problems] of each part of what was asked."""
     rows = [json.loads(line) for line in (stage / "heldout.jsonl").read_text().splitlines()]
-    right = {row["index"]: row["text"].strip() == row["real"].strip() for row in rows}
-    parts, first = {}, 0
-    for name, count in ASKED.items():
-        known = [right[index] for index in range(first, first + count) if index in right]
-        parts[name], first = [sum(known), len(known)], first + count
-    return parts
+    right = iter([row["text"].strip() == row["real"].strip() for row in rows])
+    sizes = {name: len(asked.with_suffix(f".{name}").read_text().splitlines()) for name in ASKED}
+    if sum(sizes.values()) != len(rows):
+        raise UserError(f"{stage}: expected {sum(sizes.values())} answers, got {len(rows)}")
+    return {name: [sum(next(right) for _ in range(size)), size] for name, size in sizes.items()}
 
 
 @contextmanager
@@ -216,7 +216,7 @@ class Seed:
         self.asked = write_asked(directory / "asked.jsonl", self.task, 1000 * seed)
 
     def play(self, name: str, what: str, make: Callable, model: dict, adapter: dict, lr: float) -> Path:
-        data = write(self.directory / f"{name}.jsonl", make, ROWS_OF[what], 1000 * self.seed + 500)
+        data = write(self.directory / f"{name}.jsonl", make, DRAWS[what], 1000 * self.seed + 500)
         return run(self.directory / name, model, adapter, data, self.asked, STEPS[what], lr, self.seed)
 
     def trained(self, name: str, what: str, make: Callable, start: Path) -> Path:
@@ -266,6 +266,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dir", type=Path, default=Path("runs/calm"), help="of models and runs, made once")
     arguments = parser.parse_args(argv)
     for seed in range(arguments.seeds):
-        for row, data, stage in Seed(seed, arguments.dir.resolve() / f"seed-{seed}").rows():
-            print(json.dumps({"seed": seed, "row": row, "trained_on": data, **found(stage)}), flush=True)
+        of = Seed(seed, arguments.dir.resolve() / f"seed-{seed}")
+        for row, data, stage in of.rows():
+            print(json.dumps({"seed": seed, "row": row, "trained_on": data, **found(stage, of.asked)}), flush=True)
     return 0
