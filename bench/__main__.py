@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {  # name -> module of bench, function of its arguments
     "compile": ("compile", "main"),
+    "compose": ("compose", "main"),
     "end_to_end": ("peers.end_to_end", "main"),
     "export": ("export", "main"),
     "generation": ("generation", "main"),

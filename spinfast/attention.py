@@ -29,12 +29,23 @@ aten = torch.ops.aten
 
 def _interface(module, query_1HTd, key_1GTd, value_1GTd, attention_mask, *, layout, scaling, **_):
     """transformers' calling convention; the mask argument is unused because the layout says it all."""
-    if hasattr(layout, "attend"):
-        return layout.attend(module.layer_idx, query_1HTd, key_1GTd, value_1GTd, scaling), None
-    return packed_attention(query_1HTd, key_1GTd, value_1GTd, layout, scaling), None
+    return attend(module.layer_idx, query_1HTd, key_1GTd, value_1GTd, layout, scaling), None
 
 
 AttentionInterface.register(NAME, _interface)
+
+
+def attend(place: int, query_1HTd, key_1GTd, value_1GTd, layout, scaling: float) -> torch.Tensor:
+    """Attention output (1, T, H, d) over a packed batch, or over a generator's cache, of which `place` is one."""
+    if hasattr(layout, "attend"):
+        return layout.attend(place, query_1HTd, key_1GTd, value_1GTd, scaling)
+    return packed_attention(query_1HTd, key_1GTd, value_1GTd, layout, scaling)
+
+
+def key_value_shape(config) -> tuple[int, int]:
+    """(key/value heads, head dim) of a model's layers."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head_dim
 
 
 def packed_attention(

@@ -62,6 +62,8 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     tell("settings that are not the defaults (--show-config prints all)", config.dump(changed=True).rstrip())
     reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
     reasons |= {"model": f"{model.name} at {model.revision}"}
+    if other := machine.augmenting:
+        reasons |= {"augmenting": f"{other.name} at {other.revision}"}
     tell("device", *(f"{name}: {reason}" for name, reason in reasons.items()))
     for example in examples[:2]:
         console.rule(f"sample: row {example.index + 1} as the model sees it")

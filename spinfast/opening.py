@@ -116,12 +116,18 @@ def open_played(
     from spinfast.model_check import window
     from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
+    from spinfast.policy.calm import augmenting_of
     from spinfast.session import look, open_session
     from spinfast.train import Budget
 
     model = resolve_model(found["model"], found["revision"])
-    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
-    most = min(shape.max_position_embeddings, window(shape) or shape.max_position_embeddings)
+    loaded = [adapters.uniform(adapters.load(path, model.revision, name=model.name)) for path in paths]
+    if len(loaded) > 1:
+        loaded = [_as_lora(adapter, path, model) for adapter, path in zip(loaded, paths, strict=True)]
+    room = _room(loaded) if loaded else {}
+    shapes = [AutoConfig.from_pretrained(model.path, local_files_only=True)]
+    shapes += [augmenting_of(room)[1]] if "augmenting" in room else []
+    most = min(min(s.max_position_embeddings, window(s) or s.max_position_embeddings) for s in shapes)
     if (length := length or min(longest, most)) > most:
         raise UserError(f"{length} tokens were asked for, but {model.name} has a context of {most}; lower it")
     answer = SHORTEST // 2
@@ -138,11 +144,8 @@ def open_played(
         "evaluate": {"max_tokens": answer},
         "device": {"profile": arguments.profile, "dtype": found["dtype"], "attention": arguments.attention},
     }
-    loaded = [adapters.uniform(adapters.load(path, model.revision, name=model.name)) for path in paths]
-    if len(loaded) > 1:
-        loaded = [_as_lora(adapter, path, model) for adapter, path in zip(loaded, paths, strict=True)]
     if loaded:
-        tree["adapter"] = _room(loaded)
+        tree["adapter"] = room
     config = parse_config(tree, "options")
     machine = look(config, model=model)
     budget = Budget(max(4096, 2 * length), machine.device.attention)

@@ -63,7 +63,11 @@ def counts(model: PretrainedConfig, own: AnyKind) -> Iterator[tuple[str, Count, 
     """(name, count, published as) of the config's own adapter, then of SETTINGS."""
     yield "this config", count(model, own), own.kind
     keys = ("target_modules", "exclude_modules", "layers_to_transform")
-    same = {} if Path(str(own.target_modules)).suffix in LISTS else {key: getattr(own, key) for key in keys}
+    same = (
+        {}
+        if Path(str(getattr(own, "target_modules", ""))).suffix in LISTS
+        else {key: getattr(own, key) for key in keys if hasattr(own, key)}
+    )
     for name, (settings, published) in SETTINGS.items():
         with suppress(UserError):  # a rank that such a small matrix does not have
             yield name, count(model, settings.model_copy(update=same)), published

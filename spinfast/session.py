@@ -27,7 +27,7 @@ from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.memory.planner import Load, StepPlan, engine_cache, plan
 from spinfast.model_check import end_ids, window
 from spinfast.models import ResolvedModel, load_tokenizer, resolve_model
-from spinfast.policy import Policy, import_unsloth
+from spinfast.policy import Policy, calm, import_unsloth
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.store.files import expanded
@@ -48,6 +48,7 @@ class Machine:
     ops: operators.Ops
     kernels: str  # why these operators
     start: Adapter | None = None  # what the run starts from, as adapter.start has it
+    augmenting: ResolvedModel | None = None  # the other model of a composition
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ def look(config: Config, plan_only: bool = False, model: ResolvedModel | None = 
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
     check_limits(config, model, shape)
-    return Machine(device, model, shape, renderer, ops, why, load_start(config, model))
+    augmenting = None
+    if config.adapter.kind == "calm":
+        augmenting, other = calm.augmenting_of(dict(config.adapter))
+        calm.check_vocabulary(renderer.tokenizer, augmenting)
+        check_limits(config, augmenting, other)
+        shape.max_position_embeddings = min(shape.max_position_embeddings, other.max_position_embeddings)
+    return Machine(device, model, shape, renderer, ops, why, load_start(config, model), augmenting)
 
 
 def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
@@ -311,6 +318,8 @@ def _chosen_backend(config: Config, generate: bool) -> tuple[str, str]:
         )
     if asked != "auto":
         return asked, "asked for"
+    if config.adapter.kind == "calm":
+        return "transformers", "a composition is two models, and vLLM runs one"
     if four_bit:
         return "transformers", "4-bit weights are not shared with vLLM unless it is asked for"
     if importlib.util.find_spec("vllm") is None:

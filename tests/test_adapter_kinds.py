@@ -325,16 +325,18 @@ def configured(directory, model, method, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_xs", "tiny_lora", "full", "qlora"])
+@pytest.mark.parametrize("name", ["lora", "lora_xs", "tiny_lora", "full", "calm", "qlora", "calm in 4 bits"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     tmp_path, tiny_model, monkeypatch, method, name
 ):
     """The adapter moves, the loss falls; a run that is stopped within training leaves the bytes of one that is not."""
-    four_bit = name == "qlora"
+    four_bit = name in ("qlora", "calm in 4 bits")
     if four_bit:
         pytest.importorskip("bitsandbytes")
-    config = configured(tmp_path, tiny_model("llama"), method, {"lora": LORA, "qlora": QLORA, **KINDS}[name])
+    calm = sections.Calm(kind="calm", augmenting=str(tiny_model("qwen2", True, 4, 32)), connections=2)
+    kinds = KINDS | {"lora": LORA, "qlora": QLORA, "calm": calm, "calm in 4 bits": calm}
+    config = configured(tmp_path, tiny_model("llama"), method, kinds[name])
     words = [config, f"model.load_in_4bit={str(four_bit).lower()}", "--run-dir"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     stages = sorted((tmp_path / "whole").glob("*/adapter"))

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from bench.rehearse import rehearse
 from spinfast import ops, train
-from spinfast.config import Full, Lora, LoraXs, Sft, TinyLora, parse_config
+from spinfast.config import Calm, Full, Lora, LoraXs, Sft, TinyLora, parse_config
 from spinfast.device import DeviceProfile
 from spinfast.memory.ledger import apply_checkpointing, counting
 from spinfast.memory.planner import Load, training
@@ -72,6 +72,7 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
         TinyLora(kind="tiny_lora", u=3, tie=2),
         Full(kind="full", embeddings=True),
         Full(kind="full", target_modules=("v_proj", "gate_proj")),
+        "calm",
     ],
     ids=str,
 )
@@ -79,11 +80,14 @@ def test_a_simulated_step_of_every_kind_is_the_real_one(tiny_model, monkeypatch,
     monkeypatch.setattr(train, "TOGETHER", 1000)  # weights go tensor by tensor
     monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path))
     path, groups = tiny_model("qwen2", layers=3), make_groups(SHAPE)
+    if kind == "calm":
+        kind = Calm(kind="calm", augmenting=str(tiny_model("llama", True, 4, 32)), connections=2)
     options = {"ops": TABLE, "profile": cpu(dtype), "load_in_4bit": False, "seed": 0}
     policy = load_policy(path, "tiny", "0", lora=kind, **options)
     simulation = Simulation(AutoConfig.from_pretrained(path), cpu(dtype), kind, TABLE)
     ledger, _ = real_step(policy, groups, optimizer)
     assert simulation.train(groups, Pairwise(), optimizer, more_microbatches=False).usage == ledger.usage
+    assert simulation.generate(4, 70, 1.0) == Phases(policy, cpu(dtype)).generate(4, 70, 1.0)
 
 
 @pytest.mark.parametrize("objective", [Surrogate(), Surrogate("gspo", beta=0.1, correction="sequence_mask")])

@@ -64,7 +64,7 @@ class Bigram:
 
     def __init__(self, vocabulary: int = 11, width: int = 6, r: int = 2):
         draw = torch.Generator().manual_seed(0)
-        self.ops, self.folded, self.head_bias_V = EAGER, [], None
+        self.ops, self.folded, self.head_bias_V, self.attentions = EAGER, [], None, []
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.table_VD, self.head_VD = torch.randn(2, vocabulary, width, generator=draw)
         self.model = self.decoder = torch.nn.ParameterDict(

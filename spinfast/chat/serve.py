@@ -91,18 +91,27 @@ def lines(speaker: Speaker, address: str) -> list[str]:
     return [
         f"{', '.join(names)} at {address} ({speaker.backend}, context {speaker.context}); Ctrl-C ends it",
         f"curl {address}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
-        f"for many users: {' && '.join(map(shlex.join, production(speaker)))}",
+        *(
+            f"for many users: {' && '.join(map(shlex.join, commands))}"
+            for commands in [production(speaker)]
+            if commands
+        ),
     ]
 
 
 def production(speaker: Speaker) -> list[list[str]]:
-    """The commands that serve the same by an engine that is made for it, which knows PEFT's LoRA and no other kind."""
+    """The commands that serve the same by an engine that is made for it, which knows PEFT's LoRA and no other kind.
+
+    None for two models that answer together.
+    """
     if speaker.backend == "llama.cpp":
         return [["llama-server", "-m", str(speaker.path), *(f"--lora={path}" for path in speaker.adapters.values())]]
     path, first, modules = speaker.path, [], []
     for name, place in speaker.adapters.items():
         made = f"{name}-for-vllm"
-        if (kind := kind_of(place)) == "full":
+        if (kind := kind_of(place)) == "calm":
+            return []
+        if kind == "full":
             first.append(["spinfast", "merge", str(place), "--out", made])
             path = Path(made)
             continue

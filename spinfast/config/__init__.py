@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from spinfast.config.adapters import KINDS, Adapter, Full, Lora, LoraXs, TinyLora
+from spinfast.config.adapters import KINDS, Adapter, Calm, Full, Lora, LoraXs, TinyLora
 from spinfast.config.methods import (
     PAIRED,
     REFERENCE_FREE,
@@ -50,6 +50,7 @@ __all__ = [
     "PAIRED",
     "REFERENCE_FREE",
     "UNPAIRED",
+    "Calm",
     "Config",
     "Data",
     "Dpo",
@@ -107,6 +108,27 @@ class Config(Section):
             if isinstance(field.annotation, type) and issubclass(field.annotation, Optimisation)
         ]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _composed(cls, tree: Any) -> Any:
+        """model: {anchor, augmenting, connections ...} says model.name and an adapter of kind calm."""
+        model = tree.get("model") if isinstance(tree, dict) else None
+        if not isinstance(model, dict) or {"anchor", *OF_CALM}.isdisjoint(model):
+            return tree
+        if "name" in model:
+            raise ValueError("model.name: a composition has an anchor in its place; leave one of both out")
+        if missing := [key for key in ("anchor", "augmenting") if key not in model]:
+            raise ValueError(f"model.{missing[0]}: a composition has an anchor and an augmenting model; name both")
+        adapter = tree.get("adapter") or {}
+        if not isinstance(adapter, dict) or adapter.get("kind", "calm") != "calm":
+            raise ValueError(f"adapter.kind: a composition trains its connections, expected calm, got {adapter}")
+        own = {key: model[key] for key in OF_CALM if key in model}
+        plain = {key: value for key, value in model.items() if key not in ("anchor", *OF_CALM)}
+        return tree | {
+            "model": plain | {"name": model["anchor"]},
+            "adapter": {"kind": "calm"} | adapter | own,
+        }
+
     @field_validator("method")
     @classmethod
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,6 +165,10 @@ class Config(Section):
             raise ValueError(
                 f"adapter.kind: {self.adapter.kind} is trained by model.backend transformers alone, got unsloth"
             )
+        if self.adapter.kind == "calm" and self.generation.backend == "vllm":
+            raise ValueError(
+                "generation.backend: vllm runs one model, and a composition is two; leave it out, or set transformers"
+            )
         if self.model.load_in_4bit and self.adapter.kind == "full":
             raise ValueError("adapter.kind: full trains 16- or 32-bit weights, model.load_in_4bit leaves none")
         return self
@@ -169,6 +195,7 @@ class Config(Section):
         return yaml.safe_dump(tree, sort_keys=False)
 
 
+OF_CALM = [key for key in Calm.model_fields if key not in ("kind", "start")]  # what model may say of a composition
 CHANGES_NO_RESULT = {
     "report_to": True,
     "train": {"save_every_steps", "save_every_seconds", "max_overflows"},

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from spinfast.config.sections import Section
 
+Layer = Annotated[int, Field(ge=0)]
+Pair = tuple[Layer, Layer]
 Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class AnyKind(Section):
     kind: str
-    target_modules: Names = Field("all-linear", description="all-linear, names or a regular expression, as PEFT's")
-    exclude_modules: Names | None = Field(None, description="names or a regular expression of target_modules left out")
-    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = Field(
-        None, description="numbers of the layers that are trained; null: all"
-    )
     start: str | None = Field(
         None, description="directory of an adapter that the run trains on (or of a run: its best); null: a fresh one"
     )
@@ -26,6 +23,16 @@ class AnyKind(Section):
     def largest_rank(self) -> int:
         """Of any module."""
         return self.r
+
+
+class OfModules(AnyKind):
+    """Kinds that are put on matrices of the model."""
+
+    target_modules: Names = Field("all-linear", description="all-linear, names or a regular expression, as PEFT's")
+    exclude_modules: Names | None = Field(None, description="names or a regular expression of target_modules left out")
+    layers_to_transform: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = Field(
+        None, description="numbers of the layers that are trained; null: all"
+    )
 
     @model_validator(mode="after")
     def _layers_of_names(self):
@@ -36,14 +43,14 @@ class AnyKind(Section):
         return self
 
 
-class Continued(AnyKind):
+class Continued(OfModules):
     """Kinds that are never merged between rounds."""
 
     init: ClassVar[str] = "continue"
 
 
-class Lora(AnyKind):
-    kind: Literal["lora"] = Field("lora", description="what is trained: lora, lora_xs, tiny_lora, full")
+class Lora(OfModules):
+    kind: Literal["lora"] = Field("lora", description="what is trained: lora, lora_xs, tiny_lora, full, calm")
     r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     use_rslora: bool = Field(False, description="scaling is alpha / sqrt(r) (arXiv 2312.03732)")
@@ -94,11 +101,38 @@ class Full(Continued):
     embeddings: bool = Field(False, description="the token embeddings and the head too, 16 bytes a number")
 
 
+class Calm(AnyKind):
+    """The model is the anchor; `model: {anchor, augmenting, connections}` says the same."""
+
+    r: ClassVar[int] = 0
+    init: ClassVar[str] = "continue"
+
+    kind: Literal["calm"]
+    augmenting: str = Field(min_length=1, description="the other model, named as model.name is")
+    augmenting_revision: str | None = Field(None, description="its commit at the hub")
+    connections: Annotated[int, Field(gt=0)] | Annotated[tuple[Pair, ...], Field(min_length=1)] = Field(
+        4,
+        description="every n-th layer of the augmenting model, on as many of the anchor's at equal distances; or pairs "
+        "[layer of the augmenting model, layer of the anchor], counted from 0",
+    )
+    norm: bool = Field(True, description="RMSNorm without weights before the projections; the paper has none")
+    rope: bool = Field(True, description="queries and keys are turned by their positions; the paper's are not")
+
+    @field_validator("connections")
+    @classmethod
+    def _one_each(cls, connections: int | tuple[Pair, ...]) -> int | tuple[Pair, ...]:
+        anchors = [] if isinstance(connections, int) else [anchor for _, anchor in connections]
+        if len({*anchors}) < len(anchors):
+            raise ValueError("expected each layer of the anchor once")
+        return connections
+
+
 KINDS = {  # in the place of an error the kind, in brackets
     "(lora)": Lora,
     "(lora_xs)": LoraXs,
     "(tiny_lora)": TinyLora,
     "(full)": Full,
+    "(calm)": Calm,
 }
 
 
@@ -111,6 +145,7 @@ Adapter = Annotated[
     Annotated[Lora, Tag("(lora)")]
     | Annotated[LoraXs, Tag("(lora_xs)")]
     | Annotated[TinyLora, Tag("(tiny_lora)")]
-    | Annotated[Full, Tag("(full)")],
+    | Annotated[Full, Tag("(full)")]
+    | Annotated[Calm, Tag("(calm)")],
     Discriminator(_tag),
 ]

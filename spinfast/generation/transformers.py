@@ -307,25 +307,23 @@ class SlotCache:
     """Keys and values of up to `slots` answers, and the attention layout of the step that `plan` was called for."""
 
     def __init__(self, policy: Policy, slots: int, length: int, attention: str):
-        config = policy.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, config.num_key_value_heads, -(-length // TRIM) * TRIM, head_dim)
+        length = -(-length // TRIM) * TRIM
         self.device, self.attention = policy.device, attention
         self.layers = [
-            [torch.zeros(shape, dtype=policy.dtype, device=self.device) for _ in "kv"]
-            for _ in range(config.num_hidden_layers)
+            [torch.zeros(slots, heads, length, dim, dtype=policy.dtype, device=self.device) for _ in "kv"]
+            for heads, dim in policy.attentions
         ]
 
     def make_room(self, slots: int, length: int) -> None:
         """Twice the slots, or positions, where there are too few; what is cached stays."""
-        old_slots, heads, old_length, dim = self.layers[0][0].shape
+        old_slots, _, old_length, _ = self.layers[0][0].shape
         if slots <= old_slots and length <= old_length:
             return
         slots = old_slots if slots <= old_slots else max(slots, 2 * old_slots)
         length = old_length if length <= old_length else -(-max(length, 2 * old_length) // TRIM) * TRIM
         for layer in self.layers:
             for place, tensor in enumerate(layer):
-                layer[place] = tensor.new_zeros(slots, heads, length, dim)
+                layer[place] = tensor.new_zeros(slots, tensor.shape[1], length, tensor.shape[3])
                 layer[place][:old_slots, :, :old_length] = tensor
 
     def plan(

@@ -51,7 +51,10 @@ class Publication:
                 raise
             raise UserError(f"{path}: config.yaml or results.json is damaged; run the same config again") from error
         self.wanted, self.run = wanted, replace(as_played, config=origin.told(as_played.config))
-        self.id = load_config(path / "config.yaml").hash()
+        config = load_config(path / "config.yaml")
+        if config.adapter.kind == "calm":
+            raise UserError(f"{path}: trains connections between two models, which no library at the hub loads")
+        self.id = config.hash()
         if self.run.control:
             self.id += f" {self.run.control}"
         self.stages = self._stages([stage for stage in trained if Path(stage).name == stage])

@@ -156,9 +156,11 @@ class Simulation(Phases):
         return self._settled[optimizer]
 
     def _quantise(self) -> Iterator[torch.Tensor]:
-        """The decoder's linear weights become NF4; bitsandbytes leaves embedding, head and norms as they are."""
-        for module in self.policy.decoder.modules():
-            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+        """Linear weights become NF4; bitsandbytes leaves embedding, head and norms as they are."""
+        head_VD = self.policy.head_VD
+        for module in self.policy.model.modules():
+            linear = isinstance(module, torch.nn.Linear) and module.weight is not head_VD
+            if linear and not module.weight.requires_grad:
                 weight = Nf4Weight(module.weight)
                 del module.weight
                 module.weight = weight

@@ -186,7 +186,9 @@ def inputs(config: Config, machine: Machine, data: Mapping[str, LoadedData]) -> 
     fingerprints = {name: loaded.fingerprint for name, loaded in data.items()}
     if machine.start:
         fingerprints["adapter.start"] = adapters.fingerprint(machine.start)
-    if Path(named := str(config.adapter.target_modules)).suffix in LISTS:
+    if machine.augmenting:
+        fingerprints["augmenting"] = machine.augmenting.revision
+    if Path(named := str(getattr(config.adapter, "target_modules", ""))).suffix in LISTS:
         fingerprints["adapter.target_modules"] = files.sha256(files.expanded(named))
     return {"model": machine.model.revision} | fingerprints
 

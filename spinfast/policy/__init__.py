@@ -39,6 +39,10 @@ class Policy(Protocol):
         """Final normed hidden states (T, D) of the packed tokens, in the compute dtype."""
 
     @property
+    def attentions(self) -> list[tuple[int, int]]:
+        """(key/value heads, head dim) of each attention that a generator caches, by its layer_idx."""
+
+    @property
     def head_VD(self) -> torch.Tensor:
         """The output projection (V, D); the embedding's tensor itself where the head is tied."""
 

@@ -8,7 +8,7 @@ names, saving and switches: they are read at every call, so disabling, loading o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -32,6 +32,7 @@ KNOWN = (
     "FramedLayer",
     "FullLayer",
     "FullEmbedding",
+    "Connection",
 )  # of torch, bitsandbytes, PEFT's LoRA, ours
 
 
@@ -102,9 +103,13 @@ def _layer_forward(
     past_key_values=None,
     use_cache: bool | None = False,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    augmented: Mapping[int, torch.Tensor] | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The forward of all MODEL_TYPES: x += o(attention(norm(x))), x += mlp(norm(x))."""
+    """The forward of all MODEL_TYPES: x += o(attention(norm(x))), x += mlp(norm(x)); then what CALM's connection adds.
+
+    augmented: hidden states of another model by its layers (policy/calm.py).
+    """
     attention, mlp = layer.self_attn, layer.mlp
     query, key, value = ops.lora_qkv(
         hidden_states,
@@ -136,9 +141,13 @@ def _layer_forward(
     )
     mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
     hidden_states = ops.lora_linear(mixed, *projection(attention.o_proj), residual=hidden_states)
-    return ops.lora_mlp(
+    hidden_states = ops.lora_mlp(
         hidden_states,
         *map(projection, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
         norm=norm(layer.post_attention_layernorm),
         residual=True,
     )
+    connection = getattr(layer, "connection", None)
+    if connection is None or augmented is None:
+        return hidden_states
+    return connection(ops, hidden_states, augmented[connection.reads], position_ids, kwargs["layout"])

@@ -13,30 +13,19 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from spinfast import attention
+from spinfast.attention import key_value_shape
 from spinfast.errors import UserError
 from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.adapters.lora import bare
+from spinfast.policy.base import load_base
 from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
-from spinfast.policy.quantised import nf4, states
+from spinfast.policy.quantised import states
 from spinfast.types import Adapter, PackedBatch
-
-
-def load_base(path: Path, dtype: torch.dtype, device: torch.device, load_in_4bit: bool = False) -> PreTrainedModel:
-    """The frozen base with spinfast's attention, weights in `dtype` on `device`."""
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=attention.NAME,
-        device_map={"": device},
-        local_files_only=True,
-        quantization_config=nf4(dtype) if load_in_4bit else None,
-    )
 
 
 class TransformersPolicy:
@@ -58,7 +47,7 @@ class TransformersPolicy:
         self.kind = adapt(base)
         self.model = self.kind.model
         self.model.train()
-        self.unfuse = fuse(base, ops)
+        self._unfuse = [fuse(model, ops) for model in (base, *self.kind.others)]
         self.causal_lm = base
         self.decoder = base.get_decoder()
 
@@ -69,6 +58,11 @@ class TransformersPolicy:
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state[0]
+
+    @property
+    def attentions(self) -> list[tuple[int, int]]:
+        config = self.causal_lm.config
+        return [key_value_shape(config)] * config.num_hidden_layers + list(self.kind.attentions)
 
     @property
     def head_VD(self) -> torch.Tensor:
@@ -177,6 +171,11 @@ class TransformersPolicy:
         self.unfuse()
         self.kind.leave()
         return self.causal_lm
+
+    def unfuse(self) -> None:
+        """The layers as transformers has them."""
+        for undo in self._unfuse:
+            undo()
 
     @torch.no_grad()
     def _fold(self) -> None:

@@ -37,6 +37,7 @@ FORMS = (
     "lora_xs.json",
     "tiny_lora.json",
     "full.json",
+    "calm.json",
 )  # what describes an adapter, of one kind or another
 EXPAND = """
     spinfast expand {} --out path/to/peft
@@ -176,12 +177,14 @@ def _what(kind: str, form: str) -> str:
         return "A whole model, its training folded into the base,"
     if form == "gguf":
         return "Files for llama.cpp, Ollama and phones, of a model"
-    return "Weights" if kind == "full" else "A low-rank adapter"
+    return {"full": "Weights", "calm": "Connections of two models"}.get(kind, "A low-rank adapter")
 
 
 def _use(kind: str, base: str, place: Place) -> str:
     if place.form == "gguf":
         return f"    llama-cli -hf {place.path}\n    ollama run hf.co/{place.path}\n"
+    if kind == "calm":
+        return "    spinfast chat path/to/this/directory\n"
     made, first, loads = "", "base", ""
     if place.form == "merged":
         first, base = "model", place.path
@@ -203,6 +206,8 @@ def _adapter(config: dict) -> str:
         keys = ("use_rslora", "rank_pattern", "alpha_pattern")
         more = [f"{key} = {config[key]}" for key in keys if config.get(key)]
         return ", ".join(["LoRA", f"r = {config['r']}", f"alpha = {config['lora_alpha']:g}", *more])
+    if config["kind"] == "calm":
+        return f"CALM, {len(config['connections'])} connections with {config['augmenting']}"
     if config["kind"] == "full":
         return f"whole weights, {len(config['modules'])} matrices"
     if config["kind"] == "lora_xs":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 
+from spinfast.policy.adapters.calm import Calm
 from spinfast.policy.adapters.full import Full
 from spinfast.policy.adapters.lora import Lora
 from spinfast.policy.adapters.lora_xs import LoraXs
@@ -22,6 +23,8 @@ class AdapterKind(Protocol):
     LAYER: type[torch.nn.Module]  # what it puts around a linear layer of the base
     trains_weights: bool  # the base's own, so that there is no LoRA to tell of
     model: torch.nn.Module  # the base with its layers
+    others: Sequence[torch.nn.Module]  # frozen models that run beside it
+    attentions: Sequence[tuple[int, int]]  # (key/value heads, head dim) of those that come after the base's layers
 
     @staticmethod
     def check(name: str, layer: torch.nn.Module) -> None:
@@ -78,4 +81,10 @@ class AdapterKind(Protocol):
         """Take its layers off the base again, which is as it was before them."""
 
 
-KINDS: dict[str, type[AdapterKind]] = {"lora": Lora, "lora_xs": LoraXs, "tiny_lora": TinyLora, "full": Full}
+KINDS: dict[str, type[AdapterKind]] = {
+    "lora": Lora,
+    "lora_xs": LoraXs,
+    "tiny_lora": TinyLora,
+    "full": Full,
+    "calm": Calm,
+}

@@ -2,6 +2,7 @@
 
     lora_xs.json    lora_xs.safetensors    R of every module
     full.json       full.safetensors       the weights that were trained, in the model's dtype
+    calm.json       calm.safetensors       the connections of two models, in fp32
     tiny_lora.json  tiny_lora.bf16         v and nothing else, little-endian: 2 bytes a number, or 4 in tiny_lora.f32
 
 The JSON names the base by the sha256 of its weights, and carries a probe of the update (frames.py), so that another
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from spinfast.errors import UserError
 from spinfast.types import Adapter
 
-KINDS = ("lora_xs", "tiny_lora", "full")
+KINDS = ("lora_xs", "tiny_lora", "full", "calm")
 DTYPES = {"bfloat16": (torch.bfloat16, "bf16"), "float32": (torch.float32, "f32")}
 SUFFIXES = {f".{suffix}" for _, suffix in DTYPES.values()}
 VERSION = 1  # of frames and projections: raise it when either comes out otherwise
@@ -76,6 +77,8 @@ def _check_tensors(adapter: Adapter) -> None:
         expected = {"v": (vectors(config), config["u"])}
     elif adapter.kind == "lora_xs":
         expected = {f"{module}.R": (r, r) for module in config["modules"]}
+    elif adapter.kind == "calm":
+        expected = {f"{reads}-{layer}.{part}": None for reads, layer in config["connections"] for part in "fqkvo"}
     else:
         expected = {f"{module}.weight": None for module in config["modules"]}
     odd = sorted(expected.keys() ^ adapter.tensors.keys())
@@ -101,9 +104,12 @@ class _Description(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
-    modules: Annotated[list[str], Field(min_length=1)]
     base_model_name_or_path: str
     revision: str | None
+
+
+class _OfModules(_Description):
+    modules: Annotated[list[str], Field(min_length=1)]
 
     @field_validator("modules")
     @classmethod
@@ -113,7 +119,7 @@ class _Description(BaseModel):
         return modules
 
 
-class _Framed(_Description):
+class _Framed(_OfModules):
     version: Literal[VERSION]
     base_sha256: Annotated[str, Field(pattern="[0-9a-f]{64}")]
     r: Annotated[int, Field(gt=0)]
@@ -134,18 +140,31 @@ class _TinyLora(_Framed):
     payload: Literal["float32", "bfloat16"]
 
 
-class _Full(_Description):
+class _Full(_OfModules):
     kind: Literal["full"]
 
 
-DESCRIPTIONS = {"lora_xs": _LoraXs, "tiny_lora": _TinyLora, "full": _Full}
+_Layer = Annotated[int, Field(ge=0)]
+
+
+class _Calm(_Description):
+    kind: Literal["calm"]
+    augmenting: str
+    augmenting_revision: str | None
+    connections: Annotated[list[Annotated[list[_Layer], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    norm: bool
+    rope: bool
+
+
+DESCRIPTIONS = {"lora_xs": _LoraXs, "tiny_lora": _TinyLora, "full": _Full, "calm": _Calm}
 
 
 def settings(adapter: Adapter) -> dict:
-    """The config's adapter section that it fits: the modules by their full names."""
+    """The config's adapter section that it fits: modules by their full names, connections by their layers."""
     own = {key: value for key, value in adapter.config.items() if key not in OF_THE_FILE}
     alpha = {"alpha": adapter.config["scaling"] * adapter.config["r"]} if adapter.kind == "lora_xs" else {}
-    return own | alpha | {"target_modules": adapter.config["modules"]} | _tables(adapter)
+    modules = {"target_modules": adapter.config["modules"]} if "modules" in adapter.config else {}
+    return own | alpha | modules | _tables(adapter)
 
 
 def _tables(adapter: Adapter) -> dict:

@@ -38,6 +38,11 @@ def as_lora(adapter: Adapter, base: ResolvedModel) -> Adapter:
     """The same update as plain LoRA. Raises UserError for another base, or one that is rebuilt otherwise here."""
     if adapter.kind == "lora":
         return adapter
+    if adapter.kind == "calm":
+        raise UserError(
+            f"adapter: calm joins {base.name} with {adapter.config['augmenting']} while both run, so no update of one "
+            "model's weights is the same: it cannot be merged, expanded, exported or opened beside others"
+        )
     kind, config = KINDS[adapter.kind], adapter.config
     rebuilt = frames.of_model(base.path, base.revision, config["modules"], config["r"])
     if rebuilt.base != config["base_sha256"]:

@@ -181,8 +181,8 @@ def rank_axis(name: str) -> int:
 
 
 def linear(name: str) -> bool:
-    """Whether the update is linear in the tensor of this name while the others stand: B, R, v; not A, nor a weight."""
-    return bool(rank_axis(name)) or name == "v" or name.endswith(".R")
+    """Whether what is added is linear in the tensor of this name while the others stand: B, R, v, CALM's W_O; not A."""
+    return bool(rank_axis(name)) or name == "v" or name.endswith((".R", ".o"))
 
 
 def idle(adapter: Adapter) -> bool:
@@ -191,7 +191,7 @@ def idle(adapter: Adapter) -> bool:
     Of whole weights that cannot be told.
     """
     if adapter.kind != "lora":
-        return adapter.kind != "full" and not any(tensor.any() for tensor in adapter.tensors.values())
+        return adapter.kind != "full" and not any(t.any() for name, t in adapter.tensors.items() if linear(name))
     for name, a in adapter.tensors.items():
         if rank_axis(name) == 0:
             grams_rr = [side.double() @ side.double().t() for side in (a, adapter.tensors[_twin(name)].t())]

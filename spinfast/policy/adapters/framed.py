@@ -44,6 +44,8 @@ class FramedLayer(torch.nn.Module):
 class OneForm:
     """Of kinds that nothing but their own adapters fits, and that are never merged between rounds."""
 
+    others, attentions = (), ()
+
     @torch.no_grad()
     def leave(self) -> None:
         self.restart(0)

@@ -31,6 +31,7 @@ class Lora:
     """Implements spinfast.policy.adapters.AdapterKind."""
 
     LAYER, trains_weights = LoraLayer, False
+    others, attentions = (), ()
 
     def __init__(self, base: PreTrainedModel, config: LoraConfig, seed: int):
         with _seeded(seed):

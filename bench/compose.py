@@ -1,0 +1,272 @@
+"""`python -m bench compose [--seeds N]`: CALM's key-value arithmetic (arXiv 2401.02412, 3.1), on a CPU, from scratch.
+
+Model A knows what number every key stands for, model B adds numbers. Neither can add keys. Connections between the two
+(both frozen) are trained on expressions of a fifth of the keys, and asked about expressions of the others, whose
+numbers nothing but A holds. Every model is made and trained by spinfast's own runs; rows go to docs/study-calm.jsonl,
+the table to docs/study-calm.md. A run that is finished is not made again: stopped, it goes on where it was.
+
+    D_NUM    " 7+ 3="  ->  "10"        what B learns: numbers stand in two columns
+    D_SUBS   "ab+cd="  ->  "7+3"       what A learns, with D_KEY
+    D_KEY    "ab+cd"   ->  "3"         the number of the last key
+    D_MATH   "ab+cd="  ->  "10"        what neither learns
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from spinfast.errors import UserError
+from spinfast.policy.adapters.calm import Calm
+
+ROOT = Path(__file__).parent.parent
+ROWS, PAGE = ROOT / "docs" / "study-calm.jsonl", ROOT / "docs" / "study-calm.md"
+SYMBOLS = ["<pad>", "<end>", "<|endoftext|>", *string.ascii_lowercase, *string.digits, *"+-= "]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
+KEYS, HELD_IN, OPERANDS = 400, 80, 2
+Pair = tuple[str, str]  # prompt, completion
+
+
+# Data --------------------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """Keys of two letters, each with a digit of its own; a fifth of them are for the composition's training."""
+
+    def __init__(self, seed: int):
+        draw = random.Random(seed)
+        keys = draw.sample(["".join(pair) for pair in product(string.ascii_lowercase, repeat=2)], KEYS)
+        self.held_in, self.held_out, self.keys = keys[:HELD_IN], keys[HELD_IN:], keys
+        self.number = {key: draw.randrange(10) for key in keys}
+        others = list(self.number.values())
+        draw.shuffle(others)
+        self.permuted = dict(zip(keys, others, strict=True))
+
+    def math(self, draw: random.Random, keys: Sequence[str]) -> Pair:
+        chosen, signs = _expression(draw, keys)
+        return f"{_joined(chosen, signs)}=", str(_value([self.number[key] for key in chosen], signs))
+
+    def subs(self, draw: random.Random, keys: Sequence[str], number: dict[str, int] | None = None) -> Pair:
+        chosen, signs = _expression(draw, keys)
+        return f"{_joined(chosen, signs)}=", _joined([str((number or self.number)[key]) for key in chosen], signs)
+
+    def key(self, draw: random.Random, number: dict[str, int]) -> Pair:
+        chosen, signs = _expression(draw, self.keys)
+        last = draw.randrange(OPERANDS)
+        return _joined(chosen[: last + 1], signs[:last]), str(number[chosen[last]])
+
+    def knowledge(self, number: dict[str, int], draw: random.Random) -> Pair:
+        """What the augmenting model learns: D_SUBS or D_KEY."""
+        return self.subs(draw, self.keys, number) if draw.random() < 0.5 else self.key(draw, number)
+
+
+def num(draw: random.Random) -> Pair:
+    numbers, signs = _expression(draw, range(10))
+    return f"{_joined([f'{n:2}' for n in numbers], signs)}=", str(_value(numbers, signs))
+
+
+def _expression(draw: random.Random, of: Sequence) -> tuple[list, list[str]]:
+    return [draw.choice(of) for _ in range(OPERANDS)], [draw.choice("+-") for _ in range(OPERANDS - 1)]
+
+
+def _joined(parts: Sequence[str], signs: Sequence[str]) -> str:
+    return "".join(part + sign for part, sign in zip(parts, [*signs, ""], strict=True))
+
+
+def _value(numbers: Sequence[int], signs: Sequence[str]) -> int:
+    return numbers[0] + sum(n if sign == "+" else -n for n, sign in zip(numbers[1:], signs, strict=True))
+
+
+def write(path: Path, make: Callable[[random.Random], Pair], rows: int, seed: int) -> Path:
+    """So many draws, equal ones once."""
+    draw = random.Random(seed)
+    pairs = dict.fromkeys(make(draw) for _ in range(rows))
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return path
+
+
+ASKED = {"math": 500, "held-in": 100, "subs": 200, "num": 200}  # held-out problems of each run
+
+
+def write_asked(path: Path, task: Task, seed: int) -> Path:
+    makers = (
+        partial(task.math, keys=task.held_out),
+        partial(task.math, keys=task.held_in),
+        partial(task.subs, keys=task.held_out),
+        num,
+    )
+    parts = [
+        write(path.with_suffix(f".{name}"), make, rows, seed + i).read_text()
+        for i, ((name, rows), make) in enumerate(zip(ASKED.items(), makers, strict=True))
+    ]
+    path.write_text("".join(parts))
+    return path
+
+
+# Models and runs ---------------------------------------------------------------------------------------------------
+
+A = {"kind": LlamaConfig, "layers": 2}
+B = {"kind": Qwen2Config, "layers": 3}
+WIDTH, HEADS, INNER = 64, 4, 168
+CONNECTIONS = [[1, 0], [1, 1], [1, 2]]  # what A knows stands in its last layer
+RANK = 17  # of LoRA on B: 61,608 numbers, CALM's are 61,440
+GROUPS = 128
+STEPS = {"A": 600, "B": 300, "composed": 600, "skyline": 600}
+DRAWS = {"A": 12_800, "B": 6_400, "composed": 6_400, "skyline": 25_600}  # of which equal ones count once
+PROMPT = 6  # tokens: "ab+cd=", " 7+ 3="
+
+
+def fresh(path: Path, kind: type, layers: int, seed: int) -> Path:
+    """A model of random weights, with the tokenizer of characters that all of them share."""
+    if (path / "config.json").exists():
+        return path
+    backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, "<pad>"))
+    backend.add_special_tokens(SYMBOLS[:3])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE
+    )
+    config = kind(
+        vocab_size=len(SYMBOLS), hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=64, tie_word_embeddings=True,
+        initializer_range=0.04, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def spinfast(*words: str) -> None:
+    from spinfast.run import main
+
+    if code := main([*words]):
+        raise UserError(f"spinfast {' '.join(words)}: ended with {code}")
+
+
+def run(where: Path, model: dict, adapter: dict, data: Path, asked: Path, steps: int, lr: float, seed: int) -> Path:
+    """SFT by the command; its directory. A finished run is left as it is."""
+    steps_of_epoch = -(-len(data.read_text().splitlines()) // GROUPS)
+    tree = {
+        "method": "sft", "model": model, "adapter": adapter, "seed": seed,
+        "data": {"source": str(data)}, "heldout": {"source": str(asked)},
+        "prompt": {"max_prompt_tokens": 16, "max_answer_tokens": 16},
+        "sft": {
+            "lr": lr, "groups_per_step": GROUPS, "epochs": round(steps / steps_of_epoch), "schedule": "cosine",
+            "warmup_ratio": 0.05, "min_lr_rate": 0.02, "weight_decay": 0.1,
+        },
+        "generation": {"backend": "transformers", "batch_size": 256},
+        "train": {"microbatch_tokens": 4096, "checkpointing": False},
+        "evaluate": {"problems": sum(ASKED.values()), "pairs": 0, "max_tokens": 8},
+        "device": {"profile": "cpu", "dtype": "float32"},
+    }  # fmt: skip
+    config = where.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    if not (where / "best.json").exists():
+        spinfast(str(config), "--run-dir", str(where))
+    return where
+
+
+def found(stage: Path, asked: Path) -> dict[str, list[int]]:
+    """[exact answers, problems] of each part of what was asked."""
+    rows = [json.loads(line) for line in (stage / "heldout.jsonl").read_text().splitlines()]
+    right = iter([row["text"].strip() == row["real"].strip() for row in rows])
+    sizes = {name: len(asked.with_suffix(f".{name}").read_text().splitlines()) for name in ASKED}
+    if sum(sizes.values()) != len(rows):
+        raise UserError(f"{stage}: expected {sum(sizes.values())} answers, got {len(rows)}")
+    return {name: [sum(next(right) for _ in range(size)), size] for name, size in sizes.items()}
+
+
+@contextmanager
+def as_encoder():
+    """The augmenting model sees the prompt and nothing that is generated (the paper's ablation)."""
+    whole = Calm._augment
+
+    def cut(self, decoder, args, kwargs):
+        changed = whole(self, decoder, args, kwargs)
+        for states in changed[1]["augmented"].values() if changed else ():
+            states[kwargs["position_ids"] >= PROMPT] = 0
+        return changed
+
+    Calm._augment = cut
+    try:
+        yield
+    finally:
+        Calm._augment = whole
+
+
+class Seed:
+    """One seed's keys, models and runs under a directory."""
+
+    def __init__(self, seed: int, directory: Path):
+        self.seed, self.directory, self.task = seed, directory, Task(seed)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.asked = write_asked(directory / "asked.jsonl", self.task, 1000 * seed)
+
+    def play(self, name: str, what: str, make: Callable, model: dict, adapter: dict, lr: float) -> Path:
+        data = write(self.directory / f"{name}.jsonl", make, DRAWS[what], 1000 * self.seed + 500)
+        return run(self.directory / name, model, adapter, data, self.asked, STEPS[what], lr, self.seed)
+
+    def trained(self, name: str, what: str, make: Callable, start: Path) -> Path:
+        """A whole model, trained from `start`."""
+        whole = {"kind": "full", "embeddings": True}
+        made = self.play(name, what, make, {"name": str(start)}, whole, 3e-3)
+        if not (model := self.directory / f"{name}-model").exists():
+            spinfast("merge", str(made), "--out", str(model))
+        return model
+
+    def rows(self) -> Iterator[tuple[str, str, Path]]:
+        """(row, what was trained on the keys that are held in, the stage that answered)"""
+        task, directory, whole = self.task, self.directory, {"kind": "full", "embeddings": True}
+        untrained = fresh(directory / "A-raw", **A, seed=2 * self.seed)
+        knows = self.trained("A", "A", partial(task.knowledge, task.number), untrained)
+        yield "m_A", "", directory / "A" / "sft"
+        adds = self.trained("B", "B", num, fresh(directory / "B-raw", **B, seed=2 * self.seed + 1))
+        yield "m_B", "", directory / "B" / "sft"
+
+        def composed(name: str, make: Callable, augmenting: Path = knows, **form) -> Path:
+            model = {"anchor": str(adds), "augmenting": str(augmenting), "connections": CONNECTIONS}
+            return self.play(name, "composed", make, model, form, 2e-3) / "sft"
+
+        alone, lora = {"name": str(adds)}, {"kind": "lora", "r": RANK, "alpha": 2 * RANK}
+        for data, make in (("D_MATH", task.math), ("D_SUBS", task.subs)):
+            held_in = partial(make, keys=task.held_in)
+            yield "CALM", data, composed(f"calm-{data}", held_in)
+            yield "LoRA on m_B", data, self.play(f"lora-{data}", "composed", held_in, alone, lora, 2e-3) / "sft"
+        held_in = partial(task.math, keys=task.held_in)
+        yield "CALM, m_A untrained", "D_MATH", composed("calm-untrained", held_in, untrained)
+        permuted = self.trained("A-permuted", "A", partial(task.knowledge, task.permuted), untrained)
+        yield "CALM, m_A of permuted numbers", "D_MATH", composed("calm-permuted", held_in, permuted)
+        with as_encoder():
+            yield "CALM, m_A as encoder", "D_MATH", composed("calm-encoder", held_in)
+        yield "CALM, no norm, no rope", "D_MATH", composed("calm-plain", held_in, norm=False, rope=False)
+        every = partial(task.math, keys=task.keys)
+        yield (
+            "skyline: all of m_B, all keys",
+            "D_MATH",
+            self.play("skyline", "skyline", every, alone, whole, 2e-3) / "sft",
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench compose")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=Path("runs/calm"), help="of models and runs, made once")
+    arguments = parser.parse_args(argv)
+    for seed in range(arguments.seeds):
+        of = Seed(seed, arguments.dir.resolve() / f"seed-{seed}")
+        for row, data, stage in of.rows():
+            print(json.dumps({"seed": seed, "row": row, "trained_on": data, **found(stage, of.asked)}), flush=True)
+    return 0
