@@ -14,7 +14,7 @@ HERE := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/test.lock
 	touch $@
 
-.PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 check-torch lint bench rehearse-t4
+.PHONY: setup run test test-gpu test-slow test-faults check-t4 check-cuda13 check-colab check-torch lint bench rehearse-t4
 setup: .venv/.installed
 
 run: setup
@@ -37,6 +37,12 @@ SEAMS := "tests/test_unsloth.py::test_same_log_probs_and_gradients_as_the_stock_
 check-t4 check-cuda13: check-%:
 	python=$$(tests/cuda_sets/environment.sh $*) && TRITON_INTERPRET=0 $(HERE) $$python -m pytest \
 	  tests/cuda_sets tests/engine/test_dense_adapters.py tests/kernels/test_compile.py $(SEAMS) -m "not gpu and not faults"
+
+# Colab's Python 3.13 and torch, with what requirements/colab.lock adds: no vLLM, xformers, Unsloth
+check-colab:
+	python=$$(tests/cuda_sets/environment.sh colab) && TRITON_INTERPRET=0 $(HERE) $$python -m pytest \
+	  tests/cuda_sets/test_commands.py tests/cuda_sets/test_step.py tests/cuda_sets/test_runs.py tests/kernels/test_compile.py \
+	  -k "not vllm and not xformers and not trl and not notebook and not doctor" -m "not gpu and not faults"
 
 # what is in plain torch, under other versions of it, each over the set of its CUDA: TORCH="2.9.1 2.12.0" make check-torch
 TORCH ?= 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # environment.sh NAME [TORCH]: prints the python of an environment that holds exactly requirements/NAME.lock, made if
 # there is none yet. It stands outside the tree under the lock's hash (SETS, by default ~/.cache/spinfast/sets): a changed
-# lock is another environment, and what an interrupted install left is thrown away. PYTHON312: the interpreter to make it
-# with. With TORCH: an environment of links to it, that torch's wheel alone in place of the set's (of the same CUDA), and
+# lock is another environment, and what an interrupted install left is thrown away. PYTHON312, for colab PYTHON313: the
+# interpreter to make it with. colab.lock comes on top of what Colab brings in those versions, as far as spinfast meets
+# it, and the tests' own. With TORCH: an environment of links to it, that torch's wheel alone in place of the set's (of the same CUDA), and
 # without what is compiled for the set's torch.
 set -euo pipefail
 lock="$(dirname "$0")/../../requirements/$1.lock"
@@ -11,7 +12,14 @@ home="${SETS:-$HOME/.cache/spinfast/sets}/$1-$(sha256sum "$lock" | cut -c1-16)"
 install="-m pip install --quiet --disable-pip-version-check --no-cache-dir --only-binary :all: --no-deps"
 if [ ! -e "$home/.installed" ]; then
   rm -rf "$home"
-  "${PYTHON312:-python3.12}" -m venv "$home" >&2
+  if [ "$1" = colab ]; then
+    "${PYTHON313:-python3.13}" -m venv "$home" >&2
+    "$home/bin/python" ${install/--only-binary :all: --no-deps/} -c "${lock%.lock}-runtime.txt" \
+      -r "${lock%.lock}.txt" torch transformers peft numba safetensors pydantic pyyaml rich tensorboard matplotlib \
+      scikit-learn scipy pytest hypothesis pytest-benchmark >&2
+  else
+    "${PYTHON312:-python3.12}" -m venv "$home" >&2
+  fi
   "$home/bin/python" $install --require-hashes -r "$lock" >&2
   touch "$home/.installed"
 fi
