@@ -77,6 +77,16 @@ def test_studies(command):
     assert row["times_the_processes"] > 0
 
 
+def test_a_studys_session_holds_on_to_nothing(command):
+    """Between two rounds of all kinds of adapters on one base the tensors stay as many, and nearly all objects do."""
+    (row,) = command("studies", "--memory", "10")
+    first, last = row["held"]["5"], row["held"]["10"]
+    assert row["cells"] == 10
+    assert last["tensors"] == first["tensors"] > 0
+    assert last["tensors_mib"] == first["tensors_mib"]
+    assert last["objects"] - first["objects"] < 0.01 * first["objects"]
+
+
 def test_unknown_names_are_told(capsys):
     assert table.main(["nothing"]) == 2
     assert "peers" in capsys.readouterr().err
