@@ -115,12 +115,13 @@ def memory(scratch: Path, count: int) -> dict:
     seeds = -(-count // len(ADAPTERS))
     path = study(scratch, BASE_CONFIG, keys, {"adapter": ADAPTERS}, seeds)
     design = load_design(path)
-    cells, found = cells_of(design, path.parent)[:count], {}
+    cells, found = cells_of(design, path.parent)[:count], {}  # figure -> cells that were played -> its value
     (scratch / "out").mkdir()
     for number, _ in enumerate(play(design, cells, scratch / "out", Display()), 1):
         if number in LOOKED_AT or number == len(cells):
-            found[str(number)] = held()
-    return {"what": "memory of a session", "model": "random:tiny", "cells": len(cells), "held": found}
+            for name, value in held().items():
+                found.setdefault(name, {})[str(number)] = value
+    return {"what": "memory of a session", "model": "random:tiny", "cells": len(cells), **found}
 
 
 def held() -> dict:
