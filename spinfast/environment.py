@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from importlib import metadata
@@ -18,6 +19,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
+@functools.cache
 def installed_versions() -> dict[str, str]:
     """Version of each package spinfast works with, as far as installed."""
     found = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions() if dist.metadata["Name"]}

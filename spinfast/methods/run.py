@@ -5,6 +5,7 @@ A method is a generator function (run, last stage) -> rows of results.json; phas
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,12 +136,29 @@ class Ready:
     work: Sequence[Load]
     generate: bool  # whether it writes answers at all
 
-    def plan(self, directory: RunDir) -> StepPlan:
-        """Of a run that goes on the one it has, as far as memory corrected it, so that its batches stay the same."""
+    def plan(self, directory: RunDir, others: dict[str, StepPlan] | None = None) -> StepPlan:
+        """Of a run that goes on the one it has, as far as memory corrected it, so that its batches stay the same.
+
+        `others`: plans of this session, which a run of the same settings and lengths shares.
+        """
         known = files.read_sealed(plan_path(directory), "plan")
         if known is not None:
             return StepPlan(**known)
-        return plan_steps(self.config, self.machine, self.work, choose_backend(self.config, self.generate)[0])
+        others = {} if others is None else others
+        like = self._like()
+        if like not in others:
+            engine = choose_backend(self.config, self.generate)[0]
+            others[like] = plan_steps(self.config, self.machine, self.work, engine)
+        return others[like]
+
+    def _like(self) -> str:
+        """What a plan on one machine is made of: a run's config but for its seed and data, and their lengths."""
+        tree = self.config.model_dump(mode="json", exclude={"seed", "data", "heldout"})
+        lengths = [
+            [load.rounds, load.answers, *((len(g.prompt_ids), *map(len, g.answers), *g.lengths) for g in load.groups)]
+            for load in self.work
+        ]
+        return json.dumps([tree, self.generate, lengths])
 
     def begin(self, session: Session, directory: RunDir, display: Display) -> Run:
         needed = room.of_run(self.config, self.work, room.of(session.policy.trainable_parameters().values()))

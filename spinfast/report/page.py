@@ -247,7 +247,7 @@ def _plots(key: str, members: Sequence[Plot], runs: Sequence[Run]) -> str:
 
 
 def figure(plot: Plot, several: bool) -> str:
-    looks = {s.label: s.look for s in plot.series}
+    looks = {f"{s.tag} {s.label}".lstrip(): s.look for s in plot.series}
     entries = [f'<span><i class="{look}"></i>{escape(name)}</span>' for name, look in looks.items()]
     told = plot.kind != "forest" and (several or len(looks) > 1)
     legend = f'<div class="legend">{"".join(entries)}</div>' if told else ""

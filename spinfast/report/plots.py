@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal
 
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 18, 40
+LEGEND = 8  # entries of one that has room in a picture's axes; a longer one stands beside them
 SVG_POINTS = 600  # drawn of a longer line; the CSV has all
 # colour slots on white, for PNG; page.css has the same ones for both themes
 COLOURS = ("#2563c9", "#d9480f", "#0b8a6a", "#9c36b5", "#a37f00", "#c2255c", "#5c7080", "#0c8599")
@@ -32,6 +34,7 @@ class Series:
     high: list[float] | None = None
     left: list[float] | None = None  # 95 % interval of each x
     right: list[float] | None = None
+    tag: str = ""  # beside its points and before its label, where colours are too few
 
     @property
     def lap(self) -> int:
@@ -214,6 +217,8 @@ def _points(series: Series, px, py, count, below) -> list[str]:
                 f'<path class="whisker {series.look}" d="M{left} {y}H{right}M{left} {y - 4}v8M{right} {y - 4}v8"/>'
             )
         parts.append(f'<circle class="dot {series.look}" cx="{x}" cy="{y}" r="4"/>')
+        if series.tag:
+            parts.append(f'<text class="over" x="{x + 6}" y="{y - 5}">{escape(series.tag)}</text>')
     return parts
 
 
@@ -261,11 +266,13 @@ def write_png(plot: Plot, path: Path) -> None:
     """The same plot by matplotlib, on white."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    height = max(4.0, 1.0 + 0.22 * max(len(plot.y_ticks), len(plot.series)))
+    figure = Figure(figsize=(6.4 if len(plot.series) <= LEGEND else 8.4, height), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     below = [0.0] * len(plot.series[0].x)
     for series in plot.series:
-        style = {"color": series.colour, "linestyle": DASHES[series.lap], "label": series.label}
+        label = f"{series.tag} {series.label}".lstrip()
+        style = {"color": series.colour, "linestyle": DASHES[series.lap], "label": label}
         if plot.kind == "bars":
             axes.bar(series.x, series.y, 0.6, below, **style)
             below = [b + y for b, y in zip(below, series.y, strict=True)]
@@ -277,6 +284,8 @@ def write_png(plot: Plot, path: Path) -> None:
                 axes.vlines(series.x, series.low, series.high, color=series.colour, linewidth=1.5)
             if series.left and series.right:
                 axes.hlines(series.y, series.left, series.right, color=series.colour, linewidth=1.5)
+            for at in zip(series.x, series.y, strict=True) if series.tag else ():
+                axes.annotate(series.tag, at, (4, 4), textcoords="offset points", fontsize=7)
         else:
             if plot.kind == "band":
                 axes.fill_between(series.x, series.low, series.high, color=series.colour, alpha=0.2, linewidth=0)
@@ -290,10 +299,11 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.set_xticks([x for x, _ in plot.x_ticks], [text for _, text in plot.x_ticks])
     if plot.y_ticks:
         axes.set_yticks([y for y, _ in plot.y_ticks], [text for _, text in plot.y_ticks])
-    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=textwrap.fill(plot.y_label, 44))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4)
     handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1 and plot.kind != "forest":
-        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(handles) > LEGEND else {}
+        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, **beside)
     figure.savefig(path)

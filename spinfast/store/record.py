@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -37,6 +38,8 @@ from spinfast.store import files
 from spinfast.store.trackers import Trackers, check_installed
 
 log = logging.getLogger("spinfast")
+_LOCKS: weakref.WeakSet = weakref.WeakSet()  # of this process's runs; what outlives them must not hold them
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _LOCKS])
 KIND = "stage.json"  # what a stage is, for readers of the directory
 
 
@@ -54,7 +57,7 @@ class RunDir:
             raise UserError(f"run directory {path}: cannot be made: {error.strerror}") from None
         self.inputs: dict[str, str] = {}
         self._lock = (path / "lock").open("w")
-        os.register_at_fork(after_in_child=self._lock.close)  # what outlives the run must not hold its lock
+        _LOCKS.add(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _check_config(path, config)

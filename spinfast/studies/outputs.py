@@ -25,6 +25,8 @@ from spinfast.studies.outcomes import UNITS, Readings
 from spinfast.studies.rate import Rated
 from spinfast.studies.scores import Found, unit
 
+GREY = 6  # a colour's slot
+
 
 def write(
     directory: Path,
@@ -80,7 +82,9 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
         lost = "" if math.isnan(score.forgetting) else f"{score.forgetting:+.3f}"
         rows.append([score.setting, f"{score.score:+.3f}", interval, p, score.group, lost, score.control or "base"])
     rows += [[setting, "failed", *[""] * 5] for setting in found.failed]
-    return ["setting", "effect", "95 %", "p (Holm)", "group", "forgets", "less"], rows
+    headings = ["setting", "effect", "95 %", "p (Holm)", "group", "forgets", "less"]
+    kept = len(headings) if any(score.control for score in found.scores) else -1  # where all are over the base
+    return headings[:kept], [row[:kept] for row in rows]
 
 
 def sentences(found: Found) -> list[str]:
@@ -175,7 +179,7 @@ def forest(found: Found) -> Plot:
     series, names = [], []
     for row, score in enumerate(found.scores):
         low, high = (score.score if math.isnan(bound) else bound for bound in (score.low, score.high))
-        slot = 0 if score.p_holm is not None else 6
+        slot = 0 if score.p_holm is not None else GREY
         series.append(Series(score.setting, slot, [score.score], [-float(row)], left=[low], right=[high]))
         letters = f" ({score.group})" if score.group else ""
         names.append((-float(row), score.setting + letters))
@@ -195,14 +199,16 @@ def tradeoff(found: Found) -> list[Plot]:
     """Learning against forgetting, the base at the origin; what nothing beats in both is named so."""
     if any(math.isnan(score.forgetting) for score in found.scores):
         return []
-    name, series = found.outcome, [Series("base", 6, [0.0], [0.0])]
-    for slot, score in enumerate(found.scores):
+    name, front = found.outcome, sorted((s.forgetting, s.learning) for s in found.scores if s.pareto)
+    series = [Series("Pareto front", GREY, *map(list, zip(*front, strict=True))), Series("base", GREY, [0.0], [0.0])]
+    for place, score in enumerate(found.scores):
         known = not math.isnan(score.learning_low)
         whisker = {"low": [score.learning_low], "high": [score.learning_high]} if known else {}
         if not math.isnan(score.forgetting_low):
             whisker |= {"left": [score.forgetting_low], "right": [score.forgetting_high]}
-        label = score.setting + (" (Pareto)" if score.pareto else "")
-        series.append(Series(label, slot, [score.forgetting], [score.learning], **whisker))
+        label, slot = score.setting + (" (Pareto)" if score.pareto else ""), place % 7
+        slot += slot == GREY
+        series.append(Series(label, slot, [score.forgetting], [score.learning], tag=str(place + 1), **whisker))
     return [
         Plot(
             "tradeoff",
@@ -229,8 +235,8 @@ def page(
     )
     title = f"spinfast study: {name}"
     sections = [
-        f'<section><h2>Scores</h2><p class="soft">Effect on {escape(found.outcome)}, {unit(found)}, less the '
-        f"control's; {found.items} items, the same for all.</p>{tables.html(*table(found))}"
+        f'<section><h2>Scores</h2><p class="soft">Effect on {escape(found.outcome)}, {unit(found)}, more than the '
+        f"control or the base; {found.items} items, the same for all.</p>{tables.html(*table(found))}"
         f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul></section>",
         '<section><h2>Lift</h2><p class="soft">Each adapter on each task, more than the base, with 95 % intervals; '
         f"bold: its own task.</p>{lifted}</section>"

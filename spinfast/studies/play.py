@@ -74,7 +74,7 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
     longest = max([design.forgetting.max_tokens, *(items.max_tokens for items in design.learning.values())])
     context = config.prompt.max_prompt_tokens + max(longest, config.prompt.max_answer_tokens)
     others = [cell.config for cell in cells]
-    with open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
+    with _frozen(), open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
         if design.forgetting.own:
             probes.append(own_answers(design, directory, session))
             _check_enough(probes)
@@ -101,12 +101,23 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
                     known.failed[cell.name] = str(reason)
                 else:
                     known.cells[cell.name] = outcome(directory, cell, owner)
-                    known.curves[cell.name] = playing.curve(cell).known()
+                    known.curves[cell.name] = playing.curve(cell).known() if design.curve else []
                 yield cell, known
             if len(busy) == len(pending):
                 log.warning("another process plays the last %d cells", len(busy))
                 break
             pending = busy
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """What was imported stays: looking for garbage in it after each cell would be a twentieth of a short one."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def asked(design: Design, config, machine: Machine) -> list[Probe]:
@@ -168,6 +179,7 @@ class _Playing:
     owner: str
     display: Display
     points: int  # of a curve
+    plans: dict[str, StepPlan] = field(default_factory=dict)
     data: dict[str, dict[str, LoadedData]] = field(default_factory=dict)  # of the cells that are there, by their config
 
     def play(self, cell: Cell) -> None:
@@ -180,7 +192,7 @@ class _Playing:
         with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", self.display) as aside:
             describe(path / "environment.json")
             ready = prepare(cell.config, machine, record)
-            self._turn(cell.config, machine, ready.plan(record))
+            self._turn(cell.config, machine, ready.plan(record, self.plans))
             run = ready.begin(self.session, record, aside)
             if self.points:
                 run.each_step = self.curve(cell).see

@@ -77,6 +77,15 @@ def test_studies(command):
     assert row["times_the_processes"] > 0
 
 
+def test_a_studys_session_holds_on_to_nothing(command):
+    """Between two rounds of all kinds of adapters on one base the tensors stay as many, and nearly all objects do."""
+    (row,) = command("studies", "--memory", "10")
+    assert row["cells"] == 10
+    assert row["tensors"]["10"] == row["tensors"]["5"] > 0
+    assert row["tensors_mib"]["10"] == row["tensors_mib"]["5"]
+    assert row["objects"]["10"] < 1.01 * row["objects"]["5"]
+
+
 def test_unknown_names_are_told(capsys):
     assert table.main(["nothing"]) == 2
     assert "peers" in capsys.readouterr().err

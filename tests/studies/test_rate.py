@@ -55,7 +55,10 @@ def test_every_text_and_its_twin_train_as_many_tokens(rated):
 
 
 def test_a_text_is_scored_over_its_twin(rated):
-    table = {row["text"]: row for row in csv.DictReader((rated / "out" / "scores.csv").open())}
+    lines = csv.DictReader((rated / "out" / "scores.csv").open())
+    named = "text sha256 tokens passes seeds score ci_low ci_high p_holm group forgetting floor_flag reliability"
+    assert lines.fieldnames[:13] == named.split()
+    table = {row["text"]: row for row in lines}
     assert {name for name, row in table.items() if row["p_holm"]} == {
         *("whale", "book", "sums-right", "sums-wrong", "mixture")
     }

@@ -12,6 +12,7 @@ import yaml
 from test_run import fingerprints, write_config, write_problems
 
 from spinfast.policy.adapters import files as adapters
+from spinfast.report import page
 from spinfast.run import main
 from spinfast.studies import outcomes, outputs, scores, statistics
 from spinfast.studies.design import cells_of, load_design
@@ -89,9 +90,9 @@ def test_a_study_says_what_it_found(played):
         lost = [np.subtract(cell[name], base[name]) for cell in cells for name in ("other/nll", "own answers/nll")]
         assert float(row["forgetting"]) == pytest.approx(np.mean(np.concatenate(lost)))
     assert len((out / "runs.jsonl").read_text().splitlines()) == 2 * len(KINDS)
-    page = (out / "index.html").read_text()
-    assert all(name in page for name in KINDS)
-    assert 'data-plot="forest"' in page
+    text = (out / "index.html").read_text()
+    assert all(name in text for name in KINDS)
+    assert 'data-plot="forest"' in text
     assert "seeds" in (out / "scores.md").read_text()
 
 
@@ -256,6 +257,25 @@ def test_effects_are_those_over_the_controls(tmp_path, tiny_model):
     effect = statistics.effects((own[:, 0] - own[:, 1])[None])
     assert (ranked["b"].low, ranked["b"].high) == pytest.approx((float(effect.low[0]), float(effect.high[0])))
     assert all(score.forgetting == pytest.approx(0.1) for score in found.scores)
+
+
+def test_the_front_is_drawn_and_settings_are_told_apart(tmp_path, tiny_model):
+    """Ten settings and colours for seven: their numbers stand beside points and in the legend."""
+    design, cells, measured, base = made_up(tmp_path, tiny_model, [0.1 * n for n in range(5)])
+    for n, cell in enumerate(cells):
+        measured[cell.name]["x/nll"] = [1.0 + 0.1 * (n % 10)] * 4
+    found = scores.compare(design, cells, measured, base)
+    (plot,) = outputs.tradeoff(found)
+    front, origin, *points = plot.series
+    best = sorted((score.forgetting, score.learning) for score in found.scores if score.pareto)
+    assert len(best) > 1
+    assert [*zip(front.x, front.y, strict=True)] == best
+    assert (origin.label, origin.x, origin.y) == ("base", [0.0], [0.0])
+    assert [series.tag for series in points] == [str(n) for n in range(1, 11)]
+    assert all(series.slot != origin.slot for series in points)
+    assert [series.label.endswith(" (Pareto)") for series in points] == [score.pareto for score in found.scores]
+    drawn = page.figure(plot, True)
+    assert all(f">{n}</text>" in drawn and f"</i>{n} " in drawn for n in range(1, 11))
 
 
 def test_seeds_that_are_not_whole_are_left_out(tmp_path, tiny_model):
