@@ -150,7 +150,7 @@ def alone() -> int:
         for name in [*os.environ]:
             if name.startswith("TORCHELASTIC_") or name in (
                 *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-                *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+                *("WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
             ):
                 del os.environ[name]
     return rank
@@ -236,8 +236,16 @@ def _who_is_lost(here: _Here, where: str) -> str:
 
 
 def told(where: str, make: Callable[[], T]) -> T:
-    """make() by rank 0, for all; the others wait until it is done."""
-    return gather(where, make() if first() else None)[0]
+    """make() by rank 0, as if there were no others, for all; they wait until it is done."""
+    global _here
+    before, value = _here, None
+    if first():
+        _here = None
+        try:
+            value = make()
+        finally:
+            _here = before
+    return gather(where, value)[0]
 
 
 @contextmanager
