@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module of bench, function of its arguments
     "rehearse": ("rehearse", "main"),
     "results": ("results_page", "main"),
     "roofline": ("roofline", "main"),
+    "scale": ("scale", "main"),
     "scaling": ("scaling", "main"),
     "studies": ("studies", "main"),
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from spinfast import __version__
+from spinfast import __version__, spread
 from spinfast.config import Config, load_config
 from spinfast.data.sources import is_local
 from spinfast.device import GIB, profile
@@ -131,8 +131,25 @@ def machine_findings(directory: Path) -> list[Finding]:
     if device.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         findings.append(Finding("gpu memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", free > total / 2))
+        findings += card_findings()
         findings.append(Finding("driver", f"{_driver()}, torch built for CUDA {torch.version.cuda}"))
     return findings
+
+
+def card_findings() -> list[Finding]:
+    """Where there are several cards: what is free on each, whether they are alike, how all of them are used."""
+    numbers = range(torch.cuda.device_count())
+    if len(numbers) < 2:
+        return []
+    names = [torch.cuda.get_device_name(number) for number in numbers]
+    free = [torch.cuda.mem_get_info(number)[0] / GIB for number in numbers]
+    told = ", ".join(f"{number}: {names[number]}, {free[number]:.1f} GiB free" for number in numbers)
+    alike = len({*names}) == 1
+    host = psutil.virtual_memory().available / GIB / len(names)
+    return [
+        Finding("cards", told + "; a run's must be alike: name them in CUDA_VISIBLE_DEVICES" * (not alike), alike),
+        Finding("all cards", f"{spread.LINE.format(len(names))} ({host:.1f} GiB of host memory for each rank)"),
+    ]
 
 
 def _driver() -> str:

@@ -17,7 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PretrainedConfig
 
+from spinfast import spread
 from spinfast.config import Config
 from spinfast.data import load_data
 from spinfast.data.renderer import Renderer
@@ -28,6 +30,7 @@ from spinfast.memory.ledger import KINDS
 from spinfast.memory.planner import Load, Plan
 from spinfast.methods.run import generates, loads
 from spinfast.packing import packed_length
+from spinfast.params import count
 from spinfast.progress import open_console
 from spinfast.session import check_rows, choose_backend, look
 from spinfast.types import Example
@@ -59,6 +62,8 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
     tell("steps", *step_lines(config, device, machine.shape, planned, work), *rollout_lines(config, examples))
     tell("memory", str(planned))
     console.print(plan_table(planned))
+    if (ranks := spread.ranks_here()) > 1:
+        tell(f"{ranks} ranks", *rank_lines(config, machine.shape, work, ranks))
     tell("settings that are not the defaults (--show-config prints all)", config.dump(changed=True).rstrip())
     reasons = {**device.reasons, "kernels": machine.kernels, "generation": f"{engine}: {why}"}
     reasons |= {"model": f"{model.name} at {model.revision}"}
@@ -76,6 +81,33 @@ def dry_run(config: Config, console: Console | None = None) -> Plan:
         }
         tell(f"rewards, of {what}", *(f"{n}: {text} (weight {rewards.weights[n]:g})" for n, text in shown.items()))
     return planned
+
+
+def rank_lines(config: Config, shape: PretrainedConfig, loads: Sequence[Load], ranks: int) -> list[str]:
+    """What each card does where several take part, and what they tell one another."""
+    numbers = count(shape, config.adapter).trained
+    shares = config.train.virtual_shards or ranks
+    lines = [
+        f"{spread.LINE.format(ranks)}: a whole model and an engine of its own on each, in the memory above",
+        *(
+            f"{load.method}: of {load.groups_per_step} groups a step each takes "
+            f"{load.groups_per_step / ranks:.3g} on average, and 1 of {ranks} prompts to be answered"
+            for load in loads
+        ),
+        f"a step's gradient is {numbers:,} numbers, of which a rank sends "
+        f"{megabytes_sent(numbers, ranks, config.train.virtual_shards):.3g} MB, and less than 10 kB besides",
+    ]
+    if shares % ranks:
+        lines.append(f"train.virtual_shards: {shares} shares are dealt unevenly to {ranks} ranks; some wait for others")
+    if config.train.virtual_shards == 0:
+        lines.append("another number of ranks plays the same run to rounding; to the bit with train.virtual_shards")
+    return lines
+
+
+def megabytes_sent(numbers: int, ranks: int, fixed: int) -> float:
+    """MB that a rank sends in a step: a ring's sum of fp32 numbers, or its shares as they are to all others."""
+    sent = 2 * (ranks - 1) / ranks if not fixed else math.ceil(fixed / ranks) * (ranks - 1)
+    return sent * 4e-6 * numbers
 
 
 def data_line(name: str, examples: Sequence[Example]) -> str:

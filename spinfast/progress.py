@@ -31,13 +31,18 @@ NARROW = 60  # a console with fewer columns gets lists for tables
 def open_console(file: TextIO | None = None) -> Console:
     """As wide as COLUMNS says, else as the terminal, else PLAIN_WIDTH; of several ranks the first one's alone shows."""
     if not spread.first():
-        return Console(quiet=True, force_terminal=False)
+        return silent()
     file = file or sys.stdout  # or rich would not ask for its encoding
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
         return Console(file=file, highlight=False, width=int(columns), height=25)  # a dumb terminal's too
     console = Console(file=file, highlight=False)
     return console if console.is_terminal else Console(file=file, highlight=False, width=PLAIN_WIDTH)
+
+
+def silent() -> Console:
+    """One that shows nothing."""
+    return Console(quiet=True, force_terminal=False)
 
 
 class Display:

@@ -119,17 +119,15 @@ def run(
     if config_path is None:
         config_path, why = default_config()
     config = load_config(config_path, overrides)
-    if (show_config or dry_run) and not spread.first():
-        return 0
     if show_config:
-        print(config.dump(), end="")
+        spread.told("the config", lambda: print(config.dump(), end=""))
         return 0
     spare_imports()
     run_dir = run_dir or Path("runs") / f"{config_path.stem}-{config.hash()}"
     if dry_run:
         from spinfast.dry_run import dry_run as plan_only
 
-        plan_only(config)
+        spread.told("the dry run", lambda: plan_only(config) and None)
         return 0
     gc.disable()  # until the run is open: what is imported stays, and looking for garbage in it is a fifth of the time
     try:

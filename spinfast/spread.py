@@ -46,6 +46,7 @@ PATIENCE = 1800.0
 LINGER = 2.0  # seconds in which ranks that lost another tell that they are still there
 AT_ONCE = 2**25  # numbers that are summed by one call: 128 MiB
 PR_SET_PDEATHSIG = 1
+LINE = "torchrun --standalone --nproc-per-node {} -m spinfast.run CONFIG.yaml"  # what starts so many ranks
 
 
 class Lost(Stopped):
@@ -83,6 +84,14 @@ def launched() -> tuple[int, int, int, int]:
     return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
 
 
+def ranks_here() -> int:
+    """How many ranks torchrun started; without it how many it could, one for each card that is visible."""
+    import torch
+
+    started = launched()[1]
+    return started if started > 1 else max(1, torch.cuda.device_count())
+
+
 def settle() -> None:
     """Before torch is imported: a rank keeps to its share of the machine's cores, and ends when its launcher does."""
     _, ranks, local, here = launched()
@@ -92,6 +101,7 @@ def settle() -> None:
     start, stop = local * len(cores) // here, (local + 1) * len(cores) // here
     mine = cores[start : max(stop, start + 1)]
     os.sched_setaffinity(0, mine)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a launcher that is gone is told in our words
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default
         os.environ["OMP_NUM_THREADS"] = str(len(mine))
     with suppress(OSError, AttributeError):  # Linux alone
@@ -150,7 +160,7 @@ def alone() -> int:
         for name in [*os.environ]:
             if name.startswith("TORCHELASTIC_") or name in (
                 *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-                *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+                *("WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
             ):
                 del os.environ[name]
     return rank
@@ -236,8 +246,16 @@ def _who_is_lost(here: _Here, where: str) -> str:
 
 
 def told(where: str, make: Callable[[], T]) -> T:
-    """make() by rank 0, for all; the others wait until it is done."""
-    return gather(where, make() if first() else None)[0]
+    """make() by rank 0, as if there were no others, for all; they wait until it is done."""
+    global _here
+    before, value = _here, None
+    if first():
+        _here = None
+        try:
+            value = make()
+        finally:
+            _here = before
+    return gather(where, value)[0]
 
 
 @contextmanager

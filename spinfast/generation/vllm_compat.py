@@ -178,13 +178,12 @@ def restore_kv_cache(engine) -> None:
 
 
 def shut_down(engine) -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
+    from vllm.distributed import parallel_state
 
-    engine.engine_core.shutdown()
     if spread.world() > 1:  # the ranks' own group stays
-        destroy_model_parallel()
-    else:
-        cleanup_dist_env_and_memory()
+        parallel_state.destroy_distributed_environment = lambda: None
+    engine.engine_core.shutdown()
+    parallel_state.cleanup_dist_env_and_memory()
 
 
 @contextmanager

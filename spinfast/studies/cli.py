@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from spinfast import spread
 from spinfast.errors import UserError
 from spinfast.interrupt import catching_signals
 from spinfast.store import files
@@ -81,25 +82,28 @@ def rate(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design: Design, beside: Path) -> int:
-    from spinfast.progress import Display, heard
+    from spinfast.progress import Display, heard, silent
     from spinfast.run import quiet_libraries, spare_imports
     from spinfast.session import check_limits, look
     from spinfast.studies import rate
-    from spinfast.studies.play import asked, play
+    from spinfast.studies.play import asked, one_at_a_time, play
     from spinfast.studies.results import Results
     from spinfast.studies.together import check
 
     spare_imports()
     quiet_libraries()
-    display = Display()
-    if len(design.seeds) < FEWEST:
+    ranks = spread.launched()[1]
+    rank = spread.alone()  # of torchrun each takes cells as any other process would; the first one waits and tells
+    display = Display(silent() if rank else None)
+    if len(design.seeds) < FEWEST and not rank:
         print(f"spinfast: {len(design.seeds)} seeds; {FEWEST} are the least that is advised", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     with catching_signals():
         first = cells_of(design, beside)[0]
         with heard(display.console):
             machine = look(first.config)
-            design, rated, texts = build(machine.renderer)
+            with one_at_a_time(directory):
+                design, rated, texts = build(machine.renderer)
             cells = cells_of(design, beside)
             for cell in cells:
                 check_limits(cell.config, machine.model, machine.shape)
@@ -107,16 +111,21 @@ def _run(arguments: argparse.Namespace, directory: Path, build: Callable, design
                 check(design, cells)
             probes = asked(design, first.config, machine) if arguments.plan or texts else []
             notes = [*rate.told_twice(texts, design), *(_shared(*each) for each in rate.contaminated(texts, probes))]
+        if arguments.plan and rank:
+            return 0
         if arguments.plan:
             return _plan(display.console, design, cells, probes, notes)
         started, results = time.monotonic(), Results(design, cells, directory, rated, notes)
         with display.logged(directory / "log.txt"):
             with display.phase("cells", len(cells), "cells") as tick:
-                for cell, known in play(design, cells, directory, display):
+                for cell, known in play(design, cells, directory, display, waits=rank == 0 and ranks > 1):
                     tick.advance(metrics=cell.name)
-                    results.take(cell, known, display.console)
-            if design.together and results.found:
+                    if rank == 0:
+                        results.take(cell, known, display.console)
+            if rank == 0 and design.together and results.found:
                 results.together(probes or asked(design, first.config, machine), machine, display)
+    if rank:
+        return 0
     results.tell(display.console)
     print(f"{directory}/index.html, scores.csv, runs.jsonl; {time.monotonic() - started:.0f} s")
     return 0

@@ -5,14 +5,16 @@
     STUDY/cells/NAME/   a run directory, and its outcomes.json
 
 A cell that has its outcomes is skipped. Whoever comes second to a cell that is being played takes another one, so that
-several processes may play one study.
+several processes may play one study; what is measured of the base one of them makes while the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,6 +50,7 @@ OUTCOMES, OWN, BASE = "outcomes.json", "own.json", "base.json"
 QUESTIONS = Path(__file__).with_name("questions.txt")
 OWN_NAME = "own answers"
 ROW = 256  # tokens of a row of the texts that tell forgetting
+WAIT = 1.0  # seconds until it is looked again whether others have played their cells
 AT_ONCE = 4096  # packed tokens that are scored together
 WRITING = {"spin", "grpo"}
 
@@ -62,9 +65,11 @@ class Measured:
     curves: dict[str, list[dict]] = field(default_factory=dict)
 
 
-def play(design: Design, cells: Sequence[Cell], directory: Path, display: Display) -> Iterator[tuple[Cell, Measured]]:
+def play(
+    design: Design, cells: Sequence[Cell], directory: Path, display: Display, waits: bool = False
+) -> Iterator[tuple[Cell, Measured]]:
     """Play the cells that have no outcomes yet, yielding each and what is known then. What a cell fails of is told and
-    known; the others go on.
+    known; the others go on. `waits`: for the cells that other processes play, too.
     """
     config = cells[0].config
     machine = look(config)
@@ -75,15 +80,16 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
     context = config.prompt.max_prompt_tokens + max(longest, config.prompt.max_answer_tokens)
     others = [cell.config for cell in cells]
     with _frozen(), open_session(config, machine, StepPlan(AT_ONCE), writes, others, context) as session:
-        if design.forgetting.own:
-            probes.append(own_answers(design, directory, session))
-            _check_enough(probes)
-        owner = owner_of(probes)
-        of_base = owner + digest([machine.model.revision, *(getattr(config, section) for section in ONE_BASE)])
-        if (base := files.read_sealed(directory / BASE, of_base)) is None:
-            session.fresh()
-            base = outcomes.measured(probes, _player(session))
-            files.write_sealed(directory / BASE, base, of_base)
+        with one_at_a_time(directory):
+            if design.forgetting.own:
+                probes.append(own_answers(design, directory, session))
+                _check_enough(probes)
+            owner = owner_of(probes)
+            of_base = owner + digest([machine.model.revision, *(getattr(config, section) for section in ONE_BASE)])
+            if (base := files.read_sealed(directory / BASE, of_base)) is None:
+                session.fresh()
+                base = outcomes.measured(probes, _player(session))
+                files.write_sealed(directory / BASE, base, of_base)
         ranking(design, base)  # whether there is what ranks
         known, playing = Measured(base), _Playing(session, directory, probes, owner, display, design.curve)
         pending = list(cells)
@@ -103,7 +109,9 @@ def play(design: Design, cells: Sequence[Cell], directory: Path, display: Displa
                     known.cells[cell.name] = outcome(directory, cell, owner)
                     known.curves[cell.name] = playing.curve(cell).known() if design.curve else []
                 yield cell, known
-            if len(busy) == len(pending):
+            if len(busy) == len(pending) and waits:
+                time.sleep(WAIT)
+            elif len(busy) == len(pending):
                 log.warning("another process plays the last %d cells", len(busy))
                 break
             pending = busy
@@ -118,6 +126,14 @@ def _frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Processes that play one study write what is the study's own one after the other."""
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def asked(design: Design, config, machine: Machine) -> list[Probe]:

@@ -91,6 +91,14 @@ def test_world_size_is_no_part_of_a_runs_identity_and_fixed_shares_are(games, tw
     assert "made by another config" in line
 
 
+def test_a_dry_run_says_what_each_rank_will_do(games):
+    games.play("dry", 2, "--dry-run")
+    said = " ".join(games.runs.output.read_text().split())
+    assert "of 4 groups a step each takes 2 on average, and 1 of 2 prompts" in said
+    assert said.count("settings that are not the defaults") == 1  # rank 0 alone speaks
+    assert not (games.directory / "dry").exists()
+
+
 def close(mine, other) -> bool:
     """Losses and gradients to 1e-6, what was written to the token, adapters as Adam makes of such gradients."""
     for row, same in zip(train_rows(mine), train_rows(other), strict=True):
