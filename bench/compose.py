@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 ROWS, PAGE = ROOT / "docs" / "study-calm.jsonl", ROOT / "docs" / "study-calm.md"
 SYMBOLS = ["<pad>", "<end>", "<|endoftext|>", *string.ascii_lowercase, *string.digits, *"+-= "]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
-KEYS, HELD_IN, OPERANDS = 400, 80, 2
+KEYS, HELD_IN, OPERANDS = 600, 120, 2
 Pair = tuple[str, str]  # prompt, completion
 
 
@@ -123,8 +123,8 @@ WIDTH, HEADS, INNER = 64, 4, 168
 CONNECTIONS = [[1, 0], [1, 1], [1, 2]]  # what A knows stands in its last layer
 RANK = 17  # of LoRA on B: 61,608 numbers, CALM's are 61,440
 GROUPS = 128
-STEPS = {"A": 600, "B": 300, "composed": 600, "skyline": 600}
-DRAWS = {"A": 12_800, "B": 6_400, "composed": 6_400, "skyline": 25_600}  # of which equal ones count once
+STEPS = {"A": 800, "B": 300, "composed": 500, "skyline": 500}
+DRAWS = {"A": 19_200, "B": 6_400, "composed": 12_800, "skyline": 25_600}  # of which equal ones count once
 PROMPT = 6  # tokens: "ab+cd=", " 7+ 3="
 
 
@@ -182,11 +182,12 @@ def run(where: Path, model: dict, adapter: dict, data: Path, asked: Path, steps:
 def found(stage: Path, asked: Path) -> dict[str, list[int]]:
     """[exact answers, problems] of each part of what was asked."""
     rows = [json.loads(line) for line in (stage / "heldout.jsonl").read_text().splitlines()]
-    right = iter([row["text"].strip() == row["real"].strip() for row in rows])
-    sizes = {name: len(asked.with_suffix(f".{name}").read_text().splitlines()) for name in ASKED}
-    if sum(sizes.values()) != len(rows):
-        raise UserError(f"{stage}: expected {sum(sizes.values())} answers, got {len(rows)}")
-    return {name: [sum(next(right) for _ in range(size)), size] for name, size in sizes.items()}
+    right = {row["index"]: row["text"].strip() == row["real"].strip() for row in rows}
+    parts, first = {}, 0
+    for name in ASKED:
+        size = len(asked.with_suffix(f".{name}").read_text().splitlines())
+        parts[name], first = [sum(right[index] for index in range(first, first + size)), size], first + size
+    return parts
 
 
 @contextmanager
@@ -241,16 +242,18 @@ class Seed:
             return self.play(name, "composed", make, model, form, 2e-3) / "sft"
 
         alone, lora = {"name": str(adds)}, {"kind": "lora", "r": RANK, "alpha": 2 * RANK}
-        for data, make in (("D_MATH", task.math), ("D_SUBS", task.subs)):
-            held_in = partial(make, keys=task.held_in)
-            yield "CALM", data, composed(f"calm-{data}", held_in)
-            yield "LoRA on m_B", data, self.play(f"lora-{data}", "composed", held_in, alone, lora, 2e-3) / "sft"
         held_in = partial(task.math, keys=task.held_in)
+        yield "CALM", "D_MATH", composed("calm-math", held_in)
+        yield "LoRA on m_B", "D_MATH", self.play("lora-math", "composed", held_in, alone, lora, 2e-3) / "sft"
         yield "CALM, m_A untrained", "D_MATH", composed("calm-untrained", held_in, untrained)
         permuted = self.trained("A-permuted", "A", partial(task.knowledge, task.permuted), untrained)
         yield "CALM, m_A of permuted numbers", "D_MATH", composed("calm-permuted", held_in, permuted)
         with as_encoder():
-            yield "CALM, m_A as encoder", "D_MATH", composed("calm-encoder", held_in)
+            stage = composed("calm-encoder", held_in)
+        yield "CALM, m_A as encoder", "D_MATH", stage
+        substituted = partial(task.subs, keys=task.held_in)
+        yield "CALM", "D_SUBS", composed("calm-subs", substituted)
+        yield "LoRA on m_B", "D_SUBS", self.play("lora-subs", "composed", substituted, alone, lora, 2e-3) / "sft"
         yield "CALM, no norm, no rope", "D_MATH", composed("calm-plain", held_in, norm=False, rope=False)
         every = partial(task.math, keys=task.keys)
         yield (
@@ -265,8 +268,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("runs/calm"), help="of models and runs, made once")
     arguments = parser.parse_args(argv)
-    for seed in range(arguments.seeds):
-        of = Seed(seed, arguments.dir.resolve() / f"seed-{seed}")
-        for row, data, stage in of.rows():
-            print(json.dumps({"seed": seed, "row": row, "trained_on": data, **found(stage, of.asked)}), flush=True)
+    seeds = [Seed(seed, arguments.dir.resolve() / f"seed-{seed}") for seed in range(arguments.seeds)]
+    for rows in zip(*(seed.rows() for seed in seeds), strict=True):
+        for of, (row, data, stage) in zip(seeds, rows, strict=True):
+            print(json.dumps({"seed": of.seed, "row": row, "trained_on": data, **found(stage, of.asked)}), flush=True)
     return 0

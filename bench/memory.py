@@ -8,6 +8,7 @@ modules and PEFT, logits of all tokens in fp32, adapter and optimizer the same. 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from spinfast.memory.ledger import KINDS, META, Ledger, apply_checkpointing, app
 from spinfast.memory.simulation import Simulation, settled
 from spinfast.methods.run import loads
 from spinfast.objectives import Pairwise
+from spinfast.policy import calm
 
 PLOT = Path(__file__).parent.parent / "docs" / "memory.svg"
 PAIRS, PROMPT, ANSWER = 16, 256, 256
@@ -64,8 +66,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory")
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
     parser.add_argument("--kinds", action="store_true", help="each kind of adapter with each method, and nothing else")
+    parser.add_argument("--calm", action="store_true", help="Qwen2.5-1.5B that reads 0.5B, and nothing else")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
+    if arguments.calm:
+        for row in compositions(ops):
+            rows.write("memory", row | {"kind": "simulated"})
+        return 0
     if arguments.kinds:
         for row in every_kind(arguments.model, ops):
             rows.write("memory", row | {"kind": "simulated"})
@@ -154,6 +161,25 @@ def every_kind(name: str, ops) -> Iterator[dict]:
                 "peak_gib": round(plan.peak / GIB, 3), "kv_cache_gib": round(plan.kv_cache_bytes / GIB, 3),
                 **held(plan),
             }  # fmt: skip
+
+
+def compositions(ops) -> Iterator[dict]:
+    """The fastest plan on a whole T4 for each method, both models in 16 and in 4 bits, answers by the policy itself."""
+    t4, anchor = profile("t4", plan_only=True), shapes.shape("Qwen2.5-1.5B")
+    with tempfile.TemporaryDirectory(prefix="spinfast-memory-") as scratch:
+        other = shapes.hollow_model(Path(scratch), shapes.shape("Qwen2.5-0.5B"))
+        adapter = {"kind": "calm", "augmenting": str(other)}
+        for four_bit in (False, True):
+            for method in METHODS:
+                sections = ROLLOUT if method == "grpo" else {"method": [method]}
+                generation = sections.get("generation", {"max_tokens": ANSWER}) | {"batch_size": 16}
+                config = run_config(four_bit, **(sections | {"generation": generation}), adapter=adapter)
+                plan = planner.plan(config, t4, anchor, ops, loads(config, ()))
+                yield {
+                    "what": "CALM on a T4", "model": "Qwen2.5-1.5B reads 0.5B, " + ("NF4" if four_bit else "fp16"),
+                    "method": method, "trained": calm.parameters(6, 896, 1536), "peak_gib": round(plan.peak / GIB, 3),
+                    **held(plan),
+                }  # fmt: skip
 
 
 # A step shaped like TRL's ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ shape below with a tokenizer of bytes: time and memory do not depend on the weig
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,23 @@ def config_of(model: str) -> PretrainedConfig:
     if model.startswith("random:"):
         return shape(model.removeprefix("random:"))
     return AutoConfig.from_pretrained(resolve(model, Path()))
+
+
+def hollow_model(path: Path, config: PretrainedConfig) -> Path:
+    """A directory whose weights are a hole in a file: as large as they say, and nothing on the disk."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    header, end = {}, 0
+    for name, weight in model.named_parameters():
+        header[name] = {"dtype": "F16", "shape": [*weight.shape], "data_offsets": [end, end + weight.nbytes]}
+        end += weight.nbytes
+    text = json.dumps(header).encode()
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def random_model(path: Path, config: PretrainedConfig) -> Path:

@@ -59,6 +59,9 @@ class Connection(torch.nn.Module):
         turns = theta ** -torch.arange(0, 1, 2 / self.head_dim, device=device)
         self.register_buffer("turns", turns.repeat(2), persistent=False)
 
+    def get_base_layer(self) -> None:
+        """It stands around nothing."""
+
     def draw(self, generator: torch.Generator) -> None:
         """f, W_Q, W_K, W_V ~ N(0, 1 / inputs), W_O = 0."""
         for part, parameter in self.named_parameters():

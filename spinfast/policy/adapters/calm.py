@@ -15,6 +15,7 @@ from spinfast.attention import key_value_shape
 from spinfast.errors import UserError
 from spinfast.policy import calm
 from spinfast.policy.adapters.framed import OneForm
+from spinfast.policy.adapters.lora import bare
 from spinfast.policy.base import load_base
 from spinfast.types import Adapter
 
@@ -35,6 +36,7 @@ class Calm(OneForm):
         self.model, self.others, self.on = base, (augmenting.eval(),), True
         self.config = {"kind": "calm", "connections": [list(pair) for pair in pairs], **names}
         self.config |= {"norm": settings.norm, "rope": settings.rope}
+        base.augmenting = augmenting
         self.connections: dict[str, calm.Connection] = {}
         for place, (reads, layer) in enumerate(pairs, layers + len(augmenting.layers)):
             made = calm.Connection(augmenting.config, base.config, settings, reads, place, base.device)
@@ -47,7 +49,6 @@ class Calm(OneForm):
         self.hooks = [decoder.register_forward_pre_hook(self._augment, with_kwargs=True)]
         for reads in {reads for reads, _ in pairs}:
             self.hooks.append(augmenting.layers[reads].register_forward_hook(partial(self._keep, reads)))
-        base.augmenting = augmenting
         self.restart(seed)
 
     @classmethod
@@ -93,13 +94,10 @@ class Calm(OneForm):
         finally:
             self.on = before
 
-    @torch.no_grad()
     def leave(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in self.model.get_decoder().layers:
-            layer._modules.pop("connection", None)
-        del self.model.augmenting
+        bare(self.model, self.LAYER)
 
     # Its values ------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def bare(model: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
                 setattr(parent, name, child.get_base_layer())
-    for name in ("lora_values", "lora_head"):  # what holds parameters that no layer has
+    for name in ("lora_values", "lora_head", "augmenting"):  # what no layer has
         model._modules.pop(name, None)
 
 
