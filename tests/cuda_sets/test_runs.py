@@ -1,6 +1,7 @@
 """Whole runs on a card of shapes: each method with each kind of adapter, from the weights' files to the saved stages.
 
-The policy's own module answers. Whatever the host reads of the card is ln 2, the first loss of a game of pairs.
+The policy's own module answers. Whatever the host reads of the card is 4 ln 2: summed over a step's
+four groups, the first loss of a game of pairs.
 """
 
 import math
@@ -51,7 +52,7 @@ def quantised_on_card(path, dtype, device, load_in_4bit, load_base=policies.load
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_a_run_is_played(path, t4_in_use, tmp_path, monkeypatch, method, name):
     host, compiled = t4_in_use
-    host.number = math.log(2)
+    host.number = 4 * math.log(2)
     if name == "qlora":
         monkeypatch.setattr(policies, "load_base", quantised_on_card)
     config = configured(tmp_path, path, method, NAMES[name])
