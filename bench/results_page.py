@@ -99,8 +99,8 @@ SECTIONS = [  # title; benchmark, and `what` of its rows; columns; what one row 
     ("Memory of a merge", "merging", None,
      "method models output_mib seconds start_mib peak_anon_mib load_1m device", "method models device"),
     ("A study's cells in one session, against a process for each", "studies", "cells of a study",
-     "model cells study_s processes_s times_the_processes cells_per_hour rss_mib threads load_1m device",
-     "model cells threads device"),
+     "model cells study_s processes_s times_the_processes times_their_cpu cells_per_hour rss_mib threads load_1m "
+     "device", "model cells threads device"),
     ("What a study's session holds after so many cells", "studies", "memory of a session",
      "model cells rss_mib objects tensors tensors_mib device", "model cells device"),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import shutil
 import sys
 import tempfile
@@ -77,23 +78,32 @@ def study(scratch: Path, base: str, keys: dict, axes: dict, seeds: int | list[in
     return path
 
 
+def timed(path: Path, out: Path) -> tuple[float, float]:
+    """Seconds by the clock, and of processors, of a process that plays a study."""
+
+    def now() -> tuple[float, float]:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.perf_counter(), used.ru_utime + used.ru_stime
+
+    start = now()
+    child.finished([sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(out)], {})
+    return tuple(after - before for after, before in zip(now(), start, strict=True))
+
+
 def throughput(scratch: Path, count: int) -> dict:
     path = study(scratch, BASE_CONFIG, KEYS, {"adapter.r": [4, 8]}, count // 2)
     out = scratch / "out"
-    start = time.perf_counter()
-    child.finished([sys.executable, "-m", "spinfast.run", "study", str(path), "--dir", str(out)], {})
-    together = time.perf_counter() - start
+    together, together_cpu = timed(path, out)
     cells = cells_of(load_design(path), path.parent)
     held = [_held(out / "cells" / cell.name / "system.jsonl") for cell in cells]
-    apart = 0.0
+    apart = apart_cpu = 0.0
     for cell in cells:
         alone = scratch / cell.name
         alone.mkdir()
         shutil.copy(out / BASE, alone)
         one = study(alone, BASE_CONFIG, KEYS, {"adapter.r": [int(cell.levels[0])]}, [cell.seed])
-        start = time.perf_counter()
-        child.finished([sys.executable, "-m", "spinfast.run", "study", str(one), "--dir", str(alone)], {})
-        apart += time.perf_counter() - start
+        seconds, cpu = timed(one, alone)
+        apart, apart_cpu = apart + seconds, apart_cpu + cpu
         found, same = ((of / "cells" / cell.name / OUTCOMES).read_bytes() for of in (alone, out))
         if found != same:
             raise RuntimeError(f"{cell.name}: its outcomes in a process of its own are not those in the study")
@@ -103,6 +113,9 @@ def throughput(scratch: Path, count: int) -> dict:
         "cells": len(cells),
         "study_s": round(together, 1),
         "processes_s": round(apart, 1),
+        "study_cpu_s": round(together_cpu, 1),
+        "processes_cpu_s": round(apart_cpu, 1),
+        "times_their_cpu": round(apart_cpu / together_cpu, 2),
         "cells_per_hour": round(3600 * len(cells) / together),
         "times_the_processes": round(apart / together, 2),
         "rss_mib": held,

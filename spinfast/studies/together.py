@@ -8,6 +8,7 @@ base's.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -74,13 +75,16 @@ def together(
     places = {BASE: (directory / TOGETHER, owner)}
     places |= {cell.name: (directory / "cells" / cell.name / TOGETHER, owner + cell.config.hash()) for cell in cells}
     found = {name: files.read_sealed(*place) for name, place in places.items()}
-    if missing := [cell for cell in cells if found[cell.name] is None]:
+    if missing := [cell for cell in cells if found[BASE] is None or found[cell.name] is None]:
+        gc.collect()  # the session that the cells were played in
+        torch.cuda.empty_cache()
         paths = {BASE: None} | {cell.name: adapter_of(directory, cell).resolve() for cell in missing}
         with _engine(cells[0], [path for path in paths.values() if path], sets, machine) as engine:
             for first in range(0, len(missing), SLOTS):
                 these = [BASE, *(cell.name for cell in missing[first : first + SLOTS])]
                 check_applied(engine, sets, these, paths, measured | {BASE: base}, machine.device.dtype)
-                for name, readings in _answers(engine, sets, these, paths, machine, display).items():
+                asked = these[first > 0 :]  # the base once
+                for name, readings in _answers(engine, sets, asked, paths, machine, display).items():
                     found[name] = readings
                     files.write_sealed(places[name][0], readings, places[name][1])
     own = found.pop(BASE)
