@@ -127,8 +127,8 @@ WIDTH, HEADS, INNER = 64, 4, 168
 CONNECTIONS = [[1, 0], [1, 1], [1, 2]]  # what A knows stands in its last layer
 RANK = 17  # of LoRA on B: 61,608 numbers, CALM's are 61,440
 GROUPS = 128
-STEPS = {"A": 600, "B": 300, "composed": 500, "skyline": 500}
-DRAWS = {"A": 12_800, "B": 6_400, "composed": 12_800, "skyline": 25_600}  # of which equal ones count once
+STEPS = {"A": 900, "B": 300, "composed": 500, "skyline": 500}
+DRAWS = {"A": 19_200, "B": 6_400, "composed": 12_800, "skyline": 25_600}  # of which equal ones count once
 PROMPT = 6  # tokens: "ab+cd=", "07+03="
 
 
