@@ -3,7 +3,7 @@
 Model A knows what number every key stands for, model B adds numbers. Neither can add keys. Connections between the two
 (both frozen) are trained on expressions of a fifth of the keys, and asked about expressions of the others, whose
 numbers nothing but A holds. Every model is made and trained by spinfast's own runs, the tokenizer of characters by the
-tokenizers library. Stopped, it goes on where it was; docs/study-calm.md has what came of it.
+tokenizers library. Stopped, it goes on where it was.
 
     D_NUM    "07+03="  ->  "10"        what B learns: numbers have as many columns as keys
     D_SUBS   "ab+cd="  ->  "7+3"       what A learns, with D_KEY
