@@ -2,10 +2,10 @@
 
 Model A knows what number every key stands for, model B adds numbers. Neither can add keys. Connections between the two
 (both frozen) are trained on expressions of a fifth of the keys, and asked about expressions of the others, whose
-numbers nothing but A holds. Every model is made and trained by spinfast's own runs; rows go to docs/study-calm.jsonl,
-the table to docs/study-calm.md. A run that is finished is not made again: stopped, it goes on where it was.
+numbers nothing but A holds. Every model is made and trained by spinfast's own runs, the tokenizer of characters by the
+tokenizers library. Stopped, it goes on where it was.
 
-    D_NUM    " 7+ 3="  ->  "10"        what B learns: numbers stand in two columns
+    D_NUM    "07+03="  ->  "10"        what B learns: numbers have as many columns as keys
     D_SUBS   "ab+cd="  ->  "7+3"       what A learns, with D_KEY
     D_KEY    "ab+cd"   ->  "3"         the number of the last key
     D_MATH   "ab+cd="  ->  "10"        what neither learns
@@ -16,24 +16,28 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from bench.rows import certificate
 from spinfast.errors import UserError
+from spinfast.evaluate.statistics import wilson
 from spinfast.policy.adapters.calm import Calm
+from spinfast.studies.statistics import quantile_t
 
-ROOT = Path(__file__).parent.parent
-ROWS, PAGE = ROOT / "docs" / "study-calm.jsonl", ROOT / "docs" / "study-calm.md"
-SYMBOLS = ["<pad>", "<end>", "<|endoftext|>", *string.ascii_lowercase, *string.digits, *"+-= "]
+SYMBOLS = ["<pad>", "<end>", "<|endoftext|>", *string.ascii_lowercase, *string.digits, *"+-="]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
 KEYS, HELD_IN, OPERANDS = 600, 120, 2
 Pair = tuple[str, str]  # prompt, completion
@@ -74,7 +78,7 @@ class Task:
 
 def num(draw: random.Random) -> Pair:
     numbers, signs = _expression(draw, range(10))
-    return f"{_joined([f'{n:2}' for n in numbers], signs)}=", str(_value(numbers, signs))
+    return f"{_joined([f'{n:02}' for n in numbers], signs)}=", str(_value(numbers, signs))
 
 
 def _expression(draw: random.Random, of: Sequence) -> tuple[list, list[str]]:
@@ -123,9 +127,9 @@ WIDTH, HEADS, INNER = 64, 4, 168
 CONNECTIONS = [[1, 0], [1, 1], [1, 2]]  # what A knows stands in its last layer
 RANK = 17  # of LoRA on B: 61,608 numbers, CALM's are 61,440
 GROUPS = 128
-STEPS = {"A": 800, "B": 300, "composed": 500, "skyline": 500}
+STEPS = {"A": 900, "B": 300, "composed": 500, "skyline": 500}
 DRAWS = {"A": 19_200, "B": 6_400, "composed": 12_800, "skyline": 25_600}  # of which equal ones count once
-PROMPT = 6  # tokens: "ab+cd=", " 7+ 3="
+PROMPT = 6  # tokens: "ab+cd=", "07+03="
 
 
 def fresh(path: Path, kind: type, layers: int, seed: int) -> Path:
@@ -263,13 +267,61 @@ class Seed:
         )
 
 
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def guessed(asked: Path) -> float:
+    """The share that whoever knows the signs and no key gets right at the best: of each sign the likeliest result."""
+    pairs = [json.loads(line) for line in asked.with_suffix(".math").read_text().splitlines()]
+    results: dict[bool, Counter] = {True: Counter(), False: Counter()}
+    for pair in pairs:
+        results["+" in pair["prompt"]][pair["completion"]] += 1
+    return sum(max(counts.values()) for counts in results.values()) / len(pairs)
+
+
+def wide_interval(shares: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The wider of Student's over the seeds and Wilson's over all problems."""
+    values = np.array([right / count for right, count in shares])
+    low, high = wilson(*(sum(part) for part in zip(*shares, strict=True)))
+    if len(values) > 1:
+        reach = float(quantile_t(0.05, np.array(len(values) - 1))) * values.std(ddof=1) / len(values) ** 0.5
+        low, high = min(low, values.mean() - reach), max(high, values.mean() + reach)
+    return max(0.0, low), min(1.0, high)
+
+
+def table(made: Sequence[dict]) -> str:
+    """Markdown, a line for each row of any seed."""
+    lines = [
+        "| row | trained on | D_MATH, held-out keys, % by seed | mean [95 %] | D_MATH, held-in keys | D_SUBS | D_NUM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, data in dict.fromkeys((row["row"], row["trained_on"]) for row in made):
+        of = [row for row in made if (row["row"], row["trained_on"]) == (name, data)]
+        shares = {part: [row[part] for row in of] for part in ASKED}
+        percent = {part: [100 * right / count for right, count in shares[part]] for part in ASKED}
+        low, high = wide_interval(shares["math"])
+        seeds = "; ".join(f"{value:.1f}" for value in percent["math"])
+        means = [f"{statistics.mean(percent[part]):.1f}" for part in ASKED]
+        interval = f"{means[0]} [{100 * low:.1f}, {100 * high:.1f}]"
+        lines.append(f"| {name} | {data} | {seeds} | {interval} | {' | '.join(means[1:])} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench compose")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("runs/calm"), help="of models and runs, made once")
     arguments = parser.parse_args(argv)
     seeds = [Seed(seed, arguments.dir.resolve() / f"seed-{seed}") for seed in range(arguments.seeds)]
-    for rows in zip(*(seed.rows() for seed in seeds), strict=True):
-        for of, (row, data, stage) in zip(seeds, rows, strict=True):
-            print(json.dumps({"seed": of.seed, "row": row, "trained_on": data, **found(stage, of.asked)}), flush=True)
+    kept = arguments.dir / "rows.jsonl"
+    made = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    for rows_of_seeds in zip(*(seed.rows() for seed in seeds), strict=True):
+        for of, (row, data, stage) in zip(seeds, rows_of_seeds, strict=True):
+            key = {"seed": of.seed, "row": row, "trained_on": data}
+            if not any(key.items() <= each.items() for each in made):
+                made.append(key | found(stage, of.asked) | {"guessed": guessed(of.asked)} | certificate())
+                with kept.open("a") as file:
+                    file.write(json.dumps(made[-1]) + "\n")
+            print(json.dumps(key | found(stage, of.asked)), flush=True)
+    print(table(made))
     return 0

