@@ -1,6 +1,6 @@
 """One run on one rank and on two, a core and a thread each: what each phase gains, what goes over the wire.
 
-    python -m bench scale [--size 48] [--tokens 40]
+    python -m bench scale [--size 48] [--tokens 40] [--config CONFIG.yaml]
     python -m bench scale --predict
 
 A run of SmolLM2-135M (a round of self-play) is played by N ranks; seconds are its phases', so that starting does not
@@ -49,6 +49,7 @@ PREDICTED = "Qwen2.5-0.5B"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench scale")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--size", type=int, default=48, help="problems")
     parser.add_argument("--tokens", type=int, default=40, help="of an answer, at the most")
     parser.add_argument("--predict", action="store_true")
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     words = [f"data.size={arguments.size}", f"generation.max_tokens={arguments.tokens}", "spin.iterations=1"]
     words += ["heldout=null", "evaluate.problems=0", "evaluate.pairs=0"]
     with tempfile.TemporaryDirectory(prefix="spinfast-scale-") as scratch:
-        one, two = (measured(ranks, words, Path(scratch)) for ranks in (1, 2))
+        one, two = (measured(ranks, [str(arguments.config), *words], Path(scratch)) for ranks in (1, 2))
     for row in (one, two):
         rows.write("scale", row)
     gains = {f"{phase}_speedup": one[f"{phase}_s"] / two[f"{phase}_s"] for phase in ("generate", "score", "train")}
@@ -73,7 +74,7 @@ def measured(ranks: int, words: list[str], scratch: Path) -> dict:
     run_dir, threads = scratch / str(ranks), ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     cores = sorted(os.sched_getaffinity(0))[:ranks]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "spinfast.run", str(CONFIG), *words, "--run-dir", str(run_dir)]
+    command = [sys.executable, *launcher, "-m", "spinfast.run", *words, "--run-dir", str(run_dir)]
     with (scratch / "output.txt").open("w") as output:
         process = subprocess.Popen(
             command,

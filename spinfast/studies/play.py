@@ -205,17 +205,20 @@ class _Playing:
         if outcome(self.directory, cell, self.owner) is not None:
             return check_inputs(path, inputs(cell.config, machine, self._data(cell.config)))
         gc.collect()  # the last cell's optimizer and, where this one has another kind, its adapter
-        with closing(RunDir(path, cell.config)) as record, _aside(path / "log.txt", self.display) as aside:
-            describe(path / "environment.json")
-            ready = prepare(cell.config, machine, record)
-            self._turn(cell.config, machine, ready.plan(record, self.plans))
-            run = ready.begin(self.session, record, aside)
-            if self.points:
-                run.each_step = self.curve(cell).see
-            for _ in play_methods(run):
-                pass
-            found = outcomes.measured(self.probes, _player(self.session, own=True))
-            files.write_sealed(path / OUTCOMES, found, self.owner + cell.config.hash())
+        with closing(RunDir(path, cell.config)) as record:
+            if outcome(self.directory, cell, self.owner) is not None:  # another process was faster
+                return None
+            with _aside(path / "log.txt", self.display) as aside:
+                describe(path / "environment.json")
+                ready = prepare(cell.config, machine, record)
+                self._turn(cell.config, machine, ready.plan(record, self.plans))
+                run = ready.begin(self.session, record, aside)
+                if self.points:
+                    run.each_step = self.curve(cell).see
+                for _ in play_methods(run):
+                    pass
+                found = outcomes.measured(self.probes, _player(self.session, own=True))
+                files.write_sealed(path / OUTCOMES, found, self.owner + cell.config.hash())
         return None
 
     def curve(self, cell: Cell) -> Curve:

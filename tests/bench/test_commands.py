@@ -86,6 +86,25 @@ def test_a_studys_session_holds_on_to_nothing(command):
     assert row["objects"]["10"] < 1.01 * row["objects"]["5"]
 
 
+def test_scale(command):
+    """What is predicted says so."""
+    two, eight = command("scale", "--predict")
+    assert (two["cards"], eight["cards"]) == (2, 8)
+    assert {row["kind"] for row in (two, eight)} == {"predicted"}
+    assert 1 < two["speedup"] <= 2 < eight["speedup"] <= 8
+    assert two["bytes_per_step"]["tiny_lora u 13, tie all"] == 52
+
+
+@pytest.mark.slow
+def test_scale_of_ranks(command, config):
+    one, two, gain = command("scale", "--config", str(config), "--size", "4", "--tokens", "8")
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["steps"] == two["steps"]
+    assert one["computed_bytes_per_step"] == 0 < two["computed_bytes_per_step"]
+    assert two["wire_bytes_per_step"] > two["computed_bytes_per_step"]
+    assert gain["generate_speedup"] > 0
+
+
 def test_unknown_names_are_told(capsys):
     assert table.main(["nothing"]) == 2
     assert "peers" in capsys.readouterr().err
