@@ -110,14 +110,20 @@ def look(config: Config, plan_only: bool = False, model: ResolvedModel | None = 
     renderer = Renderer(load_tokenizer(model.path), config.prompt.template, end_ids(model.path))
     ops, why = operators.choose(config.device.kernels, device.device)
     shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    return for_run(Machine(device, model, shape, renderer, ops, why), config)
+
+
+def for_run(machine: Machine, config: Config) -> Machine:
+    """With what a run on its model has of its own: what it starts from, and the other model of a composition."""
+    model, augmenting = machine.model, None
+    shape = AutoConfig.from_pretrained(model.path, local_files_only=True)  # the last run's may be a composition's
     check_limits(config, model, shape)
-    augmenting = None
     if config.adapter.kind == "calm":
         augmenting, other = calm.augmenting_of(dict(config.adapter))
-        calm.check_vocabulary(renderer.tokenizer, augmenting)
+        calm.check_vocabulary(machine.renderer.tokenizer, augmenting)
         check_limits(config, augmenting, other)
         shape.max_position_embeddings = min(shape.max_position_embeddings, other.max_position_embeddings)
-    return Machine(device, model, shape, renderer, ops, why, load_start(config, model), augmenting)
+    return replace(machine, shape=shape, start=load_start(config, model), augmenting=augmenting)
 
 
 def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
@@ -225,7 +231,8 @@ def open_players(
     settings, device, model = config.generation, machine.device, machine.model
     context = max(context, *map(context_of, (config, *others)))
     rank = max(each.adapter.largest_rank for each in (config, *others))
-    backend, why = choose_backend(config, generate)
+    composed = (each for each in (config, *others) if each.adapter.kind == "calm")
+    backend, why = choose_backend(next(composed, config), generate)
     log.info("generation: %s: %s", backend, why)
     cache = engine_cache(config, machine.shape, device)
     loaded = partial(

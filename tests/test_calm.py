@@ -371,6 +371,7 @@ REFUSED = {
     "name": (tree_of(TWO | {"name": "C"}), "model.name: a composition has an anchor in its place"),
     "anchor alone": (tree_of({"anchor": "B"}), "model.augmenting: a composition has an anchor and"),
     "augmenting alone": (tree_of({"augmenting": "B"}), "model.anchor: a composition has"),
+    "said twice": (tree_of(TWO | {"connections": 4}, adapter={"connections": 2}), "model.connections says it too"),
     "connections of one model": (tree_of({"name": "B", "connections": 2}), "model.name: a composition"),
     "another kind": (tree_of(TWO, adapter={"kind": "lora"}), "adapter.kind: a composition trains its connections"),
     "lora_xs": (tree_of(TWO, adapter={"kind": "lora_xs"}), "expected calm"),

@@ -123,6 +123,8 @@ class Config(Section):
         if not isinstance(adapter, dict) or adapter.get("kind", "calm") != "calm":
             raise ValueError(f"adapter.kind: a composition trains its connections, expected calm, got {adapter}")
         own = {key: model[key] for key in OF_CALM if key in model}
+        if twice := [key for key in own if key in adapter]:
+            raise ValueError(f"adapter.{twice[0]}: model.{twice[0]} says it too; leave one of both out")
         plain = {key: value for key, value in model.items() if key not in ("anchor", *OF_CALM)}
         return tree | {
             "model": plain | {"name": model["anchor"]},

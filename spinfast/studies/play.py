@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ from spinfast.memory.planner import StepPlan
 from spinfast.methods import play as play_methods
 from spinfast.methods.run import inputs, prepare
 from spinfast.progress import Display, Lines
-from spinfast.session import Machine, Session, load_start, look, open_session
+from spinfast.session import Machine, Session, for_run, look, open_session
 from spinfast.store import files
 from spinfast.store.record import RunDir, check_inputs
 from spinfast.studies import outcomes
@@ -201,7 +201,7 @@ class _Playing:
     def play(self, cell: Cell) -> None:
         """Leaves the cell's outcomes, if they are not there yet."""
         path = self.directory / "cells" / cell.name
-        machine = replace(self.session.machine, start=load_start(cell.config, self.session.machine.model))
+        machine = for_run(self.session.machine, cell.config)
         if outcome(self.directory, cell, self.owner) is not None:
             return check_inputs(path, inputs(cell.config, machine, self._data(cell.config)))
         gc.collect()  # the last cell's optimizer and, where this one has another kind, its adapter

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from test_run import fingerprints, write_config, write_problems
 
+from spinfast.models import resolve_model
 from spinfast.policy.adapters import files as adapters
 from spinfast.report import page
 from spinfast.run import main
@@ -173,6 +175,33 @@ def test_a_cell_that_fails_does_not_end_the_others(tmp_path, tiny_model, capsys)
     assert study(write_study(tmp_path, tiny_model("llama"), axes=axes)) == 2
     assert "2 of 4 cells failed; the first, bad.0: " in " ".join(capsys.readouterr().err.split())
     assert sorted(path.parent.name for path in tmp_path.glob("out/cells/*/outcomes.json")) == ["good.0", "good.1"]
+
+
+def test_cells_of_other_augmenting_models(tmp_path, tiny_model, capsys):
+    """Each has its own, which is checked and noted like a run's; a cell without has none."""
+    small, strange = (
+        tiny_model("qwen2", hidden=32),
+        shutil.copytree(tiny_model("qwen2", hidden=32), tmp_path / "strange"),
+    )
+    file = strange / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(vocabulary))
+    augmenting = {"own": tiny_model("llama"), "small": small, "strange": strange}
+    calm = {
+        name: {"adapter": {"kind": "calm", "augmenting": str(path), "connections": 1}}
+        for name, path in augmenting.items()
+    }
+    path = write_study(tmp_path, tiny_model("llama"), seeds=1, axes={"with": {"none": {"adapter.r": 4}} | calm})
+    assert study(path) == 2
+    assert "the first, strange.0: adapter.augmenting: " in " ".join(capsys.readouterr().err.split())
+    cells = path.parent / "out" / "cells"
+    noted = {
+        name: json.loads((cells / f"{name}.0" / "inputs.json").read_text()).get("augmenting")
+        for name in ("none", "own", "small")
+    }
+    assert noted == {"none": None} | {name: resolve_model(str(augmenting[name])).revision for name in ("own", "small")}
 
 
 @pytest.mark.parametrize(
