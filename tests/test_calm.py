@@ -1,15 +1,17 @@
 """CALM: two frozen models joined by connections; its numbers, its cache, its files, what it refuses."""
 
+import gc
 import io
 import json
 import shutil
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from fixtures import tiny_model_dir, tiny_tokenizer
+from fixtures import FailingCall, tiny_model_dir, tiny_tokenizer
 from hypothesis import given, settings
 from packed_cases import lengths, make_groups
 from safetensors.torch import load_file
@@ -285,6 +287,28 @@ def test_without_connections_the_anchor_answers(two):
     assert found[0] == found[1]
 
 
+def test_ids_beyond_the_augmenting_models_table_are_no_end(two, tmp_path):
+    """Tables are padded, and not alike in models of one family: what is drawn there means nothing to either."""
+    wide = tiny_model_dir(tmp_path, *ANCHOR, vocab_size=4096)
+    policy = composition(wide, settings_of(two[1]))
+    with TransformersGenerator(policy) as generator:
+        (done,) = generator.generate([Request(0, (5, 6, 7), seed=0)], Sampling(1.0, 1.0, 8, ()), policy.adapter())
+    assert max(done.token_ids) >= 384
+    (((logps),),) = token_logps(policy, [Group((5, 6, 7), (done.token_ids,))], Budget(256, "sdpa"))
+    assert torch.allclose(torch.tensor(done.logps), torch.tensor(logps), atol=1e-4)
+
+
+def test_a_forward_that_finds_no_memory_leaves_no_states(two):
+    policy = composition(two[0], settings_of(two[1]))
+    policy.kind.others[0].layers[-1].register_forward_pre_hook(FailingCall(lambda *_: None, at=1))
+    batch = batch_of()[1]
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.hidden(batch)
+    assert not policy.kind.states
+    expected = composition(two[0], settings_of(two[1])).hidden(batch)
+    assert torch.equal(policy.hidden(batch), expected)
+
+
 # Bases and files ---------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +316,10 @@ def test_it_comes_off_again(two):
     """The base as it was: its modules, its hooks, its values; another kind goes on it."""
     policy = composition(two[0], settings_of(two[1]))
     plain = composition(two[0], Lora(r=2)).leave()
+    other = weakref.ref(policy.kind.others[0])
     base = policy.leave()
+    gc.collect()
+    assert other() is None, "while the next one is loaded there would be both"
     assert [*base.state_dict()] == [*plain.state_dict()]
     assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), plain.state_dict().values(), strict=True))
     ids = torch.arange(5, 12)[None]

@@ -174,8 +174,8 @@ class TransformersPolicy:
 
     def unfuse(self) -> None:
         """The layers as transformers has them."""
-        for undo in self._unfuse:
-            undo()
+        while self._unfuse:
+            self._unfuse.pop()()
 
     @torch.no_grad()
     def _fold(self) -> None:

@@ -36,11 +36,12 @@ class Calm(OneForm):
         self.model, self.others, self.on = base, (augmenting.eval(),), True
         self.config = {"kind": "calm", "connections": [list(pair) for pair in pairs], **names}
         self.config |= {"norm": settings.norm, "rope": settings.rope}
-        base.augmenting = augmenting
+        self.rows = augmenting.get_input_embeddings().num_embeddings  # the anchor's table may have more, of no tokens
         self.connections: dict[str, calm.Connection] = {}
         for place, (reads, layer) in enumerate(pairs, layers + len(augmenting.layers)):
             made = calm.Connection(augmenting.config, base.config, settings, reads, place, base.device)
             decoder.layers[layer].connection = self.connections[f"{reads}-{layer}"] = made
+        base.augmenting = augmenting
         for place, layer in enumerate(augmenting.layers, layers):
             layer.self_attn.layer_idx = place
         self.attentions = [key_value_shape(augmenting.config)] * len(augmenting.layers)
@@ -75,8 +76,11 @@ class Calm(OneForm):
         if not self.on:
             return None
         inputs = {key: kwargs[key] for key in ("input_ids", "position_ids", "use_cache", "layout")}
-        self.others[0](**inputs)
-        augmented, self.states = self.states, {}
+        inputs["input_ids"] = inputs["input_ids"].clamp(max=self.rows - 1)
+        try:
+            self.others[0](**inputs)
+        finally:  # also where memory ran out, so that it is there for another try
+            augmented, self.states = self.states, {}
         return args, kwargs | {"augmented": augmented}
 
     def _keep(self, reads: int, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -98,6 +102,7 @@ class Calm(OneForm):
         for hook in self.hooks:
             hook.remove()
         bare(self.model, self.LAYER)
+        self.others = ()  # another may be loaded in its place
 
     # Its values ------------------------------------------------------------------------------------------------
 
