@@ -92,8 +92,15 @@ class TransformersGenerator:
         self, requests: Sequence[Request], sampling: Sampling | Sequence[Sampling], adapter: Adapter | None
     ) -> Iterator[Completion]:
         """Completions as they finish; requests are taken in their order."""
+        return self._answers(requests, sampling, self._player(adapter))
+
+    def generate_live(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """The same by the policy as it stands, which may have no values."""
+        return self._answers(requests, sampling, nullcontext)
+
+    def _answers(self, requests, sampling, player: Callable[[], AbstractContextManager]) -> Iterator[Completion]:
         asked = with_sampling(requests, sampling, self.max_model_len)
-        stream = self._stream(deque(_Answer(*each) for each in asked), self._player(adapter))
+        stream = self._stream(deque(_Answer(*each) for each in asked), player)
         self._streams.callback(stream.close)
         return stream
 

@@ -64,7 +64,7 @@ class Phases:
                 attention=self.profile.attention,
                 dense_layers=dense_layers,
             )
-            list(generator.generate(requests, sampling, None))
+            list(generator.generate_live(requests, sampling))
         return ledger.usage
 
     def settled(self, optimizer: str) -> TrainState:
