@@ -202,6 +202,9 @@ def test_cells_of_other_augmenting_models(tmp_path, tiny_model, capsys):
         for name in ("none", "own", "small")
     }
     assert noted == {"none": None} | {name: resolve_model(str(augmenting[name])).revision for name in ("own", "small")}
+    assert main([str(cells / "small.0" / "config.yaml"), "--run-dir", str(tmp_path / "alone")]) == 0
+    alone, found = fingerprints(tmp_path / "alone"), fingerprints(cells / "small.0")
+    assert {name: found[name] for name in alone} == alone
 
 
 @pytest.mark.parametrize(
