@@ -123,7 +123,11 @@ def for_run(machine: Machine, config: Config) -> Machine:
         calm.check_vocabulary(machine.renderer.tokenizer, augmenting)
         check_limits(config, augmenting, other)
         shape.max_position_embeddings = min(shape.max_position_embeddings, other.max_position_embeddings)
-    return replace(machine, shape=shape, start=load_start(config, model), augmenting=augmenting)
+    start = load_start(config, model)
+    if start and augmenting:
+        told = {"base_model_name_or_path": start.config["augmenting"], "revision": start.config["augmenting_revision"]}
+        adapters.check_base(expanded(config.adapter.start), told, augmenting.revision, augmenting.name)
+    return replace(machine, shape=shape, start=start, augmenting=augmenting)
 
 
 def load_start(config: Config, model: ResolvedModel) -> Adapter | None:

@@ -454,6 +454,21 @@ def test_both_must_have_one_vocabulary_and_room(two, tmp_path):
         seen(short)
 
 
+def test_a_start_on_another_augmenting_model_is_told(two, tmp_path, caplog):
+    """Refused where the revisions can be compared, else warned of by name, as of another base."""
+    start = tmp_path / "start"
+    composition(two[0], settings_of(two[1])).save_adapter(start)
+    tree = tree_of({"anchor": str(two[0]), "augmenting": str(two[1]), "connections": 2}, adapter={"start": str(start)})
+    look(parse_config(tree))
+    assert "made on" not in caplog.text
+    edited(start, "calm.json", lambda c: c.update(augmenting="some/other", augmenting_revision="0" * 40))
+    look(parse_config(tree))
+    assert f"made on some/other, used on {two[1]}" in caplog.text
+    edited(start, "calm.json", lambda c: c.update(augmenting_revision="0" * 64))
+    with pytest.raises(UserError, match="made on base some/other of revision 000000000000"):
+        look(parse_config(tree))
+
+
 def test_a_run_of_it_is_evaluated_and_told_and_nothing_else(two, tmp_path, capsys, monkeypatch):
     """Chat, eval and report know it; merging, expanding, exporting and publishing refuse it, each in one line."""
     config, run = configured(tmp_path, two[0], "sft", settings_of(two[1])), tmp_path / "run"
