@@ -136,15 +136,14 @@ def opened() -> Iterator[None]:
 
 
 def card(local: int, cards: int) -> int:
-    """The CUDA device of a rank on its machine; a launcher may show each its own alone."""
-    if cards == 1:
-        _, ranks, _, here = launched()
-        if here > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            raise UserError(f"{here} of {ranks} ranks are on this machine, which has 1 card; start one on it")
-        return 0
-    if local >= cards:
-        raise UserError(f"rank {local + 1} of this machine has no card, there are {cards}: --nproc-per-node {cards}")
-    return local
+    """The CUDA device of a rank on its machine; a launcher may show each its own alone.
+
+    All ranks of a machine with too few raise UserError, so that the one who speaks is among them.
+    """
+    here, apart = launched()[3], cards == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if here > cards and not apart:
+        raise UserError(f"{here} ranks were started on this machine, which has {cards} cards: --nproc-per-node {cards}")
+    return 0 if apart else local
 
 
 def alone() -> int:
@@ -167,9 +166,9 @@ def alone() -> int:
 
 
 def speaks() -> bool:
-    """Whether this process says what ended it: the first of all ranks that asks."""
+    """Whether this process says what ended it: the first of all ranks that asks; before they met, of each machine."""
     if _last_word is None:
-        return launched()[0] == 0
+        return launched()[2] == 0
     try:
         return _last_word.add("last word", 1) == 1
     except RuntimeError:  # the launcher is gone
@@ -204,11 +203,8 @@ def gather(where: str, value: T) -> list[T]:
     """
     if _here is None:
         return [value]
-    _here.said += 1
-    try:
+    with _waiting(where):
         said = _exchanged(json.dumps([where, value]).encode())
-    except RuntimeError:  # gloo's: closed by a peer, or time is out
-        raise Lost(_who_is_lost(_here, where)) from None
     names, values = zip(*map(json.loads, said), strict=True)
     if {*names} != {where}:
         places = ", ".join(f"rank {i} at {name!r}" for i, name in enumerate(names))
@@ -229,7 +225,24 @@ def _exchanged(message: bytes) -> list[bytes]:
     return [bytes(each[: int(length)].numpy()) for each, length in zip(found, lengths, strict=True)]
 
 
-def _who_is_lost(here: _Here, where: str) -> str:
+@contextmanager
+def _waiting(where: str) -> Iterator[None]:
+    """Raises Lost where the others do not come to what is done together inside."""
+    if _here is None:
+        yield
+        return
+    import torch
+
+    _here.said += 1
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the backend's: closed by a peer, or time is out
+        raise Lost(_who_is_lost(_here, where, error)) from None
+
+
+def _who_is_lost(here: _Here, where: str, error: RuntimeError) -> str:
     """Ranks that wait in vain say so to the store; who does not is the one."""
     missing = list(range(here.world))
     with suppress(RuntimeError):  # the launcher is gone, its store with it
@@ -238,7 +251,7 @@ def _who_is_lost(here: _Here, where: str) -> str:
         while missing and time.monotonic() < until:
             missing = [r for r in missing if not here.store.check([f"waits {here.said} {r}"])]
             time.sleep(0.05)
-    who = f"rank {', '.join(map(str, missing))} of {here.world}" if missing else "another rank"
+    who = f"rank {', '.join(map(str, missing))} of {here.world}" if missing else f"another rank ({str(error)[:200]})"
     return (
         f"{who} is gone or hangs, it was waited for at {where!r}; everything done is saved. Run the same command again "
         "to go on"
@@ -296,9 +309,11 @@ def add_up(parameters: Sequence[torch.nn.Parameter], mine: Sequence[Sequence[tor
         while stop < len(parameters) and (stop == start or numbers + parameters[stop].numel() <= AT_ONCE):
             numbers, stop = numbers + parameters[stop].numel(), stop + 1
         some = parameters[start:stop]
-        total = _total([_flat(some, gradients[start:stop]) for gradients in mine], some, fixed)
-        *sums, there = total.split([*(p.numel() for p in some), len(some)])
-        for parameter, summed, any_has_it in zip(some, sums, (there > 0).tolist(), strict=True):
+        flat = [_flat(some, gradients[start:stop]) for gradients in mine]
+        with _waiting("the sum of gradients"):
+            *sums, there = _total(flat, some, fixed).split([*(p.numel() for p in some), len(some)])
+            found = (there > 0).tolist()  # a card is waited for here
+        for parameter, summed, any_has_it in zip(some, sums, found, strict=True):
             parameter.grad = summed.view_as(parameter) if any_has_it else None
         start = stop
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in parameters)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ranks import EXIT, together
 
 from spinfast import spread
+from spinfast.errors import UserError
 
 SHARES = 5  # more than ranks, and no multiple of 2, 3 or 4
 
@@ -114,15 +115,47 @@ def dies() -> None:
     spread.gather("the step", None)
 
 
-@pytest.mark.parametrize(("function", "timeout"), [(hangs, 2), (dies, 60)])
-def test_a_rank_that_hangs_or_dies_is_named_within_seconds(function, timeout, tmp_path):
+def dies_before_the_sum() -> None:
+    if spread.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    summed(0)
+
+
+WAITED = [(hangs, 2, "the step"), (dies, 60, "the step"), (dies_before_the_sum, 60, "the sum of gradients")]
+
+
+@pytest.mark.parametrize(("function", "timeout", "where"), WAITED)
+def test_a_rank_that_hangs_or_dies_is_named_within_seconds(function, timeout, where, tmp_path):
     started = time.monotonic()
     codes = together(function, 3, tmp_path / "said", timeout, ending=(0, 2))
     assert time.monotonic() - started < 30
     assert codes == [EXIT, -signal.SIGKILL, EXIT]
     said = (tmp_path / "said").read_text()
-    lost = re.findall(r"Lost: (rank .*) of 3 is gone or hangs, it was waited for at 'the step'", said)
+    lost = re.findall(rf"Lost: (rank .*) of 3 is gone or hangs, it was waited for at '{where}'", said)
     assert lost == ["rank 1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("local", "here", "cards", "visible", "expected"),
+    [(1, 2, 2, None, 1), (3, 4, 2, None, None), (0, 4, 2, None, None), (0, 2, 1, None, None), (1, 2, 1, "1", 0)],
+)
+def test_every_rank_of_a_machine_with_too_few_cards_says_so(monkeypatch, local, here, cards, visible, expected):
+    for name, number in {
+        "RANK": 8 + local,
+        "WORLD_SIZE": 8 + here,
+        "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": here,
+    }.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert spread.speaks() == (local == 0)  # of each machine one
+    if expected is None:
+        with pytest.raises(UserError, match=f"--nproc-per-node {cards}"):
+            spread.card(local, cards)
+    else:
+        assert spread.card(local, cards) == expected
 
 
 @given(items=st.integers(0, 40), fixed=st.integers(0, 9), world=st.integers(1, 6))
