@@ -105,11 +105,12 @@ def scored(
     players = {who: None if adapter is None or adapters.idle(adapter) else adapter for who, adapter in players.items()}
     names = {who: adapter and adapters.fingerprint(adapter) for who, adapter in players.items()}
     alone = [Group(prompt, (answer,)) for side in pairs.values() for prompt, answer in side]
+    machines = sorted({*map(str, spread.gather("machines", machine(policy)))})  # ranks may have other cards, or cores
 
     def prepared(budget: Budget) -> tuple[dict[str, Cut], Keys, dict[str, np.ndarray], dict[str, tuple[str, str]]]:
         """Microbatches by side, the columns' keys, what of them is known, and whose those are that are not."""
         cuts = {side: cut(pairs[side], () if side == "real" else pairs["real"], budget) for side in sides}
-        here = [__version__, *machine(policy), budget.attention, budget.microbatch_tokens, weights]
+        here = [__version__, *machines, budget.attention, budget.microbatch_tokens, weights]
         keys = {
             (who, side): _digest(here, names[who], cuts["real"], cuts[side], sides[side])
             for who in players
