@@ -52,6 +52,11 @@ class Budget:
     shares: int = 0  # into how many a list of groups is dealt; 0: as many as there are ranks
     shrunk: Callable[[int], None] = lambda tokens: None  # told the new microbatch_tokens when memory ran out
 
+    @property
+    def dealt(self) -> int:
+        """Into how many shares a list of groups is dealt."""
+        return self.shares or spread.world()
+
 
 class Steps(Protocol):
     """The groups of every optimizer step, asked for when it is their turn; a resumed run must get the same."""

@@ -106,7 +106,8 @@ def with_reference(
 
     of: "start", the policy as it stands; "base", the model without an adapter; an adapter's directory; or another
     run's reference.parquet. Scored once, in the microbatches of the first epoch, each part that the objective computes
-    for itself. Also returns how many tokens those had, None if it was not the policy as it stands that was scored.
+    for itself. Also returns how many tokens those had, 0 if they were dealt to another number of ranks, None if it was
+    not the policy as it stands that was scored.
     """
     phase, name = ("score heldout", f"heldout_{REFERENCE}") if heldout else ("score", REFERENCE)
     path, adapter = stage.path(name), _fingerprint(run)
@@ -123,7 +124,8 @@ def with_reference(
         objectives.with_reference(group, logps) for group, logps in zip(steps.groups, reference.logps, strict=True)
     ]
     own = reference.adapter == adapter and not of.endswith(".parquet")
-    return steps.of(given), reference.microbatch_tokens if own else None
+    cut = reference.microbatch_tokens if reference.shares == run.budget.dealt else 0
+    return steps.of(given), cut if own else None
 
 
 def _scored(
@@ -137,7 +139,7 @@ def _scored(
         scored = [score(run.policy, part, budget, tick.advance) for part in parts]
     logps = [[logp for sums in of_group for logp in sums] for of_group in zip(*(s for s, _ in scored), strict=True)]
     tokens = min(fitted.microbatch_tokens for _, fitted in scored)
-    return Reference(logps, run.session.machine.model.revision, who, _dtype(run), tokens)
+    return Reference(logps, run.session.machine.model.revision, who, _dtype(run), tokens, run.budget.dealt)
 
 
 def _taken(run: Run, groups: Sequence[Group], path: Path, heldout: bool) -> Reference:

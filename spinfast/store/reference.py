@@ -4,8 +4,9 @@
     tokens         what was scored, as a hash: see `fingerprint`
     length logp    scored tokens, and the sum of their log-probs in nats
 
-The schema's metadata names the model's revision, the adapter's fingerprint (empty: none was on), the compute dtype and
-the microbatch's tokens. Rows are found by their tokens, in any order; what the run asks for must be there.
+The schema's metadata names the model's revision, the adapter's fingerprint (empty: none was on), the compute dtype,
+the microbatch's tokens, and into how many shares groups were dealt. Rows are found by their tokens, in any order; what
+the run asks for must be there.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ SCHEMA = pa.schema(
         ("logp", pa.float64()),
     ]
 )
-FACTS = ("model", "adapter", "dtype", "microbatch_tokens")
+FACTS = ("model", "adapter", "dtype", "microbatch_tokens", "shares")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """logps per group and answer; by whom they were scored, and in microbatches of how many tokens."""
+    """logps per group and answer; by whom they were scored, in microbatches of how many tokens, in how many shares."""
 
     logps: list[list[float]]
     model: str
     adapter: str
     dtype: str
     microbatch_tokens: int
+    shares: int = 1
 
 
 def fingerprint(prompt_ids: Sequence[int], answer: Sequence[int], scored: Sequence[bool] = ()) -> str:
@@ -67,8 +69,9 @@ def read(path: Path, groups: Sequence[Group]) -> Reference:
     try:
         table = pq.read_table(path)
         columns = table.select(["tokens", "logp"]).to_pydict()
-        facts = {name: table.schema.metadata[name.encode()].decode() for name in FACTS}
-        tokens = int(facts.pop("microbatch_tokens"))
+        known = {b"shares": b"1"} | (table.schema.metadata or {})  # other tools deal nothing
+        facts = {name: known[name.encode()].decode() for name in FACTS}
+        numbers = {name: int(facts.pop(name)) for name in ("microbatch_tokens", "shares")}
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"reference {path}: expected a reference.parquet of a run: {' '.join(str(error).split())[:200]}"
@@ -76,8 +79,8 @@ def read(path: Path, groups: Sequence[Group]) -> Reference:
     asked = list(_answers(groups))
     found = columns["logp"]
     if columns["tokens"] != [answer for *_, answer in asked]:  # not this very list of groups
-        known = dict(zip(columns["tokens"], columns["logp"], strict=True))
-        found = [known.get(answer) for *_, answer in asked]
+        by_tokens = dict(zip(columns["tokens"], columns["logp"], strict=True))
+        found = [by_tokens.get(answer) for *_, answer in asked]
     logps: list[list[float]] = [[] for _ in groups]
     for (i, *_), logp in zip(asked, found, strict=True):
         logps[i].append(logp)
@@ -86,7 +89,7 @@ def read(path: Path, groups: Sequence[Group]) -> Reference:
             f"reference {path}: {missing} of {len(groups)} groups are not in it, of {table.num_rows} answers; it must "
             "come from the same model, data, template and limits"
         )
-    return Reference(logps, **facts, microbatch_tokens=tokens)
+    return Reference(logps, **facts, **numbers)
 
 
 def _answers(groups: Sequence[Group]) -> Iterator[tuple[int, int, str]]:
