@@ -16,6 +16,7 @@ from pathlib import Path
 from spinfast import spread
 from spinfast.config import Config
 from spinfast.data import LoadedData, load_data
+from spinfast.errors import UserError
 from spinfast.evaluate.heldout import asked
 from spinfast.evaluate.rewarded import load_rewards, tried
 from spinfast.generation import Generator, prompt_seed
@@ -181,7 +182,10 @@ def prepare(config: Config, machine: Machine, directory: RunDir) -> Ready:
     """Load and check the data, and note in `directory` what the run is made from."""
     with spread.ahead("data"):
         data = load_data(config, machine.renderer)
-    directory.remember(inputs(config, machine, data))
+    made_from = inputs(config, machine, data)
+    if apart := dict(made_from.items() ^ spread.told("inputs", lambda: made_from).items()):
+        raise UserError(f"{min(apart)}: not the same on rank {spread.rank()} as on rank 0; give all machines one")
+    directory.remember(made_from)
     examples = data["data"].examples
     work = loads(config, examples)
     heldout = data["heldout"].examples if "heldout" in data else []

@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,14 @@ class RunDir:
     def trackers(self) -> Trackers:
         """Opened by the first figure there is to show."""
         return Trackers(self.path, self.config.model_dump(mode="json"), self.steps(), self.results())
+
+    def mark(self) -> str:
+        """What its lock holds from now on, by which another rank knows the directory as this one."""
+        mark = uuid.uuid4().hex
+        self._lock.write(mark)
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+        return mark
 
     def remember(self, inputs: dict[str, str]) -> None:
         """Note the fingerprints of model and data; a resumed run must find the same."""
@@ -173,13 +182,14 @@ class RunDir:
 class Followed(RunDir):
     """The directory for a rank that does not write: it finds there what the first rank has written."""
 
-    def __init__(self, path: Path, config: Config):
+    def __init__(self, path: Path, config: Config, mark: str):
         self.path, self.config, self.inputs = path, config, {}
-        if not (path / "config.yaml").exists():
+        if not (path / "lock").exists() or (path / "lock").read_text() != mark:
             raise UserError(
                 f"run directory {path}: rank {spread.rank()} does not see what rank 0 writes there; give a --run-dir "
-                "on a file system that all machines share"
+                "on a file system that all machines share, the same on each"
             )
+        _check_config(path, config)
 
     def close(self) -> None:
         pass
@@ -210,8 +220,8 @@ def open_directory(path: Path, config: Config) -> Iterator[RunDir]:
     One that was begun here goes again where a user's error ends it before anything was computed.
     """
     directory = RunDir(path, config) if spread.first() else None
-    spread.told("the run directory", lambda: None)
-    directory = directory or Followed(path, config)
+    mark = spread.told("the run directory", lambda: directory.mark())
+    directory = directory or Followed(path, config, mark)
     try:
         yield directory
     except (UserError, OSError):
