@@ -1,12 +1,16 @@
 """Whole runs on one, two and four ranks: the same files, to the bit where shares are fixed."""
 
 import json
+import os
 import re
+import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from fixtures import FailingCall
+from ranks import become, free_port
 from safetensors.torch import load_file
 from test_run import train_rows
 from warm import computed, differing
@@ -66,7 +70,7 @@ def test_grpo_on_two_ranks_to_rounding(rollouts):
 
 
 ADAPTERS = {
-    "full": ["adapter={kind: full, target_modules: [q_proj, down_proj]}"],
+    "full": ["adapter={kind: full, target_modules: [q_proj, down_proj]}", "sft.optimizer=adafactor"],
     "merge": ["adapter.init=merge"],
     "lora_xs": ["adapter={kind: lora_xs, r: 4, alpha: 8}"],
     "tiny_lora": ["adapter={kind: tiny_lora, u: 13, tie: all}"],
@@ -97,6 +101,85 @@ def test_a_dry_run_says_what_each_rank_will_do(games):
     assert "of 4 groups a step each takes 2 on average, and 1 of 2 prompts" in said
     assert said.count("settings that are not the defaults") == 1  # rank 0 alone speaks
     assert not (games.directory / "dry").exists()
+
+
+def threads() -> None:
+    """In a rank's process: it has more cores than the other."""
+    torch.set_num_threads(2)
+
+
+def test_ranks_that_compute_otherwise_still_know_what_is_scored(games):
+    """Of 3 cores one rank has 1 and the other 2."""
+    games.play("uneven", 2, "method=[spin]", "spin.iterations=1", hooks={1: threads})
+
+
+def two_words(games, *of_ranks) -> list[int]:
+    """The exit codes of two ranks, for each (run directory, a word of its command line)."""
+    port = free_port()
+    return games.finish(
+        [
+            games.runs.start(name, word, before=partial(become, rank, 2, port, 60))
+            for rank, (name, word) in enumerate(of_ranks)
+        ]
+    )
+
+
+def test_ranks_that_were_started_with_other_words_or_directories_do_not_play(games, two):
+    games.runs.new("here")
+    assert two_words(games, ("here", "seed=1"), ("here", "seed=2"))[1] == 2
+    (line,) = games.said()
+    assert "rank 1: run directory" in line
+    assert "made by another config" in line
+    games.runs.new("here")
+    assert two_words(games, ("here", "method=[sft, spin]"), (two.name, "method=[sft, spin]"))[1] == 2
+    (line,) = games.said()
+    assert "rank 1 does not see what rank 0 writes there" in line
+
+
+def test_ranks_that_find_other_data_do_not_play(games):
+    games.runs.new("here")
+    codes = games.finish(games.start("here", 2, hooks={1: other_data}))
+    assert codes[1] == 2
+    (line,) = games.said()
+    assert "rank 1: data: not the same on rank 1 as on rank 0" in line
+
+
+def other_data() -> None:
+    """In a rank's process: the file is another one on its machine."""
+    from spinfast.methods import run
+
+    load = run.load_data
+    run.load_data = lambda *given: {k: replace(v, fingerprint="other") for k, v in load(*given).items()}
+
+
+def dies_in_training() -> None:
+    """In a rank's process: once the reference is scored."""
+    from spinfast.methods import spin
+
+    spin.fit = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def another_cut() -> None:
+    """In a process: the first loss is compared as one of another cut is."""
+    from spinfast import fit
+
+    check = fit.check_first_loss
+
+    def checked(metrics, expected, dtype, cut, rounding):
+        assert metrics["train/microbatch_tokens"] != cut
+        check(metrics, expected, dtype, cut, rounding)
+
+    fit.check_first_loss = checked
+
+
+def test_a_reference_that_two_ranks_scored_is_gone_on_with_by_one(games):
+    """Other microbatches round otherwise, in 16 bits by more than the first loss may be off from l(0) else."""
+    words = ["method=[spin]", "spin.iterations=1"]
+    directory = games.runs.new("scored")
+    games.finish(games.start("scored", 2, *words, hooks={1: dies_in_training}))
+    assert (directory / "iter_000" / "reference.parquet").exists()
+    code = games.runs.finish(games.runs.start("scored", *words, before=another_cut))
+    assert code == 0, games.runs.output.read_text()[-3000:]
 
 
 def close(mine, other) -> bool:
