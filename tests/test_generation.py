@@ -428,7 +428,10 @@ def test_sample_inverts_the_cdf_of_the_nucleus(vocabulary, spread, temperature, 
     mass_SV = sorted_SV.cumsum(-1)
     clear_S = (top_p == 1) | ((mass_SV - top_p).abs().amin(-1) > 1e-6)  # else fp32 may end the nucleus elsewhere
     size_S1 = (mass_SV < top_p).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
-    floor_S1 = sorted_SV.gather(1, size_S1) * (1 - 1e-5) if top_p < 1 else 0.0
+    last_S1 = sorted_SV.gather(1, size_S1)
+    near_SV = ((probs_SV / last_S1 - 1).abs() < 2e-5) & (probs_SV != last_S1)  # fp32 may not tell them from the last
+    clear_S &= (top_p == 1) | ~near_SV.any(-1)
+    floor_S1 = last_S1 * (1 - 1e-5) if top_p < 1 else 0.0
     kept_SV = probs_SV.where(probs_SV >= floor_S1, 0.0)
     kept_SV /= kept_SV.sum(-1, keepdim=True)
     high_S, width_S = (x.gather(1, token_S[:, None])[clear_S, 0] for x in (kept_SV.cumsum(-1), kept_SV))

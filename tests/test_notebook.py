@@ -108,6 +108,7 @@ def test_every_cell_runs(tiny_model, tmp_path, monkeypatch, capsys, backends, pi
         "REPOSITORY": "",
         "REQUIREMENTS": "",
         "ENVIRONMENT": "",
+        "CARDS": 1,
         "CONFIG": str(write_config(tmp_path, tiny_model("qwen2"))),
         "OVERRIDES": ["spin.iterations=1", "evaluate.pairs=0"],
         "RUN": str(tmp_path / "run"),

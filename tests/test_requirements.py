@@ -35,7 +35,7 @@ def test_lock_satisfies_the_package_and_its_extras(name, project):
     if name == "colab":
         locked = pins(ROOT / "requirements" / "colab-runtime.txt") | locked
     extras = project["optional-dependencies"]
-    others = ("track", "llama")  # services, and a runtime of its own
+    others = ("track", "llama", "ray")  # services, runtimes of their own
     wanted = project["dependencies"] + [line for extra in extras if extra not in others for line in extras[extra]]
     for requirement in map(Requirement, wanted):
         if requirement.name in ABSENT[name]:

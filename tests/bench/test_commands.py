@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,9 +66,9 @@ def config(tmp_path):
     return path
 
 
-def test_every_entry_is_tested_here():
-    names = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    assert {*table.COMMANDS} <= names
+def test_every_entry_is_tested_here_or_in_a_file_of_its_name():
+    names = [*globals(), *(path.stem for path in Path(__file__).parent.glob("test_*.py"))]
+    assert {*table.COMMANDS} <= {name.removeprefix("test_") for name in names if name.startswith("test_")}
 
 
 @pytest.mark.slow
@@ -83,7 +84,7 @@ def test_a_studys_session_holds_on_to_nothing(command):
     assert row["cells"] == 10
     assert row["tensors"]["10"] == row["tensors"]["5"] > 0
     assert row["tensors_mib"]["10"] == row["tensors_mib"]["5"]
-    assert row["objects"]["10"] < 1.01 * row["objects"]["5"]
+    assert row["objects"]["10"] - row["objects"]["5"] < 5 * 20  # a cell's figures stay known
 
 
 def test_scale(command):

@@ -1,24 +1,15 @@
-"""A study's adapters in one engine: the answers are those of each alone, and another's adapter does not pass."""
+"""A study's adapters in one engine: the answers are those of each alone (test_vllm.py: another's does not pass)."""
 
 import csv
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
 import yaml
 from fixtures import tiny_model_dir
 from test_run import write_config
-
-from spinfast.packing import pack
-from spinfast.policy.adapters import files as adapters
-from spinfast.studies.outcomes import Problems
-from spinfast.studies.together import BASE, check_applied
-from spinfast.train import batch_sequence_logps
 
 TASKS = {"plus": ("What is {} plus {}?", int.__add__), "times": ("Say {} times {} now.", int.__mul__)}
 
@@ -89,32 +80,3 @@ def test_each_adapter_lifts_its_own_task_also_where_all_answer_together(tmp_path
     assert "40 of 40 verdicts" in play(tmp_path)  # what is there is not asked again
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "lift.csv").exists()
-
-
-def test_another_cells_adapter_does_not_pass(generator, policy, trained_adapter, groups, tmp_path):
-    tensors = {n: t * (-1 if ".lora_B." in n else 1) for n, t in trained_adapter.tensors.items()}
-    each = {"own": trained_adapter, "other": replace(trained_adapter, tensors=tensors)}
-    paths, probe = {BASE: None}, Problems("set", groups, groups, [], [], 4, str)
-
-    def worked():
-        sums = batch_sequence_logps(policy, pack(groups, range(len(groups)), "sdpa")).tolist()
-        return {"set/worked": [total / group.lengths[0] for total, group in zip(sums, groups, strict=True)]}
-
-    measured = {}
-    with policy.without_adapter():
-        measured[BASE] = worked()
-    for name, adapter in each.items():
-        adapters.save(adapter, tmp_path / name)
-        paths[name] = tmp_path / name
-        with policy.playing(adapter):
-            measured[name] = worked()
-    names = [*paths]
-    check_applied(generator, [probe], names, paths, measured, torch.float32)
-    swapped = paths | {"own": paths["other"], "other": paths["own"]}
-    with pytest.raises(RuntimeError, match="does not answer as own"):
-        check_applied(generator, [probe], names, swapped, measured, torch.float32)
-    with pytest.raises(RuntimeError, match="does not answer as own"):
-        check_applied(generator, [probe], names, paths | {"own": None}, measured, torch.float32)
-    moved = measured | {"own": {"set/worked": [value + 1e-4 for value in measured[BASE]["set/worked"]]}}
-    with pytest.raises(RuntimeError, match="as the base for own"):
-        check_applied(generator, [probe], names, paths | {"own": None}, moved, torch.float32)

@@ -17,7 +17,9 @@ from spinfast.generation.weight_sharing import verify
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.checksum import checksum
-from spinfast.train import answer_logps
+from spinfast.studies.outcomes import Problems
+from spinfast.studies.together import BASE, check_applied
+from spinfast.train import answer_logps, batch_sequence_logps
 from spinfast.types import Group, Request, Sampling
 
 
@@ -457,6 +459,35 @@ def test_adapter_of_unknown_modules_is_refused(generator, policy, prompts):
     with pytest.raises(UserError, match="no slot for 30 of its modules"):
         list(generator.generate(requests, sampling, replace(adapter, tensors=renamed)))
     assert answers(generator, requests[:1], sampling, adapter)
+
+
+def test_another_cells_adapter_does_not_pass(generator, policy, trained_adapter, groups, tmp_path):
+    tensors = {n: t * (-1 if ".lora_B." in n else 1) for n, t in trained_adapter.tensors.items()}
+    each = {"own": trained_adapter, "other": replace(trained_adapter, tensors=tensors)}
+    paths, probe = {BASE: None}, Problems("set", groups, groups, [], [], 4, str)
+
+    def worked():
+        sums = batch_sequence_logps(policy, pack(groups, range(len(groups)), "sdpa")).tolist()
+        return {"set/worked": [total / group.lengths[0] for total, group in zip(sums, groups, strict=True)]}
+
+    measured = {}
+    with policy.without_adapter():
+        measured[BASE] = worked()
+    for name, adapter in each.items():
+        adapters.save(adapter, tmp_path / name)
+        paths[name] = tmp_path / name
+        with policy.playing(adapter):
+            measured[name] = worked()
+    names = [*paths]
+    check_applied(generator, [probe], names, paths, measured, torch.float32)
+    swapped = paths | {"own": paths["other"], "other": paths["own"]}
+    with pytest.raises(RuntimeError, match="does not answer as own"):
+        check_applied(generator, [probe], names, swapped, measured, torch.float32)
+    with pytest.raises(RuntimeError, match="does not answer as own"):
+        check_applied(generator, [probe], names, paths | {"own": None}, measured, torch.float32)
+    moved = measured | {"own": {"set/worked": [value + 1e-4 for value in measured[BASE]["set/worked"]]}}
+    with pytest.raises(RuntimeError, match="as the base for own"):
+        check_applied(generator, [probe], names, paths | {"own": None}, moved, torch.float32)
 
 
 def test_starting_the_engine_leaves_no_traces(generator):
