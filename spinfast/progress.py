@@ -54,10 +54,8 @@ class Display:
     @contextmanager
     def logged(self, path: Path) -> Iterator[None]:
         """Inside the block the spinfast logger speaks on this console and, with what libraries warn of, to `path`."""
-        file, loggers = (
-            LogFile(path if spread.first() else Path(os.devnull)),
-            (logging.root, log),
-        )  # to the root goes what libraries warn of
+        file = LogFile(path if spread.first() else Path(os.devnull))
+        loggers = (logging.root, log)  # to the root goes what libraries warn of
         before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
         try:
             for logger in loggers:

@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def scored(
     alone = [Group(prompt, (answer,)) for side in pairs.values() for prompt, answer in side]
     machines = sorted({*map(str, spread.gather("machines", machine(policy)))})  # ranks may have other cards, or cores
 
+    @cache
     def prepared(budget: Budget) -> tuple[dict[str, Cut], Keys, dict[str, np.ndarray], dict[str, tuple[str, str]]]:
         """Microbatches by side, the columns' keys, what of them is known, and whose those are that are not."""
         cuts = {side: cut(pairs[side], () if side == "real" else pairs["real"], budget) for side in sides}

@@ -5,14 +5,13 @@ An adapter's own task is the set of items that one of its levels is named as.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from spinfast.studies import tables
 from spinfast.studies.design import Cell
 from spinfast.studies.outcomes import UNITS, Readings
 from spinfast.studies.scores import effects_of
@@ -99,10 +98,9 @@ def sentences(found: Sequence[Lift]) -> list[str]:
 
 
 def to_csv(found: Sequence[Lift]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["reading", "task", "setting", "own", "base", "lift", "ci_low", "ci_high"])
+    rows = []
     for lift in found:
-        bounds = ["" if math.isnan(bound) else bound for bound in (lift.low, lift.high)]
-        writer.writerow([lift.reading, lift.task, lift.setting, int(lift.own), lift.base, lift.lift, *bounds])
-    return text.getvalue()
+        low, high = ("" if math.isnan(bound) else bound for bound in (lift.low, lift.high))
+        named = {"reading": lift.reading, "task": lift.task, "setting": lift.setting, "own": int(lift.own)}
+        rows.append(named | {"base": lift.base, "lift": lift.lift, "ci_low": low, "ci_high": high})
+    return tables.to_csv(rows)

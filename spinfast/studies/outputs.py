@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -155,11 +153,7 @@ def scores_csv(found: Found, rated: Sequence[Rated]) -> str:
                 **score.changes,
             }
         )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*rows, *({"text" if rated else "setting": name, "seeds": 0} for name in found.failed)])
-    return text.getvalue()
+    return tables.to_csv([*rows, *({"text" if rated else "setting": name, "seeds": 0} for name in found.failed)])
 
 
 def runs(cells: Sequence[Cell], measured: Mapping[str, Readings], base: Readings) -> list[dict]:

@@ -1,8 +1,10 @@
-"""A study's tables as HTML and as Markdown: headings and rows of texts, those that stand out as `Strong`."""
+"""A study's tables as HTML and Markdown: headings and rows of texts, those that stand out as `Strong`; rows as CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from html import escape
 
 
@@ -28,6 +30,15 @@ def html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def to_csv(rows: Sequence[Mapping]) -> str:
+    """The first row has all columns; what another lacks is empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _marked(text: str, cell: str, before: str, after: str) -> str:

@@ -2,8 +2,8 @@
 # environment.sh NAME [TORCH]: prints the python of an environment that holds exactly requirements/NAME.lock, made if
 # there is none yet. It stands outside the tree under the lock's hash (SETS, by default ~/.cache/spinfast/sets): a changed
 # lock is another environment, and what an interrupted install left is thrown away. PYTHON312, for colab PYTHON313: the
-# interpreter to make it with. colab.lock comes on top of what Colab brings in those versions, as far as spinfast meets
-# it, and the tests' own. With TORCH: an environment of links to it, that torch's wheel alone in place of the set's (of the same CUDA), and
+# interpreter to make it with. colab.lock comes on top of what Colab brings of what spinfast needs, in Colab's versions.
+# With TORCH: an environment of links to it, that torch's wheel alone in place of the set's (of the same CUDA), and
 # without what is compiled for the set's torch.
 set -euo pipefail
 lock="$(dirname "$0")/../../requirements/$1.lock"

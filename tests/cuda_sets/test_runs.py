@@ -1,7 +1,7 @@
 """Whole runs on a card of shapes: each method with each kind of adapter, from the weights' files to the saved stages.
 
-The policy's own module answers. Whatever the host reads of the card is 4 ln 2: summed over a step's
-four groups, the first loss of a game of pairs.
+The policy's own module answers. Whatever the host reads of the card is 4 ln 2: summed over the four
+groups of a step, the first loss of a game of pairs.
 """
 
 import math
