@@ -43,7 +43,7 @@ TARGETS = [  # device, method, peer, what, target; the row's field and whether m
 ]  # fmt: skip
 KERNELS = ("kernels/spinfast_kernels", "spinfast/ops.py")
 STEP = (*KERNELS, "spinfast/attention.py", "spinfast/objectives", "spinfast/packing.py", "spinfast/policy",
-        "spinfast/sums.py", "spinfast/train.py")  # fmt: skip
+        "spinfast/scoring.py", "spinfast/sums.py", "spinfast/train.py")  # fmt: skip
 MEASURED = {  # benchmark -> the files that its rows describe
     "export": ("spinfast/weights/gguf.py", "spinfast/weights/gguf_types.py"),
     "generation": (*KERNELS, "spinfast/attention.py", "spinfast/generation", "spinfast/policy"),

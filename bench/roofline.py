@@ -24,7 +24,7 @@ from bench import rows, shapes
 from bench.peers.spinfast_loop import budget_of, steps_of
 from bench.peers.watch import Watch, now
 from bench.peers.work import Work
-from spinfast.train import batches
+from spinfast.scoring import batches
 from spinfast.types import PackedBatch
 
 RANK, VOCAB_BLOCK = 16, 4096

@@ -16,9 +16,10 @@ from spinfast.evaluate import learning
 from spinfast.evaluate.advice import on_the_way
 from spinfast.interrupt import Stopped, finishing_steps, stop_if_asked
 from spinfast.objectives import Objective
+from spinfast.steps import Steps
 from spinfast.store import checkpoint, failed_step, files
 from spinfast.store.record import Stage
-from spinfast.train import NonFinite, Steps, start_training, train
+from spinfast.train import NonFinite, start_training, train
 from spinfast.watch import Watch, best_adapter
 
 log = logging.getLogger("spinfast")

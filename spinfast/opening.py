@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from spinfast.errors import UserError
 
 if TYPE_CHECKING:
+    from spinfast.scoring import Budget
     from spinfast.session import Session
-    from spinfast.train import Budget
     from spinfast.types import Adapter
 
 log = logging.getLogger("spinfast")
@@ -117,8 +117,8 @@ def open_played(
     from spinfast.models import resolve_model
     from spinfast.policy.adapters import files as adapters
     from spinfast.policy.calm import augmenting_of
+    from spinfast.scoring import Budget
     from spinfast.session import look, open_session
-    from spinfast.train import Budget
 
     model = resolve_model(found["model"], found["revision"])
     loaded = [adapters.uniform(adapters.load(path, model.revision, name=model.name)) for path in paths]

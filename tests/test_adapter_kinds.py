@@ -30,7 +30,7 @@ from spinfast.policy.adapters import tiny_lora
 from spinfast.policy.transformers import load_policy
 from spinfast.progress import Tick
 from spinfast.run import main
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Request, Sampling
 
 XS = sections.LoraXs(kind="lora_xs", r=4, alpha=8)

@@ -19,7 +19,7 @@ from spinfast.errors import UserError
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
-from spinfast.train import Budget, sequence_logps
+from spinfast.scoring import Budget, sequence_logps
 from spinfast.types import Group
 
 TEXT = Group(tuple(range(5, 45)), (tuple(range(60, 80)), tuple(range(200, 240))))

@@ -15,7 +15,7 @@ from spinfast_kernels import cpu_attention
 
 from spinfast.attention import _gathered, _ungathered, packed_attention
 from spinfast.packing import pack
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 
 ARCHITECTURES = ["qwen2", "llama", "qwen3"]
 

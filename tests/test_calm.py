@@ -29,8 +29,8 @@ from spinfast.policy import calm
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
+from spinfast.scoring import Budget, answer_logps, token_logps
 from spinfast.session import look
-from spinfast.train import Budget, answer_logps, token_logps
 from spinfast.types import Group, Request, Sampling
 
 TABLE = ops.choose("auto", "cpu")[0]

@@ -25,7 +25,7 @@ from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
 from spinfast.run import main
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Adapter, Completion, Group, Request, Sampling
 
 CPU = torch.device("cpu")

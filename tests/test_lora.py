@@ -15,7 +15,7 @@ from spinfast.generation.canary import amplified
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 
 CASES = {
     "rslora": {"use_rslora": True},

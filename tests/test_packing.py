@@ -17,7 +17,9 @@ from spinfast.config import Spin
 from spinfast.errors import UserError
 from spinfast.objectives import REFERENCE, Nll, Pairwise
 from spinfast.packing import bins, on_common_prefix, pack, packed_length
-from spinfast.train import Budget, Epochs, logps_in_cut, score, start_training, train, train_step
+from spinfast.scoring import Budget, logps_in_cut, score
+from spinfast.steps import Epochs
+from spinfast.train import start_training, train, train_step
 from spinfast.types import Group
 
 LONGEST = 24 * 3

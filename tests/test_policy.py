@@ -18,7 +18,8 @@ from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.checksum import checksum
 from spinfast.policy.transformers import TransformersPolicy, load_base
-from spinfast.train import Budget, answer_logps, batch_sequence_logps, start_training, train_step
+from spinfast.scoring import Budget, answer_logps, batch_sequence_logps
+from spinfast.train import start_training, train_step
 from spinfast.types import Adapter, Group, PackedBatch
 
 PACKAGE = Path(spinfast.__file__).parent

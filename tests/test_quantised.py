@@ -20,7 +20,7 @@ from spinfast.objectives import Pairwise
 from spinfast.packing import pack
 from spinfast.policy.quantised import dense, states
 from spinfast.policy.transformers import load_base, load_policy
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Request, Sampling
 
 pytest.importorskip("bitsandbytes")

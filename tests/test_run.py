@@ -13,7 +13,7 @@ from fixtures import FailingCall
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from spinfast import ops, train
+from spinfast import ops, scoring, train
 from spinfast.config import load_config
 from spinfast.data.pairs import read_pairs
 from spinfast.device import profile
@@ -21,8 +21,8 @@ from spinfast.fit import check_first_loss
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import load_policy
 from spinfast.run import main
+from spinfast.scoring import Budget, sequence_logps
 from spinfast.store import files
-from spinfast.train import Budget, sequence_logps
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"
 
@@ -221,8 +221,9 @@ if __name__ == "__main__":
 
 def run_out_of_memory(monkeypatch, *, training: bool, call: int):
     """The given forward of training, or of scoring, finds no memory."""
-    failing = FailingCall(train.answer_logps, call, lambda: torch.is_grad_enabled() == training)
-    monkeypatch.setattr(train, "answer_logps", failing)
+    where = train if training else scoring
+    failing = FailingCall(where.answer_logps, call, lambda: torch.is_grad_enabled() == training)
+    monkeypatch.setattr(where, "answer_logps", failing)
 
 
 SMALL = {"max_prompt_tokens": 64, "max_answer_tokens": 32}  # so that half of 256 tokens holds any pair

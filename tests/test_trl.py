@@ -35,7 +35,8 @@ from spinfast.ops import choose
 from spinfast.policy.adapters import Lora
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy, load_base
-from spinfast.train import Budget, sequence_logps, start_training, token_logps, train_step
+from spinfast.scoring import Budget, sequence_logps, token_logps
+from spinfast.train import start_training, train_step
 from spinfast.types import Group
 
 VALUES = Path(__file__).parent / "trl" / "values"

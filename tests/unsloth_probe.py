@@ -20,7 +20,7 @@ from spinfast.device import profile
 from spinfast.ops import EAGER
 from spinfast.packing import pack
 from spinfast.policy.transformers import load_base, load_policy
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Adapter, Group
 
 GROUPS = [

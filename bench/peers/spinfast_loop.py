@@ -17,7 +17,9 @@ from spinfast.objectives import Nll, Objective, Pairwise, Preference, Surrogate,
 from spinfast.packing import packed_length
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.transformers import TransformersPolicy
-from spinfast.train import Budget, Epochs, score, start_training, train
+from spinfast.scoring import Budget, score
+from spinfast.steps import Epochs
+from spinfast.train import start_training, train
 from spinfast.types import Completion, Group, Request, Sampling
 
 

@@ -119,7 +119,7 @@ def open_engine(arguments: argparse.Namespace) -> Iterator[Engine]:
     """What a benchmark needs of the model, for the duration of the block."""
     from spinfast.evaluate.benchmark import Engine
     from spinfast.policy.adapters import files as adapters
-    from spinfast.train import sequence_logps
+    from spinfast.scoring import sequence_logps
 
     paths = [adapters.find(files.expanded(str(arguments.adapter)))] if arguments.adapter else []
     found = settings(arguments, *paths)

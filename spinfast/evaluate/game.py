@@ -40,8 +40,8 @@ from spinfast.packing import on_common_prefix, packed_length
 from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Tick
+from spinfast.scoring import Budget, logps_in_cut, with_room, within_memory
 from spinfast.store import files
-from spinfast.train import Budget, logps_in_cut, with_room, within_memory
 from spinfast.types import Adapter, Completion, Example, Group
 
 log = logging.getLogger("spinfast")

@@ -25,9 +25,9 @@ from spinfast.evaluate.statistics import estimate
 from spinfast.generation import prompt_seed
 from spinfast.interrupt import stop_if_asked
 from spinfast.objectives import Pairwise, Preference, Unpaired
+from spinfast.scoring import as_step, sequence_logps
 from spinfast.store import files
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import as_step, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 
 log = logging.getLogger("spinfast")

@@ -23,7 +23,7 @@ import torch
 from spinfast.packing import pack
 from spinfast.policy import Policy
 from spinfast.policy.adapters.files import idle, linear
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Adapter, Group
 
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}

@@ -24,7 +24,8 @@ from spinfast.ops import Ops
 from spinfast.packing import pack, packed_length
 from spinfast.policy import Policy
 from spinfast.policy.transformers import TransformersPolicy, load_policy
-from spinfast.train import Budget, TrainState, batch_sequence_logps, start_training, train_step
+from spinfast.scoring import Budget, batch_sequence_logps
+from spinfast.train import TrainState, start_training, train_step
 from spinfast.types import Group, Request, Sampling
 
 CUDA_BLOCK = 512  # the caching allocator rounds every request up to this

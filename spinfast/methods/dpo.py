@@ -21,9 +21,9 @@ from spinfast.memory.planner import Load, limits, steps
 from spinfast.methods.phases import check_unmerged, conclude, epochs, watching, with_reference
 from spinfast.methods.run import Run
 from spinfast.objectives import DESIRABLE, Preference, Unpaired
+from spinfast.steps import Epochs
 from spinfast.store import files
 from spinfast.store.record import Stage
-from spinfast.train import Epochs
 from spinfast.types import Example, Group
 
 log = logging.getLogger("spinfast")

@@ -22,11 +22,12 @@ from spinfast.methods.run import Run
 from spinfast.objectives import Nll, Objective, Pairwise, Preference, Unpaired
 from spinfast.policy.adapters import files as adapters
 from spinfast.report.card import write_card
+from spinfast.scoring import as_step, score, with_room
+from spinfast.steps import Epochs
 from spinfast.store import checkpoint, files
 from spinfast.store import reference as references
 from spinfast.store.record import Stage
 from spinfast.store.reference import Reference
-from spinfast.train import Epochs, as_step, score, with_room
 from spinfast.types import Adapter, Completion, Example, Group, Request, Sampling
 from spinfast.watch import Figures, Losses, Watch, loss_figures
 

@@ -26,10 +26,10 @@ from spinfast.policy import Policy
 from spinfast.policy.adapters import files as adapters
 from spinfast.progress import Display
 from spinfast.rewards import Rewards
+from spinfast.scoring import Budget
 from spinfast.session import Machine, Session, check_rows, choose_backend, look, open_session, plan_steps
 from spinfast.store import files, room
 from spinfast.store.record import RunDir, Stage
-from spinfast.train import Budget
 from spinfast.types import Adapter, Completion, Example, Request, Sampling
 from spinfast.weights.spectrum import LISTS
 

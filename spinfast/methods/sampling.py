@@ -19,10 +19,10 @@ from spinfast.methods.run import Run
 from spinfast.objectives import ACTIVE, ADVANTAGE, OLD_LOGPS, REFERENCE, SAMPLER_LOGPS, Surrogate
 from spinfast.policy.adapters import files as adapters
 from spinfast.rewards import ConstantWatch, Scores, TrainerState
+from spinfast.scoring import token_logps
 from spinfast.store import rollouts
 from spinfast.store.record import Stage
 from spinfast.store.rollouts import Rollout, by_group
-from spinfast.train import token_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request
 
 log = logging.getLogger("spinfast")

@@ -19,17 +19,9 @@ from spinfast.config import parse_config
 from spinfast.errors import UserError
 from spinfast.objectives import Objective, described, restored
 from spinfast.policy.adapters import files as adapters
+from spinfast.scoring import Budget, batch_sequence_logps, batches, sequence_logps
 from spinfast.store import files
-from spinfast.train import (
-    Budget,
-    NonFinite,
-    accumulate,
-    batch_sequence_logps,
-    batches,
-    combined,
-    sequence_logps,
-    start_training,
-)
+from spinfast.train import NonFinite, accumulate, combined, start_training
 from spinfast.types import Group
 
 STEP = "step.json"

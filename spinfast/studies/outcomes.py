@@ -32,9 +32,9 @@ from spinfast.evaluate.answers import same_math
 from spinfast.evaluate.references import STRICT, score
 from spinfast.evaluate.tasks import find_task, load_rows
 from spinfast.generation import prompt_seed
+from spinfast.scoring import Budget, sequence_logps
 from spinfast.session import Session
 from spinfast.studies.design import Items
-from spinfast.train import Budget, sequence_logps
 from spinfast.types import Adapter, Completion, Example, Group, Request
 
 log = logging.getLogger("spinfast")

@@ -32,6 +32,7 @@ from spinfast.memory.planner import StepPlan
 from spinfast.methods import play as play_methods
 from spinfast.methods.run import inputs, prepare
 from spinfast.progress import Display, Lines
+from spinfast.scoring import Budget
 from spinfast.session import Machine, Session, for_run, look, open_session
 from spinfast.store import files
 from spinfast.store.record import RunDir, check_inputs
@@ -42,7 +43,6 @@ from spinfast.studies.outcomes import Player, Probe, Readings, Told, digest
 from spinfast.studies.samples import encode, take
 from spinfast.studies.scores import ranking
 from spinfast.studies.texts import read_texts
-from spinfast.train import Budget
 from spinfast.types import Group
 
 log = logging.getLogger("spinfast")

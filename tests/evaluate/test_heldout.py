@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_methods import configured, opened
 from test_run import SMALL, fingerprints, play
 
-from spinfast import methods, train
+from spinfast import methods, scoring
 from spinfast.config import Data, Source
 from spinfast.data import load_data
 from spinfast.evaluate import heldout
@@ -93,7 +93,7 @@ def test_prompts_alone_are_answered_and_compared_and_no_likelihood_is_taken(tmp_
 @pytest.mark.parametrize("fails_at", range(1, 7))
 def test_who_is_compared_is_scored_in_one_cut(tmp_path, tiny_model, monkeypatch, fails_at):
     """Memory runs out at any forward; a policy that did not move (lr 0) has its opponent's log-probs, bit for bit."""
-    monkeypatch.setattr(train, "batch_sequence_logps", FailingCall(train.batch_sequence_logps, fails_at))
+    monkeypatch.setattr(scoring, "batch_sequence_logps", FailingCall(scoring.batch_sequence_logps, fails_at))
     settings = {"spin": {"lr": 0.0, "iterations": 1}, "prompt": SMALL}
     run_dir = play(tmp_path, tiny_model("llama"), **settings)
     log = (run_dir / "log.txt").read_text()

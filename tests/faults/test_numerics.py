@@ -11,13 +11,14 @@ from packed_cases import tiny_policy
 from test_grpo import grpo_config
 from test_run import play, train_rows, write_config
 
-from spinfast import fit, train
+from spinfast import fit, scoring, train
 from spinfast.generation.transformers import TransformersGenerator
 from spinfast.objectives import Nll, Pairwise, Surrogate
 from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
+from spinfast.scoring import Budget
 from spinfast.store import files, rollouts
-from spinfast.train import Budget, start_training, train_step
+from spinfast.train import start_training, train_step
 from spinfast.types import Group
 
 pytestmark = pytest.mark.faults
@@ -229,8 +230,8 @@ def test_an_adapter_that_is_not_finite_is_no_result(tmp_path, model, monkeypatch
 def test_memory_runs_out_while_scoring_and_evaluating(tmp_path, model, monkeypatch, fails_at):
     """Every forward that scores, the opponent's pairs and held-out ones, is made again of smaller microbatches."""
     plain = play(tmp_path, model, name="plain", spin={"iterations": 1}, evaluate={"problems": 1})
-    failing = FailingCall(train.batch_sequence_logps, fails_at)
-    monkeypatch.setattr(train, "batch_sequence_logps", failing)
+    failing = FailingCall(scoring.batch_sequence_logps, fails_at)
+    monkeypatch.setattr(scoring, "batch_sequence_logps", failing)
     starved = play(tmp_path, model, name="starved", spin={"iterations": 1}, evaluate={"problems": 1})
     assert failing.calls >= fails_at
     mine, other = (
@@ -342,7 +343,8 @@ def test_memory_runs_out_in_a_grpo_run(tmp_path, model, monkeypatch, fails_at):
     code, plain = grpo_play(tmp_path / "plain", model, grpo, train={"microbatch_tokens": 512})
     assert code == 0
     failing = FailingCall(train.answer_logps, fails_at)
-    monkeypatch.setattr(train, "answer_logps", failing)
+    for module in (scoring, train):
+        monkeypatch.setattr(module, "answer_logps", failing)
     code, starved = grpo_play(tmp_path, model, grpo, train={"microbatch_tokens": 512})
     assert code == 0
     assert failing.calls > fails_at

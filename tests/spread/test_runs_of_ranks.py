@@ -202,14 +202,14 @@ def close(mine, other) -> bool:
 
 def out_of_memory(at: int | None) -> None:
     """In a rank's process: the forward number `at`, or every one, finds no memory."""
-    from spinfast import train
+    from spinfast import scoring, train
 
     if at is None:
 
         def never(*_args, **_keys):
             raise torch.OutOfMemoryError("injected")
 
-        train.answer_logps = never
+        scoring.answer_logps = train.answer_logps = never
         return
     train.answer_logps = FailingCall(train.answer_logps, at, torch.is_grad_enabled)
 
