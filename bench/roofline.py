@@ -81,10 +81,11 @@ def bandwidth_gbs(device: str, mib: int = 512) -> float:
 
 
 def seconds(call, device: str, least: float = 0.15) -> float:
-    """Median time of a call, after a warm-up, over at least five calls that take `least` seconds."""
+    """Median time of a call, after a warm-up, over at least five calls and `least` seconds."""
     samples: list[float] = []
     call()
-    while len(samples) < 5 or sum(samples) < least:
+    end = now(device) + least
+    while len(samples) < 5 or now(device) < end:
         start = now(device)
         call()
         samples.append(now(device) - start)

@@ -1,5 +1,6 @@
 """A row's birth certificate: the tree counts as changed by a change of code, not by the rows written before it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,22 +29,22 @@ def repository(tmp_path):
     return tmp_path
 
 
-def certificate(repository, field: str, **environment: str) -> str:
-    code = f"from bench import rows; print(rows.certificate()[{field!r}])"
+def certificate(repository, **environment: str) -> dict:
+    code = "import json; from bench import rows; print(json.dumps(rows.certificate()))"
     path = os.pathsep.join([str(repository), *sys.path])
     env = os.environ | {"PYTHONPATH": path} | environment
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=repository, env=env, text=True, capture_output=True, check=True)
-    return done.stdout.strip()
+    return json.loads(done.stdout)
 
 
 def test_rows_do_not_make_the_tree_dirty_but_code_does(repository):
     with (repository / "bench" / "results" / "kernels.jsonl").open("a") as file:
         file.write("{}\n")
-    assert certificate(repository, "dirty") == "False"
+    assert certificate(repository)["dirty"] is False
     with (repository / "bench" / "rows.py").open("a") as file:
         file.write("# changed\n")
-    assert certificate(repository, "dirty") == "True"
+    assert certificate(repository)["dirty"] is True
 
 
 @pytest.mark.parametrize("missing", ["history", "program"])
@@ -51,8 +52,8 @@ def test_without_git_nobody_knows_the_tree_unless_its_commit_was_carried(reposit
     environment = {"PATH": ""} if missing == "program" else {}
     if missing == "history":
         shutil.rmtree(repository / ".git")
-    assert certificate(repository, "commit", **environment) == "unknown"
-    assert certificate(repository, "dirty", **environment) == "None"
+    found = certificate(repository, **environment)
+    assert (found["commit"], found["dirty"]) == ("unknown", None)
     environment["BENCH_COMMIT"] = "0123456789abcdef"
-    assert certificate(repository, "commit", **environment) == "0123456789ab"
-    assert certificate(repository, "dirty", **environment) == "False"
+    found = certificate(repository, **environment)
+    assert (found["commit"], found["dirty"]) == ("0123456789ab", False)
