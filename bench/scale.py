@@ -1,6 +1,6 @@
 """One run on one rank and on two, a core and a thread each: what each phase gains, what goes over the wire.
 
-    python -m bench scale [--size 128] [--tokens 40] [--config CONFIG.yaml]
+    python -m bench scale [--size 128] [--tokens 40] [--per-step 32] [--config CONFIG.yaml]
     python -m bench scale --predict
 
 A run of SmolLM2-135M (a round of self-play) is played by N ranks; seconds are its phases', so that starting does not
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--size", type=int, default=128, help="problems")
     parser.add_argument("--tokens", type=int, default=40, help="of an answer, at the most")
+    parser.add_argument("--per-step", type=int, default=32, help="pairs; full microbatches on both ranks")
     parser.add_argument("--predict", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.predict:
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
             rows.write("scale", prediction(cards))
         return 0
     words = [f"data.size={arguments.size}", f"generation.max_tokens={arguments.tokens}", "spin.iterations=1"]
+    words += [f"spin.groups_per_step={arguments.per_step}"]
     words += ["heldout=null", "evaluate.problems=0", "evaluate.pairs=0"]
     command = [str(arguments.config), *words]
     with tempfile.TemporaryDirectory(prefix="spinfast-scale-") as scratch:
@@ -126,7 +128,7 @@ def measured(ranks: int, command: list[str], scratch: Path) -> dict:
         **{f"{phase}_s": seconds[phase] for phase in PHASES},
         "generated_tokens_per_s": round(written / seconds["generate"], 1),
         "trained_tokens_per_s": round(packed * config.spin.epochs / seconds["train"], 1),
-        "steps": steps, "largest_share": round(largest_share(groups, config, ranks), 4),
+        "steps": steps, "groups_per_step": config.spin.groups_per_step, "largest_share": round(largest_share(groups, config, ranks), 4),
         "wire_bytes_per_step": round((counted["train"] - counted["score"]) / steps),
         "computed_bytes_per_step": ring_bytes(trained(run_dir), ranks) * ranks,
     }  # fmt: skip
