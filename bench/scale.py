@@ -128,7 +128,8 @@ def measured(ranks: int, command: list[str], scratch: Path) -> dict:
         **{f"{phase}_s": seconds[phase] for phase in PHASES},
         "generated_tokens_per_s": round(written / seconds["generate"], 1),
         "trained_tokens_per_s": round(packed * config.spin.epochs / seconds["train"], 1),
-        "steps": steps, "groups_per_step": config.spin.groups_per_step, "largest_share": round(largest_share(groups, config, ranks), 4),
+        "steps": steps, "groups_per_step": config.spin.groups_per_step,
+        "largest_share": round(largest_share(groups, config, ranks), 4),
         "wire_bytes_per_step": round((counted["train"] - counted["score"]) / steps),
         "computed_bytes_per_step": ring_bytes(trained(run_dir), ranks) * ranks,
     }  # fmt: skip
