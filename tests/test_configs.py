@@ -28,6 +28,12 @@ FILES = sorted(CONFIGS.glob("*.yaml"))
 T4 = [path for path in FILES if path.stem.endswith("-t4")]
 
 
+def _fast(path):
+    """The small model's; the others are `slow`."""
+    small = load_config(path).model.name == "Qwen/Qwen2.5-0.5B-Instruct"
+    return pytest.param(path, marks=[] if small else pytest.mark.slow)
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """stand_in(): models are directories of their shapes without weights; returns overrides that name local data."""
@@ -76,7 +82,7 @@ def test_every_t4_config_has_a_shape():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans a card that is not there")
-@pytest.mark.parametrize("path", T4, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [_fast(path) for path in T4], ids=lambda path: path.stem)
 def test_t4_config_fits_a_t4(path, stand_in):
     name = load_config(path).model.name
     console = Console(record=True, width=160)

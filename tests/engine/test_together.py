@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from fixtures import tiny_model_dir
 from test_run import write_config
@@ -48,6 +49,7 @@ def play(directory) -> str:
     return " ".join((done.stdout + done.stderr).split())
 
 
+@pytest.mark.slow
 def test_each_adapter_lifts_its_own_task_also_where_all_answer_together(tmp_path):
     write_study(tmp_path)
     said, out = play(tmp_path), tmp_path / "out"
