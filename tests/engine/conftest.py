@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, SmolLM2's real weights (a third of them), fp32: one engine for the session, the policy on them."""
+"""Real vLLM on the CPU, a third of SmolLM2's real layers, fp32: one engine for the session, the policy on its tensors."""
 
 import importlib.util
 import json
