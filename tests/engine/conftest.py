@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, a third of SmolLM2's real layers, fp32: one engine for the session, the policy on its tensors."""
+"""Real vLLM on the CPU, a third of SmolLM2's real layers, fp32: one engine for the session, the policy on it."""
 
 import importlib.util
 import json
