@@ -4,6 +4,7 @@ The real shapes of the models, a small tokenizer and a few rows stand in for wha
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def stand_in(tmp_path, monkeypatch):
 
     def hollow(name, *_):
         hidden, inner, layers, heads, groups, vocabulary, tied = SHAPES[name]
-        path = tmp_path / name.replace("/", "-")
+        path = tmp_path / Path(name).name
         Qwen2Config(
             hidden_size=hidden,
             intermediate_size=inner,

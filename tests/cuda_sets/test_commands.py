@@ -10,7 +10,7 @@ import pytest
 from test_configs import SHAPES, T4, stand_in  # noqa: F401, a fixture
 from test_notebook import CODE, ROOT, in_this_process, run_cell
 
-from spinfast import doctor
+from spinfast import doctor, session
 from spinfast.config import load_config
 from spinfast.device import profile
 from spinfast.dry_run import dry_run
@@ -54,7 +54,7 @@ def test_doctor_names_this_set(t4, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", T4, ids=lambda path: path.stem)
 def test_dry_run(t4, path, stand_in, capsys):  # noqa: F811
-    config = load_config(path, stand_in(load_config(path).model.name))
+    config = load_config(path, stand_in())
     planned = dry_run(config, open_console())
     assert planned.peak <= planned.budget
     text = capsys.readouterr().out
@@ -75,7 +75,10 @@ def test_the_notebook_up_to_the_engine(vllm_on_t4, stand_in, tmp_path, monkeypat
     names, started = {}, []
     run_cell(CODE[0], names)
     model = load_config(ROOT / names["CONFIG"]).model.name
-    local = [*stand_in(model), f"model.name={tmp_path / 'model'}"]
+    here = str(tmp_path / "model")
+    monkeypatch.setitem(SHAPES, here, SHAPES[model])
+    local = [*stand_in(), f"model.name={here}"]
+    session.resolve_model(here)  # makes the directory, which the doctor looks for
     names |= {"REQUIREMENTS": "", "CONFIG": ROOT / names["CONFIG"], "RUN": tmp_path / "run"}
     names["OVERRIDES"] = [word for word in names["OVERRIDES"] if not word.startswith("data.")] + local
 
@@ -93,4 +96,4 @@ def test_the_notebook_up_to_the_engine(vllm_on_t4, stand_in, tmp_path, monkeypat
     assert "MiB at the fullest moment" in out
     with pytest.raises(Started):
         run_cell(CODE[4], names)
-    assert started[0].model == str(tmp_path / "model")
+    assert started[0].model == here
