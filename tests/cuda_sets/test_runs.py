@@ -11,11 +11,12 @@ import torch
 from test_adapter_kinds import KINDS, LORA, METHODS, QLORA, configured
 from test_run import train_rows
 
+from spinfast.config import Calm
 from spinfast.policy import transformers as policies
 from spinfast.policy.adapters import files as adapters
 from spinfast.run import main
 
-NAMES = {"lora": LORA, "qlora": QLORA, **KINDS}
+NAMES = {"lora": LORA, "qlora": QLORA, "calm": None, **KINDS}  # calm reads a model that the fixture makes
 CASES = [(method, "lora") for method in METHODS]
 CASES += [(method, name) for method in ("dpo", "grpo") for name in NAMES if name not in ("lora", "structured")]
 
@@ -25,6 +26,8 @@ def path(tiny_model, tmp_path, monkeypatch):
     """Made before there is a card."""
     monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path / "frames"))
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread of its own would ask the driver
+    augmenting = str(tiny_model("qwen2", True, 4, 32))
+    monkeypatch.setitem(NAMES, "calm", Calm(kind="calm", augmenting=augmenting, connections=2))
     return tiny_model("llama")
 
 
