@@ -15,7 +15,7 @@ from test_run import play, write_config
 
 from spinfast import fit
 from spinfast.errors import UserError
-from spinfast.generation import prompt_seed
+from spinfast.generation import prompt_seed, slots
 from spinfast.generation import transformers as generation
 from spinfast.generation.canary import BOUNDS
 from spinfast.generation.transformers import TransformersGenerator, sample, uniform
@@ -146,7 +146,7 @@ def test_prompts_beyond_the_step_budget_wait(policy, monkeypatch):
 
 def test_query_heads_may_stand_as_rows_of_their_key_head(policy, monkeypatch):
     expected = tokens(answers(policy(), requests(5), GREEDY))
-    monkeypatch.setattr(generation, "_query_rows", lambda device, shared: shared)  # as on CUDA
+    monkeypatch.setattr(slots, "_query_rows", lambda device, shared: shared)  # as on CUDA
     assert tokens(answers(policy(), requests(5), GREEDY)) == expected
 
 
