@@ -22,6 +22,7 @@ COMMANDS = {  # name -> module of bench, function of its arguments
     "scale": ("scale", "main"),
     "scaling": ("scaling", "main"),
     "studies": ("studies", "main"),
+    "wheels": ("wheels", "main"),
 }
 
 

@@ -42,9 +42,9 @@ step() {  # number, seconds, name, command...
 
 absent=$(missing torch triton transformers peft safetensors pyarrow pydantic typing_inspection numba datasets psutil yaml \
   rich tensorboard pytest hypothesis) || exit 1
-if [ -n "$absent" ]; then say "wheels are missing: $absent (they install without a network)"; exit 1; fi
+if [ -n "$absent" ]; then say "missing: $absent; gather them where there is a network: python -m bench wheels DIR $absent"; exit 1; fi
 absent=$(missing vllm trl liger_kernel unsloth matplotlib reasoning_gym)
-if [ -n "$absent" ]; then say "goes without: $absent"; fi
+if [ -n "$absent" ]; then say "goes without: $absent (python -m bench wheels DIR ... gathers them)"; fi
 if [ -z "${BENCH_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1; then
   say "no git history here: BENCH_COMMIT=<the commit of this tree> must say what is measured"; exit 1
 fi
