@@ -32,7 +32,8 @@ KNOWN_SHA256 = {  # files that this project's own configs name
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ),
 }
-CONVERSION = 1  # raise when the conversion changes, and caches are converted again
+CONVERSION = 2  # raise when the conversion changes, and caches are converted again
+DTYPES = {0: "float32", 1: "float16"}  # of what a .gguf file is converted to, by its general.file_type; else bfloat16
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,22 @@ class ResolvedModel:
 def resolve_model(name: str, revision: str | None = None, *, cache_dir: Path | None = None) -> ResolvedModel:
     """Find, download or convert a model; `cache_dir` is where GGUF files are converted to."""
     if file := gguf_file(name):
-        path, revision = _from_gguf(file, name, cache_dir)
+        path, found = _from_gguf(file, name, cache_dir)
+        architecture = check_model(path)
     elif expanded(name).is_dir():
         path = expanded(name)
         architecture = check_model(path)
-        return ResolvedModel(path, name, _sha256(_content_files(path)), architecture)
+        found = _sha256(_content_files(path))
     elif at_hub(name):
-        path, revision = from_hub(name, revision)
+        path, found = from_hub(name, revision)
+        revision, architecture = None, check_model(path)
     else:
         raise UserError(f"model {name}: no such directory; expected a hub id, a directory, or a .gguf file")
-    return ResolvedModel(path, name, revision, check_model(path))
+    if revision not in (None, found):
+        log.warning(
+            "model %s: it is on this machine, where no revision %s is known; it is taken as it is", name, revision
+        )
+    return ResolvedModel(path, name, found, architecture)
 
 
 def at_hub(name: str) -> bool:
@@ -147,9 +154,9 @@ def _from_gguf(file: Path, name: str, cache_dir: Path | None) -> tuple[Path, str
             f"model {name}: sha256 is {sha256}, expected {KNOWN_SHA256[name]}; the file was changed: "
             "reinstall its package"
         )
-    target = (cache_dir or default_cache()) / "models" / sha256[:16]
+    target = (cache_dir or default_cache()) / "models" / f"{sha256[:16]}-v{CONVERSION}"
     if not _is_whole(target, sha256):
-        log.info("converting %s to bf16 safetensors in %s (once)", file.name, target)
+        log.info("converting %s to safetensors in %s (once)", file.name, target)
         _convert_gguf(file, sha256, target)
     return target, sha256
 
@@ -195,29 +202,38 @@ def reading_gguf(file: Path) -> Iterator[None]:
         raise UserError("reading a .gguf model needs the gguf package: pip install gguf")
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # the GGUF parsers raise whatever they meet in a damaged file
         raise UserError(f"model {file}: cannot be converted: {first_line(error)}") from error
 
 
 def _read_gguf(file: Path):
-    """(model in bf16, tokenizer) with the file's own end token and a pad token."""
+    """(model, tokenizer) with the file's own end token and a pad token; in the file's dtype, or bf16."""
     import torch
+    from gguf import GGUFReader
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
+    from spinfast.weights.gguf import read_rope
+
     modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # its bar asks nobody whether it is wanted
-    tokenizer, _ = read_gguf_tokenizer(file)
+    reader = GGUFReader(file)
+    fields = gguf_header(reader)
+    tokenizer = _gguf_tokenizer(fields, file)
+    dtype = getattr(torch, DTYPES.get(fields.get("general.file_type"), "bfloat16"))
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    loaded, loading = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, output_loading_info=True)
+    if head := fields.get("qwen3.attention.key_length"):  # this and the scaling transformers 5.17 does not read
+        where["head_dim"] = head
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+    if rope := read_rope(fields, factors):
+        where["rope_parameters"] = rope
+    loaded, loading = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
     loaded.config.pad_token_id = tokenizer.pad_token_id
     del loaded.config.quantization_config
     # transformers refuses to save what it loaded from GGUF; the same weights in a fresh model it does save
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     return model, tokenizer
@@ -226,26 +242,24 @@ def _read_gguf(file: Path):
 def read_gguf_tokenizer(file: Path) -> tuple:
     """(the file's tokenizer with its own end token and a pad token, its metadata)"""
     from gguf import GGUFReader
-    from transformers import AutoTokenizer
 
     fields = gguf_header(GGUFReader(file))
-    known = tuple(fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if known not in (("gpt2", "smollm"), ("gpt2", "qwen2")):
-        raise UserError(
-            f"model {file}: its tokenizer ({', '.join(map(str, known))}) is not known to be converted faithfully, "
-            "expected smollm or qwen2; use the model's safetensors checkpoint from the hub"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    if known == ("gpt2", "smollm"):
-        _mend_smollm_tokenizer(tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(fields["tokenizer.ggml.eos_token_id"])
+    return _gguf_tokenizer(fields, file), fields
+
+
+def _gguf_tokenizer(fields: dict, file: Path):
+    from spinfast.weights.gguf_tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(fields)
     _choose_pad_token(tokenizer, file)
-    return tokenizer, fields
+    return tokenizer
 
 
 def gguf_header(reader) -> dict:
     """A GGUFReader's metadata, after checking that it agrees with the tensors: damaged sizes would build any model."""
     fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields.get("general.type") == "adapter":
+        raise ValueError("it is a LoRA, no model: give its base's .gguf file, and this one as an adapter")
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
     arch = fields["general.architecture"]
     width, heads = fields[f"{arch}.embedding_length"], fields[f"{arch}.attention.head_count"]
@@ -263,20 +277,6 @@ def gguf_header(reader) -> dict:
     if layers != fields[f"{arch}.block_count"]:
         raise ValueError(f"it holds {layers} layers, its metadata says {fields[f'{arch}.block_count']}")
     return fields
-
-
-def _mend_smollm_tokenizer(tokenizer) -> None:
-    """Split text as the model's own tokenizer does, where transformers 5.17 does not.
-
-    SmolLM's isolates digits, so that "\\n\\n1" is one token for the two line ends; the decoder that transformers
-    builds for the Llama architecture is made for sentencepiece and rewrites U+2581.
-    """
-    from tokenizers import decoders, pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
 def _is_whole(target: Path, sha256: str) -> bool:

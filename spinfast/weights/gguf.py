@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -349,3 +350,27 @@ def _llama3_factors(config) -> np.ndarray | None:
     )
     smooth = ((length / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).numpy()
+
+
+def read_rope(fields: Mapping, factors: np.ndarray | None) -> dict | None:
+    """The config's rope_parameters by a file's metadata {key: value} and its rope_freqs; None: without scaling.
+
+    Raises ValueError for scaling that is not known to be computed alike. Of Llama 3's the file has the factors alone,
+    so its settings are those that give these.
+    """
+    prefix = f"{fields['general.architecture']}.rope."
+    said = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    found = {"rope_theta": said.get("freq_base", 10000.0), "rope_type": said.get("scaling.type", "none")}
+    if factors is not None:
+        wide = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        for length in (1 << bits for bits in range(5, 18)):
+            rope = found | wide | {"rope_type": "llama3", "original_max_position_embeddings": length}
+            if np.allclose(_llama3_factors(SimpleNamespace(rope_parameters=rope, head_dim=2 * len(factors))), factors):
+                return rope
+    names = {"scaling.factor": "factor", "scaling.original_context_length": "original_max_position_embeddings"}
+    scaling = {key: said[key] for key in said if key.startswith("scaling.")}
+    if factors is None and found["rope_type"] == "none":
+        return None
+    if factors is None and found["rope_type"] in ("linear", "yarn") and scaling.keys() <= {"scaling.type", *names}:
+        return found | {name: scaling[key] for key, name in names.items() if key in scaling}
+    raise ValueError(f"its RoPE is scaled by {', '.join(sorted(scaling)) or 'factors'}, which are not known here")

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF metadata: tokens, their types, merges, special tokens, chat template.
+"""A tokenizer as GGUF metadata, and back: tokens, their types, merges, special tokens, chat template.
 
 llama.cpp splits text by rules that it knows by name (tokenizer.ggml.pre). The name is decided by the pre-tokenizer of
 the tokenizer that training used, not by what the files say: transformers gives some models another. A rule without a
@@ -8,11 +8,14 @@ name here is refused; llama.cpp would take its default and tokenise otherwise, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
 from gguf import GGUFValueType, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from spinfast.errors import UserError
 from spinfast.models import load_tokenizer
@@ -30,6 +33,9 @@ PRE_TOKENIZERS = {  # steps, whether words that are tokens skip the merges -> to
     ((("Split", WORDS % "", "Isolated", False), BYTES), False): "qwen2",
     ((("Split", WORDS % "{1,3}", "Isolated", False), BYTES), True): "llama-bpe",
 }
+RULES = {name: rule for rule, name in PRE_TOKENIZERS.items()}
+COMPOSED = ("qwen2",)  # rules of models whose tokenizers compose accents first (NFC); llama.cpp has no word for it
+BEGUN = ("llama-bpe",)  # rules by which llama.cpp begins a text with the bos token, unless the file says otherwise
 FIELDS = {  # of a pre-tokenizer, what decides
     "ByteLevel": lambda step: (step["use_regex"], step["add_prefix_space"]),
     "Digits": lambda step: (step["individual_digits"],),
@@ -56,6 +62,54 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, rows: int) -> None:
     begun = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     special.add_special_token["bos"] = begun  # said in any case: llama.cpp has a default for each rule
     special.add_to_gguf(writer, quiet=True)
+
+
+def read_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
+    """The tokenizer that a file's metadata {key: value} tell of. Raises ValueError for a rule that has no name here."""
+    said = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    rule = said.get("pre")
+    if said.get("model") != "gpt2" or rule not in RULES:
+        raise ValueError(
+            f"its tokenizer ({said.get('model')}, {rule}) is not known to be converted faithfully, expected "
+            f"{', '.join(RULES)}; use the model's safetensors checkpoint from the hub"
+        )
+    tokens, (steps, ignore_merges) = said["tokens"], RULES[rule]
+    named = {name: said.get(f"{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    types = dict(enumerate(said.get("token_type") or ())) | {
+        number: TokenType.CONTROL for number in named.values() if number is not None
+    }
+    vocab = {token: number for number, token in enumerate(tokens) if types.get(number) != TokenType.UNUSED}
+    merges = [tuple(pair.split(" ")) for pair in said["merges"]]
+    backend = Tokenizer(BPE(vocab, merges, ignore_merges=ignore_merges))
+    backend.normalizer = normalizers.NFC() if rule in COMPOSED else None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_step(*step) for step in steps])
+    backend.decoder = decoders.ByteLevel()
+    for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+        whole = [tokens[number] for number in sorted(types) if types[number] == kind]
+        backend.add_tokens([AddedToken(token, special=kind == TokenType.CONTROL, normalized=False) for token in whole])
+    bos = None if named["bos"] is None else tokens[named["bos"]]
+    if bos and said.get("add_bos_token", rule in BEGUN):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, named["bos"])]
+        )
+    words = {"unknown": "unk", "padding": "pad"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{f"{words.get(name, name)}_token": tokens[n] for name, n in named.items() if n is not None},
+    )
+
+
+def _step(kind: str, *options):
+    """A pre-tokenizer of PRE_TOKENIZERS."""
+    if kind == "ByteLevel":
+        use_regex, add_prefix_space = options
+        return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex)
+    if kind == "Digits":
+        return pre_tokenizers.Digits(individual_digits=options[0])
+    pattern, behavior, invert = options
+    return pre_tokenizers.Split(Regex(pattern), behavior.lower(), invert)
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:

