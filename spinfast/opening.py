@@ -94,6 +94,18 @@ def run_of(adapter: Path) -> Path | None:
     return next((p for p in adapter.resolve().parents if all((p / mark).is_file() for mark in marks)), None)
 
 
+def into_whole_weights(adapter: Path) -> None:
+    """Warns of an adapter whose run had its base in 4 bits, before it is added to weights that are not."""
+    from spinfast.config import load_config
+
+    if (run := run_of(adapter)) and load_config(run / "config.yaml").model.load_in_4bit:
+        log.warning(
+            "adapter %s was trained on the base in 4 bits; with whole weights it answers otherwise than the run did: "
+            "evaluate what is made",
+            adapter,
+        )
+
+
 @contextmanager
 def open_played(
     found: Mapping,

@@ -40,6 +40,7 @@ MENDABLE = {  # what a file system may refuse: its user can choose another name 
     errno.EROFS,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
+    errno.EEXIST,  # a file where a directory is to be made
     errno.EISDIR,
     errno.ELOOP,
     errno.EIO,
@@ -86,7 +87,7 @@ def _main(argv: list[str]) -> int:
         if _disk_is_full(error):
             return _complain("no space left for the run's files: make room and run the same command again to go on")
         if getattr(error, "errno", None) in MENDABLE:
-            return _complain(f"{error.strerror}: {error.filename}")
+            return _complain(f"{error.filename}: {error.strerror}; give another place, or the right to write there")
         raise
 
 

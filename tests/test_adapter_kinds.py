@@ -380,10 +380,14 @@ def test_expand_makes_the_lora_of_the_base_alone(tiny_model, tmp_path, capsys, n
     assert main(["expand", str(tmp_path / "peft"), "--out", str(tmp_path / "b")]) == 2
     other = scaled(tiny_model("llama"), tmp_path / "other")
     assert main(["expand", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--model", str(other)]) == 2
+    assert main(["expand", str(tmp_path), "--out", str(tmp_path / "b")]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
     for line, words in zip(
         lines,
-        ["is there already", "expected lora_xs or tiny_lora, got another; it is plain LoRA", "other weights"],
+        [
+            *("is there already", "expected lora_xs or tiny_lora, got another; it is plain LoRA", "other weights"),
+            "expected an adapter, or a finished run with best.json",
+        ],
         strict=True,
     ):
         assert words in line

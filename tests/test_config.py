@@ -102,6 +102,7 @@ def test_what_grpo_would_train_nothing_by_or_ignore_is_refused(path, overrides, 
     ("text", "words"),
     [
         ("model: {name: m", "not valid YAML"),
+        ("model: {name: m}\nmodel: {name: n}", "not valid YAML: line 1: model is there twice"),
         ("- a\n- b", "expected sections"),
         ("model: {name: m}", "data: this key is required"),
         ("", "expected sections"),

@@ -32,6 +32,18 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+def test_files_are_for_whoever_may_read_the_directory(tmp_path):
+    """safetensors makes its own readable for nobody else."""
+
+    def private(path):
+        fill(path)
+        (path / "sub" / "b.txt").chmod(0o600)
+
+    files.write_directory(tmp_path / "d", private)
+    found = {file.stat().st_mode & 0o777 for file in (tmp_path / "d").rglob("*") if file.is_file()}
+    assert found == {(tmp_path / "d").stat().st_mode & 0o666}
+
+
 @pytest.mark.parametrize("name", ["a.bin", "sub/b.txt", files.MANIFEST])
 @pytest.mark.parametrize(
     "harm",

@@ -238,6 +238,14 @@ def test_the_revision_names_the_content(model_dir):
     assert resolve_model(str(model_dir)).revision != before
 
 
+def test_a_revision_that_a_local_model_does_not_have_is_said(model_dir, caplog):
+    own = resolve_model(str(model_dir)).revision
+    for revision, said in ((None, False), (own, False), ("main", True)):
+        caplog.clear()
+        assert resolve_model(str(model_dir), revision).revision == own
+        assert ("where no revision main is known" in caplog.text) == said
+
+
 def damage_weights(change):
     def damage(path):
         weights = load_file(path / "model.safetensors")

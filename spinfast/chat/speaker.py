@@ -104,8 +104,8 @@ def _open_gguf(arguments: argparse.Namespace, file: Path, slots: int) -> Iterato
     from spinfast.models import check_gguf, read_gguf_tokenizer, reading_gguf
     from spinfast.opening import template_variables
 
-    for option in ("model", "revision", "dtype", "load_in_4bit"):
-        if getattr(arguments, option):
+    for option in ("model", "revision", "dtype", "load_in_4bit", "profile", "attention"):
+        if getattr(arguments, option) not in (None, False, "auto"):
             raise UserError(f"--{option.replace('_', '-')}: a .gguf file is played as it is; leave it out")
     loras = named(arguments.adapter)
     if wrong := [str(path) for path in loras.values() if path.suffix != ".gguf" or not path.is_file()]:

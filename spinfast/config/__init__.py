@@ -257,12 +257,20 @@ def at(values: Sequence[float], number: int) -> float:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML's plain values: no objects, and no aliases, by which a short file can stand for an endless one."""
+    """YAML's plain values: no objects, no aliases, by which a short file can stand for an endless one, no key twice."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {twice} is there twice, and only one would count")
+        return found
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -337,7 +345,7 @@ def _one_line(error: ValidationError, kind: type[Section]) -> str:
         key, siblings = str(first["loc"][-1]), _siblings(first["loc"], kind)
         if issubclass(kind, Config) and (known := _known_otherwise(key, dotted, first["loc"])):
             return known
-        near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.4)
+        near = _elsewhere(key, kind) or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "union_tag_invalid":

@@ -7,6 +7,7 @@ import fnmatch
 import importlib.metadata
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spinfast.hub.publication import Publication
 
 log = logging.getLogger("spinfast")
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("to", "base"):
         if (name := getattr(arguments, option)) and not HUB_ID.fullmatch(name):
             raise UserError(f"--{option} {name}: expected OWNER/NAME, as the hub names it")
+    if arguments.license and not LICENCE.fullmatch(arguments.license):
+        raise UserError(
+            f"--license {arguments.license}: expected an id as the hub has them: apache-2.0, mit, other ..."
+        )
     if unknown := [kind for kind in arguments.gguf if kind.lower() not in TYPES]:
         raise UserError(f"--gguf {unknown[0]}: expected {', '.join(TYPES)}")
     if int((version := importlib.metadata.version("huggingface_hub")).partition(".")[0]) < 1:
@@ -122,7 +128,8 @@ def _show(of: Publication, parcels: Sequence[Parcel], path: Path, public: bool) 
     count = f"{len(parcels)} repositor{'ies' if len(parcels) > 1 else 'y'}"
     print(f"{count}, {decimal(total)}; laid out in {path / FOLDER}, to be looked at")
     licences = {f"base {of.base}": of.base_licence} | {f"data {name}": by for name, by in of.data_licences.items()}
-    print("licences: " + "; ".join(f"{name}: {in_words(by)}" for name, by in licences.items()))
+    stated = f"; the cards say {of.wanted.licence}" if of.wanted.licence else ""
+    print("licences: " + "; ".join(f"{name}: {in_words(by)}" for name, by in licences.items()) + stated)
     for name in (name for name, by in licences.items() if not by):
         log.warning("%s: its licence is not known here; make sure that you may publish what is made of it", name)
     if not at_hub(of.base):

@@ -62,6 +62,10 @@ class Publication:
             if damaged := files.damage(self.run.path / stage / "adapter"):
                 raise UserError(f"{self.run.path / stage}: {damaged}; run the same config again to mend it")
         self._description = cards.description(self.run.path / self.stages[-1] / "adapter")
+        if wanted.expanded and config.adapter.kind not in ("lora_xs", "tiny_lora"):
+            log.warning(
+                "--expanded has no effect: the run's adapters are %s, not LoRA-XS or TinyLoRA", config.adapter.kind
+            )
         if wanted.base and at_hub(self._base_here) and wanted.base != self._base_here:
             raise UserError(f"--base {wanted.base}: the run's base is {self._base_here}, a hub id itself; leave it out")
 

@@ -145,6 +145,8 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             name: sha256(beside / name) for file in written if (name := str(file.relative_to(beside))) != ADDED_LATER
         }
         for file in written:
+            with contextlib.suppress(OSError):  # not every file system has modes
+                file.chmod(beside.stat().st_mode & 0o666)  # safetensors makes its files the owner's alone
             sync(file)
         (beside / MANIFEST).write_text(json.dumps(sums, indent=2))
         sync(beside / MANIFEST)

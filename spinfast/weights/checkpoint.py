@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from spinfast.errors import UserError
 from spinfast.model_check import HEAD, RECOMPUTED, TABLE, open_weights, read_json
 from spinfast.models import at_hub, from_hub, load_tokenizer, resolve_model
+from spinfast.opening import into_whole_weights
 from spinfast.policy.adapters import compact, files
 from spinfast.policy.adapters.expand import as_lora
 from spinfast.store.files import expanded
@@ -67,6 +68,7 @@ class Checkpoint:
             self._slices |= trained
             return
         adapter = as_lora(files.load(directory, self.base.revision, name=self.base.name), self.base)
+        into_whole_weights(directory)
         if files.idle(adapter):
             log.warning("adapter %s changes nothing: its B is zero", directory)
         self._factors = dict(files.updates(adapter))

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from spinfast.weights import gguf
 
     with catching_signals(), heard(open_console(sys.stderr)) as display:
-        source = resolve(arguments.target, name, arguments.model, arguments.revision)
+        source = resolve(arguments.target, name, arguments.model, arguments.revision, arguments.adapter_only)
         if arguments.adapter_only and source.lora is None:
             raise UserError(f"--adapter-only: {arguments.target} holds no LoRA; leave it out")
         if arguments.adapter_only and kind not in gguf.LORA_TYPES:
@@ -101,8 +101,14 @@ def _ollama_name(path: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "model"
 
 
-def resolve(target: str, name: str, model: str | None = None, revision: str | None = None) -> Source:
-    """What a word of the command line means: a model, a finished run's best adapter, or an adapter, on its base."""
+def resolve(
+    target: str, name: str, model: str | None = None, revision: str | None = None, alone: bool = False
+) -> Source:
+    """What a word of the command line means: a model, a finished run's best adapter, or an adapter, on its base.
+
+    `alone`: what was trained will not be added to the base's weights.
+    """
+    from spinfast.opening import into_whole_weights
     from spinfast.policy.adapters import files as adapters
     from spinfast.policy.adapters.expand import as_lora
     from spinfast.weights.gguf import Source
@@ -120,6 +126,8 @@ def resolve(target: str, name: str, model: str | None = None, revision: str | No
         raise UserError(f"adapter {place}: names no base; give it by --model")
     found = resolve_model(base_name, revision or (None if model else adapter.config.get("revision")))
     adapters.load(place, found.revision, name=found.name)
+    if not alone:
+        into_whole_weights(place)
     trained = {"own": adapter.tensors} if adapter.kind == "full" else {}
     if not trained:
         trained["lora"] = as_lora(adapter, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from spinfast.errors import UserError
 from spinfast.interrupt import catching_signals
 from spinfast.terminal import Parser
+
+log = logging.getLogger("spinfast")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,7 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; must not be there")
     parser.add_argument("--model", help="an adapter's base, where its own name for it does not lead there")
     parser.add_argument("--rank", type=int, help="of a merge of adapters: bring it down to this rank")
-    parser.add_argument("--seed", type=int, default=0, help="of dare's random choice (default: 0)")
+    parser.add_argument("--seed", type=int, help="of dare's random choice (default: 0)")
     return parser.parse(argv)
 
 
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from spinfast.progress import heard, open_console
     from spinfast.weights import adapter_merge, merging
     from spinfast.weights.checkpoint import with_base
+    from spinfast.weights.merge import METHODS
     from spinfast.weights.recipe import Recipe, read_recipe
 
     with catching_signals(), heard(open_console(sys.stderr)) as display:
@@ -51,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             recipe = read_recipe(what)
             text = what.read_text(encoding="utf-8-sig")
+        if arguments.seed is not None and not METHODS[recipe.merge_method].random:
+            log.warning("--seed has no effect on %s, which draws nothing", recipe.merge_method)
         if adapter_merge.of_adapters(recipe):
-            said = adapter_merge.merge(recipe, text, arguments.out, rank, display, arguments.seed)
+            said = adapter_merge.merge(recipe, text, arguments.out, rank, display, arguments.seed or 0)
         elif rank is not None:
             raise UserError("--rank: only a merge of adapters has one; the recipe's models are none")
         else:
-            said = merging.merge(recipe, text, arguments.out, display, arguments.seed)
+            said = merging.merge(recipe, text, arguments.out, display, arguments.seed or 0)
     print(f"{arguments.out}: {said}")
     return 0

@@ -209,8 +209,9 @@ def read_list(file: Path, top: float | None = None) -> tuple[str, ...]:
         return tuple(module for modules in select(read_scores(file), top).values() for module in modules)
     if top is not None:
         raise UserError(f"--top: goes with a scan or Spectrum's .json; {file} is a list and is taken as it is")
+    text = _text(file)
     try:
-        found = yaml.safe_load(_text(file))
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {first_line(error)}") from None
     if isinstance(found, dict):

@@ -77,7 +77,8 @@ def test_what_a_gguf_file_cannot_be_asked(files, tmp_path):
         ([str(files[2]), "--adapter", str(files[1])], "expected a LoRA as a .gguf file"),
         ([str(files[2]), "--dtype", "float32"], "--dtype: a .gguf file is played as it is"),
         ([str(files[2]), "--context", "5000"], "has a context of 1024"),
-        ([str(files[3])], "cannot be converted"),
+        ([str(files[2]), "--attention", "sdpa"], "--attention: a .gguf file is played as it is"),
+        ([str(files[3])], "it is a LoRA, no model: give its base's .gguf file"),
         ([str(tmp_path / "none.gguf")], "no such file"),
     ):
         with pytest.raises(UserError, match=message), open_speaker(parse(words), 1):

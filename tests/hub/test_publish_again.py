@@ -197,6 +197,7 @@ def test_metadata_that_the_hub_does_not_take(hub, run, capsys):
         (["--stage", "iter_009"], "--stage iter_009: expected best or of iter_000, iter_001"),
         (["--gguf", "q9_9"], "--gguf q9_9: expected f32"),
         (["--base", "tiny"], "--base tiny: expected OWNER/NAME"),
+        (["--license", "My own"], "--license My own: expected an id as the hub has them"),
         (["--rollouts"], "only GRPO keeps what it samples"),
         (["--base", "lab/none"], "model lab/none: the hub knows none of that name"),
     ],

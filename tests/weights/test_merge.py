@@ -187,6 +187,7 @@ def test_a_letter_too_much_is_told(tmp_path_factory, name, place):
     [
         ({"merge_metod": "ties"}, "unknown key 'merge_metod'; did you mean 'merge_method'?"),
         ({"models": [{"model": "A", "parameter": {}}]}, "unknown key 'models.0.parameter'; did you mean 'parameters'?"),
+        ({"embed_slerp": True}, "unknown key 'embed_slerp'; valid keys: "),
         ({"merge_method": "della"}, "got 'della'; that one is mergekit's alone"),
         ({"merge_method": "task_arithmetik"}, "did you mean 'task_arithmetic'?"),
         ({"merge_method": None}, "merge_method: "),

@@ -401,6 +401,7 @@ def test_an_adapter_of_another_base_is_one_line(pair, tmp_path, capsys):
     [
         ("models: [", "recipe r.yaml: "),
         ("models: *nobody", "recipe r.yaml: "),
+        ("models:\n- {model: A, model: B}\n", "line 2: model is there twice"),
         ("- linear", "expected merge_method, models ..., got list"),
         ("", "expected merge_method, models ..., got NoneType"),
         (b"\xff\xfe\x00", "recipe r.yaml: "),
@@ -452,3 +453,41 @@ def test_what_is_there_is_not_overwritten(pair, tmp_path, capsys):
     assert main(["merge", str(tmp_path / "out"), "--out", str(tmp_path / "new")]) == 2
     err = capsys.readouterr().err
     assert "expected a recipe (.yaml), an adapter, or a finished run" in err
+
+
+def test_a_place_below_a_file_is_one_line(pair, tmp_path, capsys):
+    adapter, file = tiny_lora(pair[0], tmp_path / "lora"), tmp_path / "file"
+    file.write_text("")
+    for words, name in (
+        (["merge", adapter, "--model", pair[0]], "out"),
+        (["export", "gguf", adapter, "--model", pair[0]], "out.gguf"),
+        (["spectrum", pair[0], "--top", "50"], "out.yaml"),
+    ):
+        assert main([*map(str, words), "--out", str(file / name)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spinfast")]
+        assert line == f"spinfast: {file}: File exists; give another place, or the right to write there"
+
+
+def test_an_adapter_of_a_4_bit_base_is_told_of_before_it_goes_into_whole_weights(pair, tmp_path, caplog):
+    adapter = tiny_lora(pair[0], tmp_path / "run/sft/adapter")
+    config = {"model": {"name": str(pair[0]), "load_in_4bit": True}, "data": {"source": "x"}}
+    (tmp_path / "run/inputs.json").write_text("{}")
+    for four in (True, False):
+        config["model"]["load_in_4bit"] = four
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+        caplog.clear()
+        words, out = [str(adapter), "--model", str(pair[0]), "--out"], tmp_path / str(four)
+        assert main(["export", "gguf", "--adapter-only", *words, f"{out}-alone.gguf"]) == 0
+        assert "in 4 bits" not in caplog.text
+        assert main(["merge", *words, f"{out}-merged"]) == 0
+        assert main(["export", "gguf", *words, f"{out}.gguf"]) == 0
+        assert caplog.text.count("was trained on the base in 4 bits") == 2 * four
+
+
+def test_a_seed_that_draws_nothing_is_said(pair, tmp_path, caplog):
+    for method, said in (("dare_linear", False), ("task_arithmetic", True)):
+        tree = {"merge_method": method, "base_model": str(pair[0]), "models": halves(pair[1:])}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+        caplog.clear()
+        assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / method), "--seed", "3"]) == 0
+        assert ("--seed has no effect on task_arithmetic" in caplog.text) == said

@@ -98,7 +98,7 @@ def test_a_list_of_others_is_held_against_the_model(command, model):
         (["--from", LIST], "match nothing in the model, first model.layers.4.input_layernorm"),
         (["--from", LLAMA], "match nothing in the model, first model.layers.4.input_layernorm"),
         (["--from", LIST, "--top", "5"], "--top: goes with a scan or Spectrum's .json"),
-        (["--from", "none.yaml"], "none.yaml: no such file"),
+        (["--from", "none.yaml"], "spinfast: none.yaml: no such file"),
         (["--out", "mine.yaml"], "--out mine.yaml: is there and is no list of spinfast spectrum; name another file"),
         (["--out", "."], "--out .: is there and is no list of spinfast spectrum"),
         (["--tpo", "5"], "unknown option --tpo: did you mean --top?"),

@@ -20,6 +20,8 @@ def expand(directory: Path, out: Path, model: str | None = None) -> str:
     if out.exists():
         raise UserError(f"--out {out}: is there already; give another name")
     found = files.find(directory)
+    if not (found / files.CONFIG_FILE).exists() and compact.kind_of(found) is None:
+        raise UserError(f"{directory}: expected an adapter, or a finished run with best.json")
     if (kind := compact.kind_of(found)) in (None, "full"):
         hint = (
             f"the whole model of trained weights: spinfast merge {directory} --out DIR" if kind else "it is plain LoRA"
