@@ -16,8 +16,9 @@ from test_preferences import pairs
 from test_run import fingerprints, train_rows, write_config
 from transformers import AutoModelForCausalLM
 
+from bench.shapes import shape
 from spinfast import config as sections
-from spinfast import ops
+from spinfast import ops, params
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.canary import amplified
@@ -153,6 +154,13 @@ def test_thirteen_numbers_for_any_model(layers, modules):
     ]:
         made = tiny_lora.TinyLora.tensors(tiny_lora.TinyLora.describe(settings) | {"modules": names})
         assert made["v"].numel() == count
+
+
+@pytest.mark.parametrize(("name", "modules"), [("Qwen2.5-0.5B", 168), ("Qwen2.5-7B", 196)])
+def test_thirteen_numbers_are_counted_on_the_real_shapes(name, modules):
+    """As `spinfast params` counts: the policy itself on meta tensors."""
+    for settings, count in ((sections.TinyLora(kind="tiny_lora", tie="all"), 13), (XS, modules * XS.r**2)):
+        assert params.count(shape(name), settings).trained == count
 
 
 def test_structured_shares_among_neighbours_of_one_type():
@@ -346,6 +354,13 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     rows = train_rows(tmp_path / "whole")
     losses = [row["train/loss"] for row in rows if row["stage"] == rows[0]["stage"]]
     assert method == "grpo" or min(losses[1:]) < losses[0]
+    stopped_once(monkeypatch, [*words, str(tmp_path / "stopped")])
+    assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
+    assert method != "sft" or main(["report", str(tmp_path / "whole")]) == 0
+
+
+def stopped_once(monkeypatch, words):
+    """Play it, stopped by a signal after its second step of training, and again to the end."""
     advance, steps = Tick.advance, 0
 
     def advance_and_signal(tick, *args, **kwargs):
@@ -357,11 +372,21 @@ def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Tick, "advance", advance_and_signal)
-    words.append(str(tmp_path / "stopped"))
     assert main(words) == EXIT_CODE
     assert main(words) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_8bit"])
+def test_whole_matrices_go_on_with_optimizers_of_few_bytes(tmp_path, tiny_model, monkeypatch, optimizer):
+    """Their state is in the checkpoint: the same bytes as of a run that is not stopped."""
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    words = [configured(tmp_path, tiny_model("llama"), "sft", FULL), f"sft.optimizer={optimizer}", "--run-dir"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    losses = [row["train/loss"] for row in train_rows(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    stopped_once(monkeypatch, [*words, str(tmp_path / "stopped")])
     assert fingerprints(tmp_path / "stopped") == fingerprints(tmp_path / "whole")
-    assert method != "sft" or main(["report", str(tmp_path / "whole")]) == 0
 
 
 # Commands ----------------------------------------------------------------------------------------------------------

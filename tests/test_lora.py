@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from spinfast import ops
-from spinfast.config import Lora, LoraXs
+from spinfast.config import Full, Lora, LoraXs
 from spinfast.device import profile
 from spinfast.errors import UserError
 from spinfast.generation.canary import amplified
@@ -201,6 +201,11 @@ def test_it_adds_nothing_before_it_is_trained(tiny_model, name):
 def test_what_matches_nothing_is_named(tiny_model, changes, words):
     with pytest.raises(UserError, match=words):
         policy_of(tiny_model("llama"), section(changes))
+
+
+def test_of_whole_matrices_the_head_has_a_key_of_its_own(tiny_model):
+    with pytest.raises(UserError, match=r"lm_head stays as it is, adapter.embeddings: true trains it; leave it out"):
+        policy_of(tiny_model("llama"), Full(kind="full", target_modules=("lm_head",)))
 
 
 def test_two_patterns_of_one_value_may_match(tiny_model):

@@ -219,7 +219,8 @@ def targets(base: PreTrainedModel, settings, kinds=torch.nn.Linear) -> list[str]
     if not found:
         raise UserError("adapter.exclude_modules: no layer is left that an adapter could be put on")
     if any(layers[name] is head for name in found):
-        raise UserError("adapter.target_modules: lm_head stays as it is, its log-probs never pass LoRA; leave it out")
+        hint = "adapter.embeddings: true trains it" if settings.kind == "full" else "its log-probs never pass LoRA"
+        raise UserError(f"adapter.target_modules: lm_head stays as it is, {hint}; leave it out")
     return found
 
 
