@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,7 @@ ADAPTERS = {
     "tiny_lora 13 numbers": {"kind": "tiny_lora", "tie": "all"},
     "full, every fourth layer": {"kind": "full", "target_modules": r".*\.layers\.(0|4|8|12|16|20|24)\..*_proj"},
     "full": {"kind": "full"},
+    "qlora r 16": {},  # on a base in 4 bits, which answers by itself
 }
 ROLLOUTS = [("Qwen2.5-0.5B", 6.0), ("Qwen2.5-1.5B", 10.0)]
 ROLLOUT = {
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench memory")
     parser.add_argument("--model", default="Qwen2.5-0.5B", help="shape of the steps")
     parser.add_argument("--kinds", action="store_true", help="each kind of adapter with each method, and nothing else")
+    parser.add_argument("--adapter", choices=ADAPTERS, help="of --kinds this one alone")
     parser.add_argument("--calm", action="store_true", help="Qwen2.5-1.5B that reads 0.5B, and nothing else")
     arguments = parser.parse_args(argv)
     ops = operators.choose("triton", "cuda")[0]
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
             rows.write("memory", row | {"kind": "simulated"})
         return 0
     if arguments.kinds:
-        for row in every_kind(arguments.model, ops):
+        for row in every_kind(arguments.model, ops, [arguments.adapter] if arguments.adapter else ADAPTERS):
             rows.write("memory", row | {"kind": "simulated"})
         return 0
     for rows_of in (steps, eager_rows, iterations, rollouts):
@@ -145,15 +147,21 @@ def rollouts(name: str, ops) -> Iterator[dict]:
         }  # fmt: skip
 
 
-def every_kind(name: str, ops) -> Iterator[dict]:
+def every_kind(name: str, ops, kinds: Iterable[str]) -> Iterator[dict]:
     """The fastest plan on a whole T4 for each kind of adapter and each method, and what the kind itself holds."""
     t4, model = profile("t4", plan_only=True), shapes.shape(name)
     for method in METHODS:
-        for kind, adapter in ADAPTERS.items():
-            config = run_config(**(ROLLOUT if method == "grpo" else {"method": [method]}), adapter=adapter)
-            row = {"what": "each kind of adapter on a T4", "model": f"{name} fp16", "method": method, "adapter": kind}
+        for kind in kinds:
+            four_bit = kind.startswith("qlora")
+            sections = ROLLOUT if method == "grpo" else {"method": [method]}
+            if four_bit:
+                sections = sections | {"generation": {"max_tokens": ANSWER, "batch_size": 16}}
+            config = run_config(four_bit, **sections, adapter=ADAPTERS[kind])
+            held_as = "NF4" if four_bit else "fp16"
+            row = {"what": "each kind of adapter on a T4", "model": f"{name} {held_as}", "method": method}
+            row |= {"adapter": kind}
             try:
-                plan = planner.plan(config, t4, model, ops, loads(config, ()), "vllm")
+                plan = planner.plan(config, t4, model, ops, loads(config, ()), *([] if four_bit else ["vllm"]))
             except UserError as error:
                 yield row | {"refused": str(error)}
                 continue
