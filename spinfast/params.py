@@ -56,7 +56,8 @@ def count(model: PretrainedConfig, settings: AnyKind) -> Count:
         policy = load_policy(None, "shape", None, lora=settings, base=base, **options)
     trained = sum(p.numel() for p in policy.trainable_parameters().values())
     each = 2 if settings.kind == "full" or getattr(settings, "payload", "") == "bfloat16" else 4
-    return Count(trained, trained / everything, trained * each, trained * 4 * (2 + MOMENTS))
+    saved = trained * each * settings.saved_per_trained
+    return Count(trained, trained / everything, saved, trained * 4 * (2 + MOMENTS))
 
 
 def counts(model: PretrainedConfig, own: AnyKind) -> Iterator[tuple[str, Count, str]]:

@@ -141,7 +141,8 @@ def load_start(config: Config, model: ResolvedModel) -> Adapter | None:
             f"adapter.start: {path} is a {start.kind}, adapter.kind is {config.adapter.kind}; give that kind"
         )
     if start.kind == "lora" and (rank := adapters.largest_rank(start)) > config.adapter.largest_rank:
-        raise UserError(f"adapter.start: {path} has rank {rank}, adapter.r is {config.adapter.largest_rank}; raise it")
+        room = config.adapter.largest_rank
+        raise UserError(f"adapter.start: {path} has rank {rank}, this run's adapter has {room}; raise adapter.r")
     log.info("adapter.start: %s, %s, %d tensors", path, start.kind, len(start.tensors))
     return start
 

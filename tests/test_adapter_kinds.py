@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import product
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ KINDS = FRAMED | {"full": FULL, "embeddings": TABLES}
 PATTERNS = {"rank_pattern": {"q_proj": 2, "up_proj": 6}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 1}}
 LORA = sections.Lora(r=4, alpha=2, use_rslora=True, init_lora_weights="orthogonal", init="merge", **PATTERNS)
 QLORA = sections.Lora(r=4, alpha=8)  # on a 4-bit base
+PISSA = sections.Lora(r=4, alpha=2, init_lora_weights="pissa", **PATTERNS)
 
 
 @pytest.fixture(autouse=True)
@@ -295,9 +297,9 @@ def test_an_edited_description_is_refused(tiny_model, tmp_path, capsys, name):
     assert len(lines) == len(EDITS | (OF_TINY if name == "tiny_lora" else {}))
 
 
-@pytest.mark.parametrize("name", ["lora", *KINDS])
+@pytest.mark.parametrize("name", ["lora", "pissa", *KINDS])
 def test_memory_is_planned_for_every_kind_that_generates_by_itself(tiny_model, tmp_path, name):
-    kind = sections.Lora(r=4) if name == "lora" else KINDS[name]
+    kind = (KINDS | {"lora": sections.Lora(r=4), "pissa": PISSA})[name]
     config = configured(tmp_path, tiny_model("llama"), "spin", kind)
     words = ["train.microbatch_tokens=auto", "train.checkpointing=auto", "generation.backend=transformers", "--dry-run"]
     assert main([config, *words]) == 0
@@ -333,17 +335,20 @@ def configured(directory, model, method, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_xs", "tiny_lora", "full", "calm", "qlora", "calm in 4 bits"])
-@pytest.mark.parametrize("method", METHODS)
+EACH = ["lora", "lora_xs", "tiny_lora", "full", "calm", "qlora", "calm in 4 bits"]
+
+
+@pytest.mark.parametrize(("method", "name"), [*product(METHODS, EACH), ("spin", "pissa"), ("grpo", "pissa in 4 bits")])
 def test_every_method_trains_every_kind_and_goes_on_where_it_was_stopped(
     tmp_path, tiny_model, monkeypatch, method, name
 ):
     """The adapter moves, the loss falls; a run that is stopped within training leaves the bytes of one that is not."""
-    four_bit = name in ("qlora", "calm in 4 bits")
+    four_bit = name == "qlora" or name.endswith("in 4 bits")
     if four_bit:
         pytest.importorskip("bitsandbytes")
     calm = sections.Calm(kind="calm", augmenting=str(tiny_model("qwen2", True, 4, 32)), connections=2)
     kinds = KINDS | {"lora": LORA, "qlora": QLORA, "calm": calm, "calm in 4 bits": calm}
+    kinds |= {"pissa": PISSA, "pissa in 4 bits": PISSA}
     config = configured(tmp_path, tiny_model("llama"), method, kinds[name])
     words = [config, f"model.load_in_4bit={str(four_bit).lower()}", "--run-dir"]
     assert main([*words, str(tmp_path / "whole")]) == 0

@@ -371,7 +371,7 @@ def test_a_run_as_a_start_means_its_best_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 2}, "adapter.start: .* has rank 4, adapter.r is 2; raise it"),
+        ({"r": 2}, "adapter.start: .* has rank 4, this run's adapter has 2; raise adapter.r"),
         ({"target_modules": ["q_proj"]}, "adapter: 4 of its tensors have no place in the run's adapter, first"),
         ({"r": 4}, "adapter .*/nowhere: no such directory; expected an adapter's, or a finished run's"),
     ],

@@ -33,8 +33,14 @@ CASES = {
     "gaussian": {"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}},
     "orthogonal": {"init_lora_weights": "orthogonal", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
 }
+OURS = CASES | {"pissa": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}}}
 GROUPS = make_groups([(4, (5, 3)), (1, (2, 6))])
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SPINFAST_CACHE", str(tmp_path_factory.getbasetemp() / "frames"))
 
 
 def policy_of(path, settings, seed=0):
@@ -106,9 +112,9 @@ def test_it_is_pefts(tiny_model, tmp_path, name):
     assert torch.allclose(peft_logps(PeftModel.from_pretrained(base, tmp_path).eval()), found, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OURS)
 def test_saved_and_loaded_it_is_the_same_to_the_bit(tiny_model, tmp_path, name):
-    settings = section(CASES[name])
+    settings = section(OURS[name])
     policy = moved(policy_of(tiny_model("llama"), settings))
     policy.save_adapter(tmp_path)
     saved, other = adapters.load(tmp_path), policy_of(tiny_model("llama"), settings)
@@ -123,10 +129,10 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tiny_model, tmp_path, name):
     assert torch.allclose(logps_of(plain), logps_of(policy), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OURS)
 def test_merged_rounds_come_apart_as_they_were(tiny_model, tmp_path, name):
     """A stack of three is plain PEFT of the base alone, and its parts are the single ones to the bit."""
-    path, settings = tiny_model("llama", tied=False), section(CASES[name] | {"init": "merge"})
+    path, settings = tiny_model("llama", tied=False), section(OURS[name] | {"init": "merge"})
     policy = policy_of(path, settings)
     for seed in (1, 2):
         moved(policy)
@@ -160,9 +166,9 @@ def test_one_goes_on_from_another(tiny_model, name, start):
             assert (parameter.grad.any(1) | b.grad.any(0)).all(), key
 
 
-@pytest.mark.parametrize("name", ["rslora", "orthogonal", "all of them"])
+@pytest.mark.parametrize("name", ["rslora", "orthogonal", "all of them", "pissa"])
 def test_it_adds_nothing_before_it_is_trained(tiny_model, name):
-    policy = policy_of(tiny_model("llama"), section(CASES[name]))
+    policy = policy_of(tiny_model("llama"), section(OURS[name]))
     adapter = policy.adapter()
     with policy.without_adapter():
         base = logps_of(policy)
@@ -195,6 +201,11 @@ def test_it_adds_nothing_before_it_is_trained(tiny_model, name):
         ),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 3}}, "rank to be even, got 3"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head stays as it is"),
+        (
+            {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
+            "target_modules: 'embed_tokens' matches no layer",
+        ),
+        ({"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 33}}, "adapter.r: 33 is more than .*k_proj has, 32"),
     ],
     ids=str,
 )

@@ -71,6 +71,7 @@ def test_simulated_train_step_equals_the_real_one(tiny_model, arch, dtype, layer
     [
         LoraXs(kind="lora_xs", r=4),
         TinyLora(kind="tiny_lora", u=3, tie=2),
+        Lora(r=4, init_lora_weights="pissa"),
         Full(kind="full", embeddings=True),
         Full(kind="full", target_modules=("v_proj", "gate_proj")),
         "calm",

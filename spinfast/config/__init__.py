@@ -163,10 +163,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _who_can_train_it(self):
-        if self.model.backend == "unsloth" and self.adapter.kind != "lora":
-            raise ValueError(
-                f"adapter.kind: {self.adapter.kind} is trained by model.backend transformers alone, got unsloth"
-            )
+        if self.model.backend == "unsloth" and (made := self.adapter.implementation) != "lora":
+            key = "init_lora_weights" if self.adapter.kind == "lora" else "kind"
+            raise ValueError(f"adapter.{key}: {made} is trained by model.backend transformers alone, got unsloth")
         if self.adapter.kind == "calm" and self.generation.backend == "vllm":
             raise ValueError(
                 "generation.backend: vllm runs one model, and a composition is two; leave it out, or set transformers"

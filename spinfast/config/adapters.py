@@ -20,8 +20,18 @@ class AnyKind(Section):
     )
 
     @property
+    def implementation(self) -> str:
+        """Its name in policy.adapters.KINDS."""
+        return self.kind
+
+    @property
+    def saved_per_trained(self) -> int:
+        """Numbers in its file for each that is trained."""
+        return 1
+
+    @property
     def largest_rank(self) -> int:
-        """Of any module."""
+        """Of any module, as an engine serves it."""
         return self.r
 
 
@@ -59,16 +69,28 @@ class Lora(OfModules):
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
     init_lora_weights: Annotated[
-        Literal["kaiming", "gaussian", "orthogonal"], BeforeValidator(lambda v: "kaiming" if v is True else v)
-    ] = Field("kaiming", description="how A is drawn, B is 0; orthogonal: both are drawn, B A is 0, and ranks are even")
+        Literal["kaiming", "gaussian", "orthogonal", "pissa"], BeforeValidator(lambda v: "kaiming" if v is True else v)
+    ] = Field(
+        "kaiming",
+        description="how A is drawn, B is 0; orthogonal: both are drawn, B A is 0, and ranks are even; pissa: the "
+        "principal components of the weight, which stays as it is; served and saved at rank 2 r",
+    )
     init: Literal["continue", "merge"] = Field(
         "continue",
         description="the next round or stage trains the same adapter on, or merges it and starts a fresh one",
     )
 
     @property
+    def implementation(self) -> str:
+        return "pissa" if self.init_lora_weights == "pissa" else self.kind
+
+    @property
+    def saved_per_trained(self) -> int:
+        return 2 if self.implementation == "pissa" else 1
+
+    @property
     def largest_rank(self) -> int:
-        return max([self.r, *self.rank_pattern.values()])
+        return max([self.r, *self.rank_pattern.values()]) * self.saved_per_trained
 
 
 class LoraXs(Continued):

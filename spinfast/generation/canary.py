@@ -2,7 +2,7 @@
 
 The log-probs of a fixed prompt by the engine must match the training policy's, under the base and under the adapter,
 within the rounding of the compute dtype. In 16 bit that alone tells little of an adapter that moves them less than
-rounding does, so it is asked a second time with its B multiplied until it moves them by STRONG: then the engine's move
+rounding does, so it is asked a second time, amplified until it moves them by STRONG: then the engine's move
 and the policy's must be the same vector. Generating with the base, with last round's adapter, with one that is scaled
 twice, or on a base that training has changed all fail it.
 
@@ -22,14 +22,14 @@ import torch
 
 from spinfast.packing import pack
 from spinfast.policy import Policy
-from spinfast.policy.adapters.files import idle, linear
+from spinfast.policy.adapters.files import idle, linear, rank_axis, twin
 from spinfast.scoring import answer_logps
 from spinfast.types import Adapter, Group
 
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 MOVE_BOUNDS = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
 STRONG, STRONGEST = 1.0, 3.0**12  # nats per token; more amplification than any trained adapter needs
-PolicyLogps = Callable[[Sequence[int], float], list[float]]  # (prompt ids, times B) -> len(ids) - 1 log-probs
+PolicyLogps = Callable[[Sequence[int], float], list[float]]  # (prompt ids, factor) -> len(ids) - 1 log-probs
 
 
 @runtime_checkable
@@ -78,9 +78,21 @@ def _with_adapter(policy: Policy, factor: float) -> AbstractContextManager:
 
 
 def amplified(adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with its B multiplied: what it adds to the weights, times `factor`."""
-    tensors = {name: tensor * (factor if linear(name) else 1) for name, tensor in adapter.tensors.items()}
+    """What the adapter adds to the weights, times `factor`: of each rank of a LoRA the smaller side is multiplied, so
+    that 16 bits hold it."""
+    if adapter.kind == "lora":
+        tensors = {name: tensor * _of_smaller(adapter, name, factor) for name, tensor in adapter.tensors.items()}
+    else:
+        tensors = {name: tensor * (factor if linear(name) else 1) for name, tensor in adapter.tensors.items()}
     return Adapter(adapter.config, tensors)
+
+
+def _of_smaller(adapter: Adapter, name: str, factor: float) -> torch.Tensor:
+    """For each rank of A or B: `factor` where it is smaller than the other's there, or as large and B's."""
+    axis, sides = rank_axis(name), (adapter.tensors[name], adapter.tensors[twin(name)])
+    own_r, other_r = (side.float().norm(dim=dim) for side, dim in zip(sides, (1 - axis, axis), strict=True))
+    times_r = torch.where(own_r <= other_r if axis else own_r < other_r, factor, 1.0)
+    return times_r if axis else times_r[:, None]
 
 
 def check_adapter(

@@ -30,6 +30,7 @@ KNOWN = (
     "Linear4bit",
     "Embedding",
     "FramedLayer",
+    "PissaLayer",
     "FullLayer",
     "FullEmbedding",
     "Connection",

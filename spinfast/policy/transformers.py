@@ -20,7 +20,7 @@ from spinfast.errors import UserError
 from spinfast.ops import Ops
 from spinfast.policy.adapters import KINDS, AdapterKind
 from spinfast.policy.adapters import files as adapters
-from spinfast.policy.adapters.lora import bare
+from spinfast.policy.adapters.lora import bare, check_mergeable
 from spinfast.policy.base import load_base
 from spinfast.policy.checksum import checksum
 from spinfast.policy.fuse import fuse
@@ -180,8 +180,7 @@ class TransformersPolicy:
     @torch.no_grad()
     def _fold(self) -> None:
         weights = self.kind.weights()
-        if any(not weight.is_floating_point() for weight in weights):
-            raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
+        check_mergeable(weights)
         if not self.folded:
             self._before = [weight.to("cpu", copy=True) for weight in weights]
         self.folded.append(self.adapter())
@@ -222,7 +221,7 @@ def load_policy(
     """Build the policy from local files, or around `base`, a model that Unsloth or a generation engine has made."""
     base = base if base is not None else load_base(path, profile.dtype, profile.device, load_in_4bit)
     base.name_or_path = name  # what PEFT writes into the adapter's config
-    kind = KINDS[lora.kind]
+    kind = KINDS[lora.implementation]
 
     def adapt(base: PreTrainedModel) -> AdapterKind:
         try:

@@ -30,13 +30,14 @@ def check(directory: Path, needed: int, what: str) -> None:
         )
 
 
-def of_run(config, loads, adapter_bytes: int) -> int:
+def of_run(config, loads, trained_bytes: int) -> int:
     """Bytes that a whole run may leave: its adapters, three checkpoints at a time, its answers at their longest."""
     rounds = sum(len(load.rounds) for load in loads)
     grown = rounds * (rounds + 1) // 2 if config.adapter.init == "merge" else rounds
     moments = max(2 if load.settings.optimizer.startswith("adamw") else 1 for load in loads)
     tokens = sum(load.answers for load in loads) * (2 * config.generation.max_tokens + config.prompt.max_prompt_tokens)
-    return adapter_bytes * (1 + grown + 3 * (1 + moments)) + tokens * TOKEN_BYTES
+    adapters = (1 + grown + 3) * config.adapter.saved_per_trained
+    return trained_bytes * (adapters + 3 * moments) + tokens * TOKEN_BYTES
 
 
 def taken(directory: Path) -> int:

@@ -327,11 +327,12 @@ def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prom
 @pytest.mark.parametrize(
     "settings",
     [
-        LoraXs(kind="lora_xs", r=8, alpha=8),
+        LoraXs(kind="lora_xs", r=4, alpha=4),
         TinyLora(kind="tiny_lora", u=13, tie="all"),
         Lora(r=4, alpha=3, use_rslora=True, rank_pattern={"q_proj": 8, "down_proj": 2}, alpha_pattern={"up_proj": 1}),
+        Lora(r=4, alpha=8, init_lora_weights="pissa", rank_pattern={"down_proj": 2}),
     ],
-    ids=lambda s: s.kind,
+    ids=lambda s: s.implementation,
 )
 def test_every_form_is_served_as_the_plain_lora_it_makes(generator, new_policy, prompts, monkeypatch, settings):
     policy = new_policy(generator, settings)

@@ -12,6 +12,7 @@ from spinfast.policy.adapters.calm import Calm
 from spinfast.policy.adapters.full import Full
 from spinfast.policy.adapters.lora import Lora
 from spinfast.policy.adapters.lora_xs import LoraXs
+from spinfast.policy.adapters.pissa import Pissa
 from spinfast.policy.adapters.tiny_lora import TinyLora
 from spinfast.types import Adapter
 
@@ -83,6 +84,7 @@ class AdapterKind(Protocol):
 
 KINDS: dict[str, type[AdapterKind]] = {
     "lora": Lora,
+    "pissa": Pissa,
     "lora_xs": LoraXs,
     "tiny_lora": TinyLora,
     "full": Full,

@@ -133,8 +133,8 @@ def _check_tensors(config: dict, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError("lm_head has an adapter; the engine's head takes none")
         if not (everything or check_target_module_exists(targets, module)):
             raise ValueError(f"{module} has tensors, but {CONFIG_FILE} does not target it; PEFT would leave them out")
-        if _twin(name) not in tensors:
-            raise ValueError(f"{name} is there, {_twin(name)} is not; only both are a LoRA")
+        if twin(name) not in tensors:
+            raise ValueError(f"{name} is there, {twin(name)} is not; only both are a LoRA")
         rank, _ = scale(config, name)
         if tensor.shape[rank_axis(name)] != rank:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -194,7 +194,7 @@ def idle(adapter: Adapter) -> bool:
         return adapter.kind != "full" and not any(t.any() for name, t in adapter.tensors.items() if linear(name))
     for name, a in adapter.tensors.items():
         if rank_axis(name) == 0:
-            grams_rr = [side.double() @ side.double().t() for side in (a, adapter.tensors[_twin(name)].t())]
+            grams_rr = [side.double() @ side.double().t() for side in (a, adapter.tensors[twin(name)].t())]
             if (grams_rr[0] * grams_rr[1]).sum() > ROUNDING**2 * grams_rr[0].trace() * grams_rr[1].trace():
                 return False
     return True
@@ -279,10 +279,10 @@ def stack(adapters: list[Adapter]) -> Adapter:
     if count == 1:
         return first
     tensors = {name: torch.cat([a.tensors[name] for a in adapters], dim=rank_axis(name)) for name in first.tensors}
-    return Adapter(first.config | _times(first.config, count), tensors)
+    return Adapter(first.config | times(first.config, count), tensors)
 
 
-def _times(config: dict, count: int) -> dict:
+def times(config: dict, count: int) -> dict:
     """`count` times the ranks, the scalings as they are."""
     more = math.sqrt(count) if config.get("use_rslora") else count
     ranks = {key: rank * count for key, rank in (config.get("rank_pattern") or {}).items()}
@@ -319,7 +319,7 @@ def updates(adapter: Adapter) -> Iterator[tuple[str, tuple[torch.Tensor, torch.T
     """
     for name, tensor in adapter.tensors.items():
         if rank_axis(name) == 0:
-            A, B = tensor.float(), adapter.tensors[_twin(name)].float() * scale(adapter.config, name)[1]
+            A, B = tensor.float(), adapter.tensors[twin(name)].float() * scale(adapter.config, name)[1]
             weight = f"{MATRIX.fullmatch(name)[1]}.weight"
             used = A.any(1) & B.any(0)
             A, B = A[used], B[:, used]
@@ -358,7 +358,7 @@ def grown(start: Adapter, own: Adapter) -> Adapter:
     tensors = dict(own.tensors)
     for name in wide:
         if rank_axis(name) == 0:
-            b = _twin(name)
+            b = twin(name)
             used_r = wide[name].any(1) | wide[b].any(0)
             adds_r = own.tensors[name].any(1) & own.tensors[b].any(0)
             tensors[name] = torch.where(used_r[:, None], wide[name].float(), own.tensors[name])
@@ -366,7 +366,7 @@ def grown(start: Adapter, own: Adapter) -> Adapter:
     return Adapter(own.config, tensors)
 
 
-def _twin(name: str) -> str:
+def twin(name: str) -> str:
     """B's name for A's, and A's for B's."""
     return re.sub(r"(lora_(?:embedding_)?)([AB])", lambda m: m[1] + ("B" if m[2] == "A" else "A"), name)
 

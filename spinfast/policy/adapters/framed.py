@@ -93,14 +93,9 @@ class Framed(OneForm):
 
     def __init__(self, base: PreTrainedModel, settings, name: str, revision: str | None, path: Path | None):
         """The weights are read from the files under `path`; without one there are shapes alone."""
-        modules = targets(base, settings)
-        layers = {module: base.get_submodule(module) for module in modules}
-        for module, layer in layers.items():
-            if settings.r > (most := min(layer.in_features, layer.out_features)):
-                raise UserError(f"adapter.r: {settings.r} is more than {module} has, {most}; lower it")
-        found = frames.of_model(path, revision, modules, settings.r) if path else _shapes(layers, settings.r)
+        layers, found = framed(base, settings, settings.r, revision, path)
         self.model, self.settings, self.frames = base, settings, found
-        self.description = self.describe(settings) | {"modules": modules}
+        self.description = self.describe(settings) | {"modules": [*layers]}
         named = {"base_model_name_or_path": name, "revision": revision, "base_sha256": found.base}
         self.config = self.description | named | {"version": VERSION}
         device = base.device
@@ -110,10 +105,9 @@ class Framed(OneForm):
         recipes = self.recipes(self.description, device)
         for (module, layer), recipe in zip(layers.items(), recipes, strict=True):
             frame = tuple(factor.to(device) for factor in found.by_module[module])
-            framed = FramedLayer(layer, frame, partial(recipe, self.values), self.description["scaling"])
-            parent, _, child = module.rpartition(".")
-            setattr(base.get_submodule(parent), child, framed)
-            self.layers.append(framed)
+            made = FramedLayer(layer, frame, partial(recipe, self.values), self.description["scaling"])
+            base.set_submodule(module, made)
+            self.layers.append(made)
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path: Path | None):
@@ -183,6 +177,20 @@ class Framed(OneForm):
     def restart(self, seed: int) -> None:
         for parameter in self.values.values():
             parameter.zero_()
+
+
+def framed(
+    base: PreTrainedModel, settings, r: int, revision: str | None, path: Path | None
+) -> tuple[dict[str, torch.nn.Linear], Frames]:
+    """The layers that the config's adapter section means, by name, and their frames of rank r.
+
+    The weights are read from the files under `path`; without one there are shapes alone. Raises UserError.
+    """
+    layers = {module: base.get_submodule(module) for module in targets(base, settings)}
+    for module, layer in layers.items():
+        if r > (most := min(layer.in_features, layer.out_features)):
+            raise UserError(f"adapter.r: {r} is more than {module} has, {most}; lower it")
+    return layers, frames.of_model(path, revision, [*layers], r) if path else _shapes(layers, r)
 
 
 def expanded(config: dict, smalls: Tensors, found: Frames) -> Adapter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 
@@ -51,8 +51,8 @@ class Lora:
                 f"adapter.init: {tied[0]} is the head's weight too, which merging would change with it and the saved "
                 "adapter would not; leave it out of adapter.target_modules, or use continue"
             )
-        if settings.init == "merge" and not all(base.get_submodule(m).weight.is_floating_point() for m in modules):
-            raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
+        if settings.init == "merge":
+            check_mergeable(base.get_submodule(module).weight for module in modules)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
@@ -114,17 +114,7 @@ class Lora:
         return Adapter(config, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
 
     def load(self, adapter: Adapter) -> None:
-        own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        misfits = [
-            name for name in own if name not in adapter.tensors or adapter.tensors[name].shape != own[name].shape
-        ]
-        strangers = [name for name in adapter.tensors if name not in own]
-        if misfits or strangers:
-            raise UserError(
-                f"adapter does not fit the model: {len(misfits)} tensors missing or of another shape, "
-                f"{len(strangers)} unknown (first: {(misfits + strangers)[0]}); check model.name, adapter.r, "
-                "adapter.target_modules"
-            )
+        check_fits(adapter.tensors, get_peft_model_state_dict(self.model, save_embedding_layers=False))
         set_peft_model_state_dict(self.model, adapter.tensors)
 
     def fitted(self, adapter: Adapter) -> Adapter:
@@ -171,6 +161,24 @@ class Lora:
     def deltas(self) -> Iterator[torch.Tensor]:
         """What it adds to each of them."""
         return (layer.get_delta_weight("default") for layer in self.layers())
+
+
+def check_fits(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError where a LoRA's tensors have other names or shapes than the policy's own."""
+    misfits = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
+    strangers = [name for name in tensors if name not in own]
+    if misfits or strangers:
+        raise UserError(
+            f"adapter does not fit the model: {len(misfits)} tensors missing or of another shape, "
+            f"{len(strangers)} unknown (first: {(misfits + strangers)[0]}); check model.name, adapter.r, "
+            "adapter.target_modules"
+        )
+
+
+def check_mergeable(weights: Iterable[torch.Tensor]) -> None:
+    """Raises UserError where one of the base's weights is quantised."""
+    if not all(weight.is_floating_point() for weight in weights):
+        raise UserError("adapter.init: merge needs 16- or 32-bit base weights; use continue with load_in_4bit")
 
 
 def bare(model: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
