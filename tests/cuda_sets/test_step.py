@@ -9,7 +9,7 @@ import torch
 
 from bench import shapes
 from bench.compile import inspect, problems
-from spinfast.config import Full, LoraXs, TinyLora
+from spinfast.config import Full, Lora, LoraXs, TinyLora
 from spinfast.device import profile
 from spinfast.memory.ledger import apply_checkpointing, apply_head_chunk
 from spinfast.objectives import DESIRABLE, Nll, Pairwise, Preference, Surrogate, Unpaired
@@ -66,6 +66,7 @@ def test_scoring_and_training(t4_in_use, name, kernel, recomputed):
 
 
 KINDS = {
+    "pissa": Lora(init_lora_weights="pissa"),
     "lora_xs": LoraXs(kind="lora_xs"),
     "tiny_lora": TinyLora(kind="tiny_lora", tie="all"),
     "full": Full(kind="full"),
