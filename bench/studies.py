@@ -138,8 +138,9 @@ def memory(scratch: Path, count: int) -> dict:
 
 
 def held() -> dict:
-    """What lives in this process, after looking for garbage."""
-    gc.collect()
+    """What lives in this process once no garbage is found: what autograd's nodes held is seen a pass later."""
+    while gc.collect():
+        pass
     objects = gc.get_objects()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of what is only looked at

@@ -384,7 +384,7 @@ def _siblings(location: tuple, kind: type[Section]) -> list[str]:
         if part in KINDS:
             section = KINDS[part]
         elif part in section.model_fields:
-            section = _section_of(section.model_fields[part].annotation)
+            section = _section_of(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 

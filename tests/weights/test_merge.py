@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from merged_models import TABLE, make
 from safetensors import safe_open
@@ -158,6 +158,7 @@ trees = st.recursive(
 
 
 @given(tree=trees, at=st.sampled_from(["models", "slices", "modules", "parameters", "tokenizer", None]))
+@example(tree={"parameters": {"merge_method": None}}, at="modules")  # a module of a key's name
 @settings(max_examples=100)
 def test_any_tree_is_a_recipe_or_one_line(tmp_path_factory, tree, at):
     file = tmp_path_factory.getbasetemp() / "any.yaml"
