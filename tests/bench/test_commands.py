@@ -195,6 +195,7 @@ def test_rollouts_fit_beside_the_engines_cache(models):
         assert row["gradients_mib"] > 0  # a step of several microbatches
 
 
+@pytest.mark.slow
 def test_scaling(command, monkeypatch):
     monkeypatch.setattr(scaling, "AXES", {"tokens": [(None, 2, 16, 4)]})
     (row,) = command("scaling", "--model", "tiny", "--device", "cpu")

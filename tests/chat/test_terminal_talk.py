@@ -106,6 +106,7 @@ def test_ctrl_c_ends_the_answer_alone_and_twice_at_the_prompt_the_talk(screen):
     assert "Traceback" not in screen.seen
 
 
+@pytest.mark.slow
 def test_forty_columns_another_encoding_and_a_model_that_compares(tiny_model, adapters):
     words = ["chat", adapters["few"], *CPU, "--compare", "--system", "Für dich"]
     screen = Screen(*words, columns=40, encoding="latin-1", PYTHONIOENCODING="latin-1", LC_ALL="C")

@@ -30,6 +30,7 @@ def test_every_kernel_fits_every_target(model):
     assert seen == {(target, kernel) for target in ("sm_75", "sm_80", "sm_90") for kernel in kernels}
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found():
     """tl.dot is scalar on sm_75 and tensor cores on sm_80; 24 registers are too few for a 64 x 64 sum."""
     done = run("tests/kernels/planted_faults.py")

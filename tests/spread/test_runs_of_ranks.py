@@ -108,6 +108,7 @@ def threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.mark.slow  # two threads that spin on the other worker's core
 def test_ranks_that_compute_otherwise_still_know_what_is_scored(games):
     """Of 3 cores one rank has 1 and the other 2."""
     games.play("uneven", 2, "method=[spin]", "spin.iterations=1", hooks={1: threads})
