@@ -76,7 +76,7 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
     rows = []
     for score in found.scores:
         interval = "" if math.isnan(score.low) else f"{score.low:+.3f} to {score.high:+.3f}"
-        p = "" if score.p_holm is None else f"{score.p_holm:.3f}" if score.p_holm >= 0.001 else "< 0.001"
+        p = "" if score.p_holm is None else _p(score.p_holm)
         lost = "" if math.isnan(score.forgetting) else f"{score.forgetting:+.3f}"
         rows.append([score.setting, f"{score.score:+.3f}", interval, p, score.group, lost, score.control or "base"])
     rows += [[setting, "failed", *[""] * 5] for setting in found.failed]
@@ -117,7 +117,7 @@ def sentences(found: Found) -> list[str]:
         best = found.best
         said.append(
             f"Best by one half of the items: {found.names[best.text]}; on the other half its effect is "
-            f"{best.mean:+.3f} ({best.low:+.3f} to {best.high:+.3f}, p {best.p_holm:.3f} after Holm)."
+            f"{best.mean:+.3f} ({best.low:+.3f} to {best.high:+.3f}, p {_p(best.p_holm)} after Holm)."
         )
     if any(score.floor for score in found.scores):
         said.append("Exact answers are below 2 % with and without training: they tell nothing here (floor).")
@@ -241,6 +241,10 @@ def page(
         f"{tables.html(columns, changes)}</section>",
     ]
     return document(title, [f"<h1>{escape(title)}</h1>", *sections])
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _number(value: float) -> float | str:
