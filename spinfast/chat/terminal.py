@@ -56,12 +56,13 @@ class Terminal:
     def read(self) -> str:
         r"""A line, or several between \"\"\" and \"\"\"."""
         self.console.file.flush()
-        line = input(PROMPT)
-        if not line.lstrip().startswith(QUOTES):
-            return line
-        lines = [line.lstrip().removeprefix(QUOTES)]
-        while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(input(MORE))
+        with waits_cut_short():
+            line = input(PROMPT)
+            if not line.lstrip().startswith(QUOTES):
+                return line
+            lines = [line.lstrip().removeprefix(QUOTES)]
+            while not lines[-1].rstrip().endswith(QUOTES):
+                lines.append(input(MORE))
         return "\n".join(lines).rstrip().removesuffix(QUOTES)
 
     def take(self, line: str) -> None:
@@ -177,6 +178,18 @@ COMMANDS: dict[str, tuple[Callable[[Terminal, str], None], str, str]] = {
     "help": (Terminal.help, "", "this list"),
     "bye": (Terminal.bye, "", "leave, as Ctrl-D does"),
 }
+
+
+@contextmanager
+def waits_cut_short() -> Iterator[None]:
+    """Inside the block input() looks twice a second for signals: one that came just before it began to wait is seen."""
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

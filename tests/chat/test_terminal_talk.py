@@ -142,7 +142,7 @@ def test_base_and_adapter_stand_side_by_side(tiny_model, adapters, tmp_path):
         tmux("send-keys", "/compare", "Enter")
         shown(r"base \| all")
         tmux("send-keys", "What is the sum of twelve and thirty?", "Enter")
-        text = shown(r"(?s)first after.*first after.*>>>$")
+        text = shown(r"(?s)\(\d+ tokens,.*\(\d+ tokens,.*>>>$")
         assert re.search(r"^base {30,}all *$", text, re.MULTILINE), text
         assert all(len(line) <= 80 for line in text.splitlines())
         tmux("send-keys", "/bye", "Enter")
@@ -150,8 +150,18 @@ def test_base_and_adapter_stand_side_by_side(tiny_model, adapters, tmp_path):
         tmux("kill-server")
 
 
-def test_a_signal_ends_it_and_says_so_to_the_shell(tiny_model):
-    screen = Screen("chat", tiny_model("llama"), *CPU)
+PAUSES = """
+import ctypes, readline
+hook = ctypes.c_void_p.in_dll(ctypes.CDLL(readline.__file__), "rl_pre_input_hook")
+hook.value = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p).value
+"""
+
+
+@pytest.mark.parametrize("when", ["while readline waits", "between its prompt and its wait"])
+def test_a_signal_ends_it_and_says_so_to_the_shell(when, tiny_model, tmp_path):
+    if when != "while readline waits":
+        (tmp_path / "sitecustomize.py").write_text(PAUSES)  # the signal comes before readline begins to wait
+    screen = Screen("chat", tiny_model("llama"), *CPU, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}")
     screen.wait(">>>$")
     screen.process.send_signal(signal.SIGTERM)
     assert screen.process.wait(60) == 128 + signal.SIGTERM
