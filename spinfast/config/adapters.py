@@ -89,8 +89,13 @@ class Lora(OfModules):
         return 2 if self.implementation == "pissa" else 1
 
     @property
+    def trained_rank(self) -> int:
+        """The largest of any module."""
+        return max([self.r, *self.rank_pattern.values()])
+
+    @property
     def largest_rank(self) -> int:
-        return max([self.r, *self.rank_pattern.values()]) * self.saved_per_trained
+        return self.trained_rank * self.saved_per_trained
 
 
 class LoraXs(Continued):

@@ -27,7 +27,25 @@ from spinfast.types import Adapter
 ALL = "all-linear"
 
 
-class Lora:
+class PlainForm:
+    """Of kinds whose adapters are plain LoRA, of what `config` says, the content of adapter_config.json."""
+
+    config: dict
+
+    def fitted(self, adapter: Adapter) -> Adapter:
+        return files.fitted(adapter, self.config)
+
+    def lora(self, adapter: Adapter) -> Adapter:
+        return files.uniform(adapter)
+
+    def saved(self, adapter: Adapter) -> Adapter:
+        return adapter
+
+    def parts(self, adapter: Adapter) -> list[Adapter]:
+        return files.unstack(adapter, self.config)
+
+
+class Lora(PlainForm):
     """Implements spinfast.policy.adapters.AdapterKind."""
 
     LAYER, trains_weights = LoraLayer, False
@@ -39,7 +57,8 @@ class Lora:
                 self.model = get_peft_model(base, config, autocast_adapter_dtype=True)
             except (ValueError, re.error) as error:
                 raise UserError(f"adapter: {' '.join(str(error).split())[:300]}") from error
-        self.config = self.model.peft_config["default"]
+        self._peft = self.model.peft_config["default"]
+        self.config = plain_json(self._peft) | {"inference_mode": True}
 
     @classmethod
     def of(cls, base: PreTrainedModel, settings, name: str, revision: str | None, seed: int, path=None) -> Lora:
@@ -110,34 +129,21 @@ class Lora:
 
     def adapter(self) -> Adapter:
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        config = plain_json(self.config) | {"inference_mode": True}
-        return Adapter(config, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
+        return Adapter(self.config, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
 
     def load(self, adapter: Adapter) -> None:
         check_fits(adapter.tensors, get_peft_model_state_dict(self.model, save_embedding_layers=False))
         set_peft_model_state_dict(self.model, adapter.tensors)
 
-    def fitted(self, adapter: Adapter) -> Adapter:
-        return files.fitted(adapter, plain_json(self.config))
-
     def grown(self, start: Adapter, own: Adapter) -> Adapter:
         return files.grown(start, own)
 
-    def lora(self, adapter: Adapter) -> Adapter:
-        return files.uniform(adapter)
-
-    def saved(self, adapter: Adapter) -> Adapter:
-        return adapter
-
-    def parts(self, adapter: Adapter) -> list[Adapter]:
-        return files.unstack(adapter, plain_json(self.config))
-
     def restart(self, seed: int) -> None:
-        self._draw(seed, self.config)
+        self._draw(seed, self._peft)
 
     def renew(self, seed: int) -> None:
-        nothing_yet = copy(self.config)
-        nothing_yet.init_lora_weights = self.config.init_lora_weights or True  # False draws B too
+        nothing_yet = copy(self._peft)
+        nothing_yet.init_lora_weights = self._peft.init_lora_weights or True  # False draws B too
         self._draw(seed, nothing_yet)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from spinfast.errors import UserError
 from spinfast.policy.adapters import files
 from spinfast.policy.adapters.framed import SAME_UPDATE, Framed, framed
 from spinfast.policy.adapters.frames import Frame
-from spinfast.policy.adapters.lora import check_fits, check_mergeable, plain_config
+from spinfast.policy.adapters.lora import PlainForm, check_fits, check_mergeable, plain_config
 from spinfast.types import Adapter
 
 NAMES = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
@@ -46,14 +46,13 @@ class PissaLayer(torch.nn.Module):
         return torch.cat([self.A0 + self.lora_dA, self.lora_dA]), torch.cat([self.lora_dB, self.B0], 1)
 
 
-class Pissa(Framed):
-    """Implements spinfast.policy.adapters.AdapterKind, switched as Framed's are; outside a model it is plain LoRA."""
+class Pissa(PlainForm, Framed):
+    """Implements spinfast.policy.adapters.AdapterKind, switched as Framed's are."""
 
     LAYER = PissaLayer
 
     def __init__(self, base: PreTrainedModel, settings, name: str, revision: str | None, path: Path | None):
-        r = settings.largest_rank // settings.saved_per_trained
-        layers, self.frames = framed(base, settings, r, revision, path)
+        layers, self.frames = framed(base, settings, settings.trained_rank, revision, path)
         if settings.init == "merge":
             check_mergeable(layer.weight for layer in layers.values())
         patterns = {key: dict(getattr(settings, key)) for key in ("rank_pattern", "alpha_pattern")}
@@ -125,18 +124,6 @@ class Pissa(Framed):
                 if not (found - expected).norm() <= SAME_UPDATE * expected.norm():
                     return False
         return True
-
-    def fitted(self, adapter: Adapter) -> Adapter:
-        return files.fitted(adapter, self.config)
-
-    def lora(self, adapter: Adapter) -> Adapter:
-        return files.uniform(adapter)
-
-    def saved(self, adapter: Adapter) -> Adapter:
-        return adapter
-
-    def parts(self, adapter: Adapter) -> list[Adapter]:
-        return files.unstack(adapter, self.config)
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
