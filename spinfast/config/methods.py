@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -208,3 +209,8 @@ GRPO_USED_BY = (  # option, key, its values that have a use for the option
     ("correction_max", "old_logps", ("policy",)),
     ("correction_max", "correction", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
 )
+
+
+def at(values: Sequence[float], number: int) -> float:
+    """The value for this round; the last one holds for all later ones."""
+    return values[min(number, len(values) - 1)]

@@ -152,3 +152,10 @@ class Device(Section):
         "auto", description="attention backend"
     )
     deterministic: bool = Field(False, description="torch.use_deterministic_algorithms (CUDA: slower)")
+
+
+def section_of(annotation: Any) -> Any:
+    """The section in a field's type, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(section_of, getattr(annotation, "__args__", ()))), None)

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_run import write_config
 
-from spinfast.config import Config, _section_of
+from spinfast.config import Config
+from spinfast.config.sections import section_of
 from spinfast.data.formats import KNOWN
 from spinfast.run import main
 
@@ -217,7 +218,7 @@ def fields():
     return [
         (name, key)
         for name in sorted(SECTIONS)
-        for key in _section_of(Config.model_fields[name].annotation).model_fields
+        for key in section_of(Config.model_fields[name].annotation).model_fields
     ] + [("seed", None), ("report_to", None), ("unknown", None), ("train", "unknown")]
 
 
