@@ -138,7 +138,10 @@ def memory(scratch: Path, count: int) -> dict:
 
 
 def held() -> dict:
-    """What lives in this process once no garbage is found: what autograd's nodes held is seen a pass later."""
+    """What lives in this process once no garbage is found: what autograd's nodes held is seen a pass later.
+
+    Tensors are those with memory of their own: how many objects look at one is chance, and said with the objects.
+    """
     while gc.collect():
         pass
     objects = gc.get_objects()
@@ -149,7 +152,7 @@ def held() -> dict:
     return {
         "rss_mib": memory_now()["memory/rss_mib"],
         "objects": len(objects),
-        "tensors": len(tensors),
+        "tensors": len(storages),
         "tensors_mib": round(sum(storages.values()) / 2**20, 2),
     }
 
