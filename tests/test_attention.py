@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packed_cases import lengths, make_groups, plain_logps, plain_model, tiny_policy
@@ -144,23 +145,22 @@ def check_against_eager(backend, case, dtype, head_dim, heads, device="cpu"):
 
 
 HEADS = [(4, 4), (14, 2), (9, 3)]  # no sharing, Qwen2.5-0.5B, SmolLM2-135M
+KERNELS = {
+    "numba-bf16": ("numba", torch.bfloat16),
+    "numba-fp32": ("numba", torch.float32),
+    "sdpa-fp16": ("sdpa", torch.float16),
+    "sdpa-bf16": ("sdpa", torch.bfloat16),
+    "sdpa-fp64": ("sdpa", torch.float64),
+}
+SETTINGS = [(kernel, case) for kernel in KERNELS for case in CASES]
+SHAPES = [(heads, head_dim) for heads in HEADS for head_dim in (64, 128)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        ("numba", torch.bfloat16),
-        ("numba", torch.float32),
-        ("sdpa", torch.float16),
-        ("sdpa", torch.bfloat16),
-        ("sdpa", torch.float64),
-    ],
-    ids=["numba-bf16", "numba-fp32", "sdpa-fp16", "sdpa-bf16", "sdpa-fp64"],
-)
-def test_cpu_kernels(backend, case, dtype, head_dim, heads):
+@pytest.mark.parametrize(("setting", "shape"), crossed(SETTINGS, SHAPES, each=2), ids=str)
+def test_cpu_kernels(setting, shape):
+    kernel, case = setting
+    backend, dtype = KERNELS[kernel]
+    heads, head_dim = shape
     check_against_eager(backend, case, dtype, head_dim, heads)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from crossed import crossed
 from fixtures import FailingCall, tiny_model_dir, tiny_tokenizer
 from hypothesis import given, settings
 from packed_cases import lengths, make_groups
@@ -142,11 +143,15 @@ CASES = {  # anchor, augmenting, connections
 }
 
 
-@pytest.mark.parametrize(("norm", "rope"), [(True, True), (False, False), (True, False)])
-@pytest.mark.parametrize(("table", "backend"), [(ops.EAGER, "sdpa"), (TABLE, "numba")], ids=["eager", "numba"])
-@pytest.mark.parametrize("case", CASES)
-def test_packed_it_computes_the_formula_of_each_sequence_alone(tiny_model, case, table, backend, norm, rope):
+TABLES = {"eager": (ops.EAGER, "sdpa"), "numba": (TABLE, "numba")}
+FORMS = [(norm, rope, kernels) for norm, rope in ((True, True), (False, False), (True, False)) for kernels in TABLES]
+
+
+@pytest.mark.parametrize(("case", "form"), crossed([*CASES], FORMS, each=2), ids=str)
+def test_packed_it_computes_the_formula_of_each_sequence_alone(tiny_model, case, form):
     """Log-probs and gradients in fp64, prompts shared and rows padded (numba) on our side alone."""
+    norm, rope, kernels = form
+    table, backend = TABLES[kernels]
     anchor, other, connections = CASES[case]
     anchor, other = tiny_model(*anchor), tiny_model(*other)
     policy = composition(anchor, settings_of(other, connections=connections, norm=norm, rope=rope), 0.05, table=table)

@@ -35,11 +35,11 @@ def differing(run_dir, expected):
     [
         ("base evaluate", 4),
         ("sft train", 1),
-        ("iter_000 generate", 1),
+        pytest.param("iter_000 generate", 1, marks=pytest.mark.slow),
         ("iter_000 generate", 7),
         ("iter_000 train", 2),
-        ("iter_000 evaluate", 8),
-        ("iter_001 generate", 12),
+        pytest.param("iter_000 evaluate", 8, marks=pytest.mark.slow),
+        pytest.param("iter_001 generate", 12, marks=pytest.mark.slow),
         ("iter_001 train", 5),
     ],
 )

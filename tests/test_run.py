@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from crossed import crossed
 from fixtures import FailingCall
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -143,8 +144,7 @@ def test_pairs_hold_spins_columns_and_the_trained_token_ids(played):
     assert cut
 
 
-@pytest.mark.parametrize("init", ["continue", "merge"])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("arch", "init"), crossed(["llama", "qwen2", "qwen3"], ["continue", "merge"]))
 def test_each_adapter_loads_with_plain_peft_and_gives_the_policys_logps(tmp_path, tiny_model, arch, init):
     model = tiny_model(arch)
     run_dir = play(tmp_path, model, adapter={"init": init}, sft={"groups_per_step": 6})

@@ -216,7 +216,7 @@ def tiny_gate(monkeypatch):
     monkeypatch.setattr(compare, "gate", lambda names, *_: dict.fromkeys(names, 1.0))
 
 
-@pytest.mark.parametrize("method", ["spin", "sft", "grpo"])
+@pytest.mark.parametrize("method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("spin", "sft")), "grpo"])
 def test_peers(command, here, tiny_gate, method):
     """grpo: the training part beside the others, then a whole step, sampled by the policy's own module."""
     only = "bare GEMMs,spinfast,eager"

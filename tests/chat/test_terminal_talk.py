@@ -157,7 +157,9 @@ hook.value = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p).value
 """
 
 
-@pytest.mark.parametrize("when", ["while readline waits", "between its prompt and its wait"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("while readline waits", marks=pytest.mark.slow), "between its prompt and its wait"]
+)
 def test_a_signal_ends_it_and_says_so_to_the_shell(when, tiny_model, tmp_path):
     if when != "while readline waits":
         (tmp_path / "sitecustomize.py").write_text(PAUSES)  # the signal comes before readline begins to wait

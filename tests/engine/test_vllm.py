@@ -79,7 +79,7 @@ def test_tokens_come_one_by_one_from_batches_that_requests_join_and_leave(genera
         assert [token.ends for token in got] == [None] * (len(got) - 1) + [wanted[place].finish_reason]
 
 
-@pytest.mark.parametrize("rank", [8, 2])
+@pytest.mark.parametrize("rank", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_any_adapter_is_asked_not_only_the_live_one(generator, policy, trained_adapter, prompts, rank):
     """The policy is fresh, B zero. A lower rank comes with its own scaling, which both must honour."""
     cut = {n: t[:rank] if ".lora_A." in n else t[:, :rank] for n, t in trained_adapter.tensors.items()}
@@ -327,7 +327,7 @@ def test_canary_accepts_an_adapter_that_does_nothing_yet(generator, policy, prom
 @pytest.mark.parametrize(
     "settings",
     [
-        LoraXs(kind="lora_xs", r=4, alpha=4),
+        pytest.param(LoraXs(kind="lora_xs", r=4, alpha=4), marks=pytest.mark.slow),
         TinyLora(kind="tiny_lora", u=13, tie="all"),
         Lora(r=4, alpha=3, use_rslora=True, rank_pattern={"q_proj": 8, "down_proj": 2}, alpha_pattern={"up_proj": 1}),
         Lora(r=4, alpha=8, init_lora_weights="pissa", rank_pattern={"down_proj": 2}),
@@ -405,7 +405,7 @@ class Rounding:
         return (exact + 0.05 * torch.randn(exact.shape, generator=self.draw)).tolist()
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5])
+@pytest.mark.parametrize("factor", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_canary_sees_through_the_rounding_of_16_bit(generator, trained, prompts, factor):
     """An adapter that moves log-probs far less than rounding does, yet dropped, halved."""
     trained.load_adapter(amplified(trained.adapter(), 1e-4))

@@ -51,7 +51,7 @@ def test_two_ranks_play_the_run_of_one_to_rounding(games, two):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("preferences", ["method=[dpo]", "dpo.loss=kto", "dpo.evaluate_every=4"]),
+        pytest.param("preferences", ["method=[dpo]", "dpo.loss=kto", "dpo.evaluate_every=4"], marks=pytest.mark.slow),
         ("rollouts", ["grpo.steps=4"]),
         pytest.param("preferences", ["method=[sft, dpo]"], marks=pytest.mark.slow),
         pytest.param("preferences", ["method=[dpo]", "dpo.loss=orpo"], marks=pytest.mark.slow),

@@ -131,7 +131,10 @@ def wide(tmp_path_factory):
     ]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "_k" in kind])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("q3_k_m", "q4_k_m", "q6_k") else pytest.mark.slow) for k in KINDS if "_k" in k],
+)
 def test_k_quants_are_llama_quantizes(wide, tmp_path, kind):
     pytest.importorskip("libgguf")
     for model in wide:
