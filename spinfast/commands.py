@@ -119,11 +119,13 @@ def publish(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     arguments = import_module("spinfast.chat.options").parse_chat(argv)
+    import_module("spinfast.run").spare_imports()
     return import_module("spinfast.chat.cli").main(arguments)
 
 
 def serve(argv: Sequence[str]) -> int:
     arguments = import_module("spinfast.chat.options").parse_serve(argv)
+    import_module("spinfast.run").spare_imports()
     return import_module("spinfast.chat.serve").main(arguments)
 
 
