@@ -119,8 +119,9 @@ def sentences(found: Found) -> list[str]:
             f"Best by one half of the items: {found.names[best.text]}; on the other half its effect is "
             f"{best.mean:+.3f} ({best.low:+.3f} to {best.high:+.3f}, p {_p(best.p_holm)} after Holm)."
         )
-    if any(score.floor for score in found.scores):
-        said.append("Exact answers are below 2 % with and without training: they tell nothing here (floor).")
+    if floor := [score.setting for score in found.scores if score.floor]:
+        whose = f" of {', '.join(floor)}" if len(floor) < len(found.scores) else ""
+        said.append(f"Exact answers{whose} are below 2 % with and without training: they tell nothing (floor).")
     return said
 
 

@@ -310,6 +310,16 @@ def test_the_front_is_drawn_and_settings_are_told_apart(tmp_path, tiny_model):
     assert all(f">{n}</text>" in drawn and f"</i>{n} " in drawn for n in range(1, 11))
 
 
+@pytest.mark.parametrize(("gained", "whose"), [((), ""), (("a", "B"), " of b, A")])
+def test_only_who_is_at_the_floor_is_said_to_be(tmp_path, tiny_model, gained, whose):
+    design, cells, measured, base = made_up(tmp_path, tiny_model, [0.3, 0.1])
+    base["sums/exact"] = [0.0] * 4
+    for cell in cells:
+        measured[cell.name]["sums/exact"] = [float(cell.levels[0] in gained)] * 4
+    (said,) = [line for line in outputs.sentences(scores.compare(design, cells, measured, base)) if "floor" in line]
+    assert said.startswith(f"Exact answers{whose} are below 2 % with and without training: ")
+
+
 def test_seeds_that_are_not_whole_are_left_out(tmp_path, tiny_model):
     design, cells, measured, base = made_up(tmp_path, tiny_model, [0.2])
     del measured["A.3"]
