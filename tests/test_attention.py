@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -152,8 +153,7 @@ KERNELS = {
     "sdpa-bf16": ("sdpa", torch.bfloat16),
     "sdpa-fp64": ("sdpa", torch.float64),
 }
-SETTINGS = [(kernel, case) for kernel in KERNELS for case in CASES]
-SHAPES = [(heads, head_dim) for heads in HEADS for head_dim in (64, 128)]
+SETTINGS, SHAPES = [*product(KERNELS, CASES)], [*product(HEADS, (64, 128))]
 
 
 @pytest.mark.parametrize(("setting", "shape"), crossed(SETTINGS, SHAPES, each=2), ids=str)

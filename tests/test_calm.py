@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -144,13 +145,13 @@ CASES = {  # anchor, augmenting, connections
 
 
 TABLES = {"eager": (ops.EAGER, "sdpa"), "numba": (TABLE, "numba")}
-FORMS = [(norm, rope, kernels) for norm, rope in ((True, True), (False, False), (True, False)) for kernels in TABLES]
+FORMS = [*product(((True, True), (False, False), (True, False)), TABLES)]  # (norm, rope), kernels
 
 
 @pytest.mark.parametrize(("case", "form"), crossed([*CASES], FORMS, each=2), ids=str)
 def test_packed_it_computes_the_formula_of_each_sequence_alone(tiny_model, case, form):
     """Log-probs and gradients in fp64, prompts shared and rows padded (numba) on our side alone."""
-    norm, rope, kernels = form
+    (norm, rope), kernels = form
     table, backend = TABLES[kernels]
     anchor, other, connections = CASES[case]
     anchor, other = tiny_model(*anchor), tiny_model(*other)
